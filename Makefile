@@ -1,0 +1,43 @@
+# Everything here sets up .venv by itself when it is missing or older than what it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN ?= runs/demo
+
+.PHONY: help demo test lint bench compile-report clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	@echo "installing PyTorch (CPU) and the tools; a few minutes on a slow line"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## train a small GPT on Python's own documentation, then generate from it
+	$(BIN)/gptcore info
+	$(BIN)/gptcore prepare python-docs --out data/python-docs --vocab-size 4096
+	rm -rf $(RUN)
+	$(BIN)/gptcore train --data data/python-docs --out $(RUN) --preset mini
+	$(BIN)/gptcore generate --model $(RUN) --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 1 "The function returns"
+	@echo "loss curve: $(RUN)/loss.png"
+
+test: $(READY) lint ## lint, types, and every test (kernels run in Triton's interpreter where there is no GPU)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+lint: $(READY) ## ruff (lint and format) and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+bench: $(READY) ## time every op and a training step beside PyTorch's own
+	$(BIN)/python -m pytest bench --benchmark-only -q
+
+compile-report: $(READY) ## compile every Triton kernel for an H100 (no GPU needed); registers, spills, shared memory
+	$(BIN)/python -m gptkernels.compile_report --target sm_90
+
+clean: ## remove the virtual environment and everything made by runs
+	rm -rf $(VENV) runs data build dist *.egg-info .pytest_cache .ruff_cache
