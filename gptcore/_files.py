@@ -1,0 +1,51 @@
+"""Writing files so that a crash, an error or Ctrl-C never leaves a half-written one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A fresh hidden name beside ``path``, on the same file system, so that a rename onto ``path`` is atomic.
+
+    Raises ``FileNotFoundError`` if the folder that should hold ``path`` does not exist.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def publish(file: BinaryIO, path: Path) -> None:
+    """Make the finished temporary ``file`` durable, close it, and rename it to ``path``."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    Path(file.name).replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable, where the system can sync a folder (Windows cannot)."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that becomes ``path`` if, and only if, the block ends without an exception."""
+    temporary = temporary_sibling(path)
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            publish(file, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,219 @@
+"""Streams of documents from files, folders, globs, and the documentation that comes with Python itself.
+
+Nothing here holds a file in memory: a document is a handle that yields its text in pieces.
+"""
+
+from __future__ import annotations
+
+import ast
+import glob
+import hashlib
+import os
+import platform
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PYTHON_DOCS = "python-docs"
+"""The name of the built-in corpus. A file or folder of that name is reached as ``./python-docs``."""
+
+# fmt: off
+TEXT_SUFFIXES = frozenset([
+    ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex",
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".js", ".ts", ".go", ".rs",
+    ".sh", ".sql", ".jl", ".lua", ".rb",
+])
+# fmt: on
+"""The files that are read when a source is a folder; one that is named itself, or by a glob, may have any."""
+
+_PIECE_BYTES = 1 << 18
+_MIN_DOCSTRING = 80
+_BOM = b"\xef\xbb\xbf"
+_NOT_DOCUMENTATION = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus: a file, or one module or topic of ``python-docs``.
+
+    ``pieces()`` yields the text from its beginning, in strings of at most 256 KiB, each time it is called.
+    """
+
+    name: str
+    pieces: Callable[[], Iterator[str]]
+
+
+def documents(sources: str | Path | Sequence[str | Path]) -> Iterator[Document]:
+    """The documents of a corpus, in the order of its sources and, within each, sorted by path.
+
+    A source is a file; a folder, searched to any depth for files with one of :data:`TEXT_SUFFIXES` (names
+    that begin with a dot are passed over, links to folders are not followed); a glob such as
+    ``"books/**/*.txt"``, which matches files of any suffix; or ``"python-docs"``: the standard library's
+    docstrings of more than 80 characters, one document per module (parsed, not imported; tests are left out),
+    and the articles that Python's ``help()`` shows, one document per topic; about 2 MB. A file that several
+    sources name comes once.
+
+    A file is read as UTF-8, in pieces that end at line breaks unless one line is longer than a piece; line
+    endings are kept, a byte order mark is not.
+
+    Raises (before the first document comes, except for what only reading can show):
+        ValueError: if there are no sources, or a file is not UTF-8 (when its pieces are read).
+        FileNotFoundError: if a source names nothing, or a folder has no such file.
+        OSError: if a file or folder cannot be read.
+    """
+    for source, files in _resolve(sources):
+        if source == PYTHON_DOCS:
+            yield from _python_docs()
+        for path in files:
+            yield Document(str(path), lambda path=path: _read_pieces(path))
+
+
+def sources_state(sources: str | Path | Sequence[str | Path]) -> str:
+    """32 hexadecimal digits that change when a file of the corpus is added, removed, renamed or changed.
+
+    Files are told apart by path, size and time of change, so this is quick however large they are;
+    ``python-docs`` by Python's version. Raises as :func:`documents` does.
+    """
+    entries = []
+    for source, files in _resolve(sources):
+        if source == PYTHON_DOCS:
+            entries.append(f"{PYTHON_DOCS} {platform.python_version()}")
+        for path in files:
+            status = path.stat()
+            entries.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(sorted(entries)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def source_list(sources: str | Path | Sequence[str | Path]) -> list[str]:
+    """One source or several as a list of strings. Raises ``ValueError`` if there are none."""
+    if isinstance(sources, str | Path):
+        sources = [sources]
+    if not sources:
+        raise ValueError(f"sources must name a file, a folder, a glob or {PYTHON_DOCS!r}; got none")
+    return [str(source) for source in sources]
+
+
+def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, list[Path]]]:
+    """Each source, once, with the files it stands for that no earlier source named."""
+    seen: set[Path] = set()
+    resolved = []
+    for source in dict.fromkeys(source_list(sources)):
+        new = []
+        for path in [] if source == PYTHON_DOCS else _files(source):
+            if (real := path.resolve()) not in seen:
+                seen.add(real)
+                new.append(path)
+        resolved.append((source, new))
+    return resolved
+
+
+def _files(source: str) -> list[Path]:
+    """The files that a source other than ``python-docs`` stands for, sorted."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(_text_files(path))
+        if not found:
+            raise FileNotFoundError(
+                f"the folder {source!r} has no text files (looked for {', '.join(sorted(TEXT_SUFFIXES))})"
+            )
+        return found
+    matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+    found = sorted(Path(match) for match in matches if Path(match).is_file())
+    if not found:
+        raise FileNotFoundError(
+            f"source {source!r} is no file and no folder, and as a glob it matches no file; "
+            f"sources are files, folders, globs or {PYTHON_DOCS!r}"
+        )
+    return found
+
+
+def _text_files(folder: Path) -> Iterator[Path]:
+    def stop(error: OSError) -> None:
+        raise error  # a folder that cannot be listed must not silently shrink the corpus
+
+    for parent, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in TEXT_SUFFIXES:
+                yield Path(parent, name)
+
+
+def _read_pieces(path: Path) -> Iterator[str]:
+    offset = 0  # of the first byte of `rest` in the file
+    rest = b""
+    with path.open("rb") as file:
+        while block := file.read(_PIECE_BYTES - len(rest)):
+            rest += block
+            if len(rest) < _PIECE_BYTES:  # a short read: more may come, and the end is handled below
+                continue
+            cut = _cut(rest)
+            yield from _decode(path, rest[:cut], offset)
+            offset += cut
+            rest = rest[cut:]
+    yield from _decode(path, rest, offset)
+
+
+def _cut(block: bytes) -> int:
+    """Where to end a piece: after the last line break or, in one long line, before the last character."""
+    cut = block.rfind(b"\n") + 1
+    if cut:
+        return cut
+    for cut in range(len(block) - 1, len(block) - 5, -1):
+        if block[cut] & 0xC0 != 0x80:  # not a continuation byte: a character begins here
+            return cut
+    return len(block)  # not UTF-8, which decoding will say
+
+
+def _decode(path: Path, block: bytes, offset: int) -> Iterator[str]:
+    """The text of a block of a file that begins ``offset`` bytes into it; nothing if there is none."""
+    if offset == 0 and block.startswith(_BOM):
+        block = block[len(_BOM) :]
+        offset = len(_BOM)
+    try:
+        text = block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = offset + error.start
+        raise ValueError(
+            f"{path} is not valid UTF-8: byte 0x{block[error.start]:02x} at offset {where} ({error.reason}); "
+            "convert the file to UTF-8, or leave it out"
+        ) from error
+    if text:
+        yield text
+
+
+def _python_docs() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = (path.relative_to(root) for path in root.rglob("*.py"))
+    for module in sorted(
+        path.as_posix() for path in modules if not _NOT_DOCUMENTATION & set(path.parts[:-1])
+    ):
+        text = _docstrings((root / module).read_bytes())
+        if text:
+            yield _in_memory(f"{PYTHON_DOCS}:{module}", text)
+    for topic, article in sorted(topics.items()):
+        yield _in_memory(f"{PYTHON_DOCS}:topics/{topic}", article.strip() + "\n")
+
+
+def _in_memory(name: str, text: str) -> Document:
+    return Document(name, lambda: iter([text]))
+
+
+def _docstrings(source: bytes) -> str:
+    """The docstrings of a module and of the classes and functions in it, in the order they are written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old modules hold escapes that today's compiler warns of
+        tree = ast.parse(source)
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, documented):
+            text = ast.get_docstring(node)  # cleaned by inspect.cleandoc
+            if text is not None and len(text) > _MIN_DOCSTRING:
+                found.append((getattr(node, "lineno", 0), text.strip() + "\n"))
+    return "\n".join(text for _, text in sorted(found))

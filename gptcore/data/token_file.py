@@ -1,0 +1,205 @@
+"""Files of token ids: a 40-byte header, then the ids as little-endian unsigned integers.
+
+| bytes | field |
+| --- | --- |
+| 0 to 7 | magic ``gpttoken`` |
+| 8 to 9 | version of the format, 1 |
+| 10 to 11 | bytes per id: 2 if the vocabulary has at most 65,536 tokens, otherwise 4 |
+| 12 to 15 | size of the vocabulary |
+| 16 to 23 | number of ids |
+| 24 to 39 | fingerprint of the tokenizer |
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gptcore._files import publish, temporary_sibling
+
+_MAGIC = b"gpttoken"
+_VERSION = 1
+_HEADER = struct.Struct("<8sHHIQ16s")
+_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+class TokenWriter:
+    """Stream token ids into a token file. Use it in a ``with`` block.
+
+    The ids go to a temporary file beside ``path``, which becomes ``path`` only when the block ends without an
+    exception; until then nothing at ``path`` changes.
+
+    Args:
+        path: the file to write; replaced if it exists.
+        vocab_size: ids must be less; it decides between 2 and 4 bytes per id.
+        fingerprint: 32 hexadecimal digits, :attr:`gptcore.tokenizer.Tokenizer.fingerprint`.
+
+    Raises:
+        ValueError: if ``vocab_size`` is not in 1 to 2**32 - 1 or ``fingerprint`` is not 32 hexadecimal
+            digits.
+        FileNotFoundError: if the folder of ``path`` does not exist.
+    """
+
+    def __init__(self, path: str | Path, *, vocab_size: int, fingerprint: str) -> None:
+        if not 1 <= vocab_size < 1 << 32:
+            raise ValueError(f"vocab_size must be in 1 to 2**32 - 1; got {vocab_size}")
+        try:
+            self._fingerprint = bytes.fromhex(fingerprint)
+        except ValueError:
+            self._fingerprint = b""
+        if len(self._fingerprint) != 16:
+            raise ValueError(f"fingerprint must be 32 hexadecimal digits; got {fingerprint!r}")
+        self.path = Path(path)
+        self.vocab_size = vocab_size
+        self.count = 0
+        """The number of ids written so far."""
+        self._dtype = _DTYPES[2 if vocab_size <= 1 << 16 else 4]
+        self._temporary = temporary_sibling(self.path)
+
+    def __enter__(self) -> TokenWriter:
+        self._file = self._temporary.open("xb")
+        self._file.write(bytes(_HEADER.size))  # no magic yet: an abandoned temporary file is never valid
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                width = self._dtype.itemsize
+                header = (_MAGIC, _VERSION, width, self.vocab_size, self.count, self._fingerprint)
+                self._file.seek(0)
+                self._file.write(_HEADER.pack(*header))
+                publish(self._file, self.path)
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def write(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> None:
+        """Append ids: a list or a 1-D integer array.
+
+        Raises:
+            TypeError: if they are not integers.
+            ValueError: if they are not 1-D, or an id is not in 0 to ``vocab_size - 1``.
+        """
+        ids = np.asarray(tokens)
+        if ids.ndim != 1:
+            raise ValueError(f"tokens must be 1-D; got the shape {ids.shape}")
+        if ids.size == 0:
+            return
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise TypeError(f"tokens must be integers; got {ids.dtype}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token id {wrong} is not in the vocabulary (0 to {self.vocab_size - 1})")
+        self._file.write(ids.astype(self._dtype).data)
+        self.count += len(ids)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """A memory-mapped token file: opening is instant, and only what is used is read. ``len()`` counts ids."""
+
+    path: Path
+    tokens: NDArray[np.uint16 | np.uint32]
+    """The ids: a read-only ``numpy.memmap``."""
+    vocab_size: int
+    fingerprint: str
+    """Of the tokenizer that made the ids."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenFile:
+        """Map a file that :class:`TokenWriter` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a token file, is of another version, or is longer or shorter than it
+                says.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"there is no token file at {path}")
+        with path.open("rb") as file:
+            header = file.read(_HEADER.size)
+        if header[: len(_MAGIC)] != _MAGIC:
+            raise ValueError(
+                f"{path} is not a token file: it begins with {header[: len(_MAGIC)]!r}, not {_MAGIC!r}"
+            )
+        if len(header) < _HEADER.size:
+            raise ValueError(f"{path} is truncated: its header has {len(header)} bytes of {_HEADER.size}")
+        _, version, width, vocab_size, count, fingerprint = _HEADER.unpack(header)
+        if version != _VERSION:
+            raise ValueError(f"{path} has format version {version}; this gptcore reads {_VERSION}")
+        if width not in _DTYPES:
+            raise ValueError(f"{path} is damaged: it says {width} bytes per token; 2 and 4 are possible")
+        expected, actual = _HEADER.size + count * width, path.stat().st_size
+        if actual != expected:
+            state = "truncated" if actual < expected else "damaged"
+            raise ValueError(f"{path} is {state}: {count} tokens make {expected} bytes, but it has {actual}")
+        tokens = np.memmap(path, _DTYPES[width], "r", _HEADER.size, (count,))
+        return cls(path, tokens, vocab_size, fingerprint.hex())
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(
+        self, batch_size: int, context: int, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random windows and, for each of their tokens, the next one.
+
+        Every window of ``context + 1`` tokens in the file is equally likely. Returns ``(x, y)``, int64 on the
+        CPU, each ``(batch_size, context)``, with ``y[:, t]`` the token after ``x[:, t]``. ``generator`` (a
+        CPU one) makes the choice repeatable.
+
+        Raises:
+            ValueError: if ``batch_size`` or ``context`` is less than 1, the file has fewer than ``context +
+                1`` tokens, or a token is past the vocabulary (a damaged file).
+        """
+        _check_positive("batch_size", batch_size)
+        starts = torch.randint(self._starts(context), (batch_size,), generator=generator)
+        return self._gather(starts.tolist(), context)
+
+    def windows(self, context: int, batch_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All of the file in order, for evaluation: every token but the first is a target once.
+
+        Yields ``(x, y)`` as :meth:`batch` does, of ``batch_size`` windows that do not overlap; the last batch
+        may have fewer. The last ``(len(self) - 1) % context`` targets, which fill no window, are left out.
+        Raises as :meth:`batch` does.
+        """
+        _check_positive("batch_size", batch_size)
+        starts = range(0, self._starts(context), context)
+        batches = range(0, len(starts), batch_size)
+        return (self._gather(starts[i : i + batch_size], context) for i in batches)
+
+    def _starts(self, context: int) -> int:
+        """How many windows of ``context + 1`` tokens there are."""
+        _check_positive("context", context)
+        if len(self) < context + 1:
+            raise ValueError(
+                f"{self.path} has {len(self)} tokens; context={context} needs at least {context + 1}. "
+                "Use a shorter context or a larger corpus"
+            )
+        return len(self) - context
+
+    def _gather(self, starts: Sequence[int], context: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = np.stack([self.tokens[start : start + context + 1] for start in starts])  # (B, T + 1)
+        if (highest := int(rows.max())) >= self.vocab_size:
+            raise ValueError(
+                f"{self.path} is damaged: it holds token id {highest}; its vocabulary has {self.vocab_size}"
+            )
+        ids = torch.from_numpy(rows.astype(np.int64))
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")

@@ -1,0 +1,327 @@
+"""Text to token ids and back: GPT-2's byte-pair encoding, or one trained on your own text.
+
+Every tokenizer is a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes as in
+GPT-2, Radford et al. 2019), run by ``tiktoken`` and trained by ``rustbpe``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from gptcore._files import atomic_writer
+
+END_OF_TEXT = "<|endoftext|>"
+"""The special token that ends every document. It is the last id of every vocabulary."""
+
+_FORMAT = "gptcore-tokenizer"
+_VERSION = 1
+_FILE_NAME = "tokenizer.json"
+_BYTES = 256
+
+# The vocabulary that OpenAI released with GPT-2. The same hashes are checked by tiktoken when it downloads
+# them.
+_GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer: any text has an encoding, and decoding gives the same text back.
+
+    Args:
+        name: a name for people to read.
+        pattern: the regular expression that splits text into the pieces inside which bytes are merged.
+        mergeable_ranks: the bytes of each ordinary token -> its id, which is also the order of merging;
+            all 256 single bytes must be there, and the ids must be 0, 1, 2, ...
+        special_tokens: text -> id of the tokens that stand for no bytes; the ids continue those of
+            ``mergeable_ranks``, and ``<|endoftext|>`` must be one of them.
+
+    Raises:
+        ValueError: if the ids are not contiguous from 0, a single byte or ``<|endoftext|>`` is missing,
+            or the pattern is no valid regular expression.
+    """
+
+    def __init__(
+        self, name: str, pattern: str, mergeable_ranks: dict[bytes, int], special_tokens: dict[str, int]
+    ) -> None:
+        import tiktoken
+
+        if sorted(mergeable_ranks.values()) != list(range(len(mergeable_ranks))):
+            raise ValueError("mergeable_ranks must have the ids 0, 1, 2, ... each exactly once")
+        missing = [byte for byte in range(_BYTES) if bytes([byte]) not in mergeable_ranks]
+        if missing:
+            raise ValueError(f"mergeable_ranks must hold all 256 single bytes; {len(missing)} are missing")
+        self.vocab_size = len(mergeable_ranks) + len(special_tokens)
+        """The number of tokens, special ones included; ids are 0 to ``vocab_size - 1``."""
+        if sorted(special_tokens.values()) != list(range(len(mergeable_ranks), self.vocab_size)):
+            raise ValueError(
+                f"special_tokens must have the ids that follow the {len(mergeable_ranks)} ordinary tokens, "
+                f"each exactly once; got {special_tokens}"
+            )
+        if END_OF_TEXT not in special_tokens:
+            raise ValueError(f"special_tokens must hold {END_OF_TEXT!r}; got {sorted(special_tokens)}")
+        self.name = name
+        self.eot_token = special_tokens[END_OF_TEXT]
+        """The id of ``<|endoftext|>``."""
+        self._pattern = pattern
+        self._mergeable_ranks = mergeable_ranks
+        self._special_tokens = special_tokens
+        try:
+            self._encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=mergeable_ranks, special_tokens=special_tokens
+            )
+        except ValueError as error:
+            raise ValueError(f"pattern is not a valid regular expression: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
+
+    def encode(self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()) -> list[int]:
+        """The token ids of ``text``.
+
+        Special tokens written out in the text are ordinary characters unless they are named in
+        ``allowed_special`` (or it is ``"all"``), so a document that quotes ``<|endoftext|>`` ends nothing.
+
+        Raises:
+            ValueError: if ``allowed_special`` names a token that is not special here.
+        """
+        if allowed_special == "all":
+            return self._encoding.encode(text, allowed_special="all", disallowed_special=())
+        unknown = set(allowed_special) - self._special_tokens.keys()
+        if unknown:
+            raise ValueError(
+                f"allowed_special names {sorted(unknown)}; this tokenizer's special tokens are "
+                f"{sorted(self._special_tokens)}"
+            )
+        return self._encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``[self.encode(text) for text in texts]``, on all processor cores."""
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids (a list, an array or a 1-D tensor).
+
+        Bytes that are not UTF-8, such as a character cut in half by the end of the ids, become U+FFFD.
+
+        Raises:
+            ValueError: if an id is not in 0 to ``vocab_size - 1``.
+        """
+        tokens = [int(token) for token in ids]
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token id {token} is not in the vocabulary (0 to {self.vocab_size - 1})")
+        return self._encoding.decode(tokens, errors="replace")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that depend on the tokens, their ids and the pattern, and not on the name."""
+        digest = hashlib.sha256()
+        parts = [
+            self._pattern.encode(),
+            *self._tokens_in_order(),
+            json.dumps(self._specials_in_order()).encode(),
+        ]
+        for part in parts:  # each part's length goes first, so that no two vocabularies give the same bytes
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.hexdigest()[:32]
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer to one JSON file, which is either complete or not there at all."""
+        state = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "pattern": self._pattern,
+            "special_tokens": dict(self._specials_in_order()),
+            "mergeable_ranks": [base64.b64encode(token).decode() for token in self._tokens_in_order()],
+        }
+        with atomic_writer(Path(path)) as file:
+            file.write(json.dumps(state, ensure_ascii=False, indent=0).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read what :meth:`save` wrote; a folder stands for the ``tokenizer.json`` in it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is truncated, damaged, or not one of ours.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / _FILE_NAME
+        if not path.exists():
+            raise FileNotFoundError(f"there is no tokenizer file at {path}")
+        state = _read_state(path)
+        try:
+            ranks = {
+                base64.b64decode(token, validate=True): i for i, token in enumerate(state["mergeable_ranks"])
+            }
+            tokenizer = cls(state["name"], state["pattern"], ranks, state["special_tokens"])
+        except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
+            raise ValueError(f"{path} is a damaged tokenizer file: {error!r}") from error
+        if tokenizer.fingerprint != state.get("fingerprint"):
+            raise ValueError(
+                f"{path} is a damaged tokenizer file: its contents have the fingerprint "
+                f"{tokenizer.fingerprint}, but it says {state.get('fingerprint')!r}"
+            )
+        return tokenizer
+
+    @classmethod
+    def gpt2(cls, vocab_dir: str | Path | None = None) -> Tokenizer:
+        """GPT-2's own tokenizer: 50,257 tokens.
+
+        Without ``vocab_dir``, tiktoken reads the vocabulary from its cache (the folder
+        ``TIKTOKEN_CACHE_DIR``), or downloads it into that cache. With it, ``encoder.json`` and ``vocab.bpe``
+        are read from that folder.
+
+        Raises:
+            FileNotFoundError: if ``vocab_dir`` lacks one of the two files.
+            ValueError: if one of them is not the file that was released with GPT-2.
+            ConnectionError: if there is neither ``vocab_dir``, nor a cached copy, nor a connection.
+        """
+        from tiktoken_ext import openai_public
+
+        if vocab_dir is not None:
+            ids = _read_gpt2_ids(Path(vocab_dir))
+            special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
+            return cls("gpt2", openai_public.r50k_pat_str, _ranks_from_unicode(ids), special)
+        try:
+            # What tiktoken.get_encoding("gpt2") passes to tiktoken.Encoding, straight from its source.
+            arguments = openai_public.gpt2()
+        except (OSError, ValueError) as error:
+            raise ConnectionError(
+                f"GPT-2's vocabulary could not be had: {error}\n"
+                "Give it in one of these ways: connect to the internet once, and tiktoken caches it; or set "
+                "TIKTOKEN_CACHE_DIR to a folder with tiktoken's cached copy; or put encoder.json and "
+                "vocab.bpe in a folder and call Tokenizer.gpt2(vocab_dir=folder). "
+                "Training your own tokenizer ('bpe') needs none of this."
+            ) from error
+        return cls("gpt2", arguments["pat_str"], arguments["mergeable_ranks"], arguments["special_tokens"])
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, *, pattern: str | None = None, name: str = "bpe"
+    ) -> Tokenizer:
+        """Learn a vocabulary from a stream of texts, which are read once.
+
+        The vocabulary is the 256 bytes, then merges by falling frequency, then ``<|endoftext|>``. A small
+        corpus may not have that many pairs to merge: a ``UserWarning`` says so, and ``vocab_size`` is then
+        smaller.
+
+        Args:
+            texts: the corpus. Merges never cross from one text to the next.
+            vocab_size: how many tokens to have in all, ``<|endoftext|>`` included; at least 257.
+            pattern: how to split text into pieces before merging; GPT-4's pattern unless given.
+            name: a name for people to read.
+
+        Raises:
+            ValueError: if ``vocab_size`` is less than 257, the corpus holds no text, or the pattern is
+                invalid.
+        """
+        import rustbpe
+
+        if vocab_size < _BYTES + 1:
+            raise ValueError(
+                f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}); got {vocab_size}"
+            )
+        characters = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal characters
+            for text in texts:
+                characters += len(text)
+                yield text
+
+        trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue] - compiled, no stubs
+        # The trainer holds a buffer of texts in memory at a time; ours may be long, so it is kept short.
+        trainer.train_from_iterator(counted(), vocab_size - 1, buffer_size=256, pattern=pattern)
+        if characters == 0:
+            raise ValueError("cannot train a tokenizer: the corpus is empty")
+
+        ranks: dict[bytes, int] = {}
+        for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1]):
+            # Two merges can spell the same bytes: the first one keeps the id, and ids stay contiguous.
+            ranks.setdefault(bytes(token), len(ranks))
+        if len(ranks) + 1 < vocab_size:
+            warnings.warn(
+                f"the corpus has too few pairs to merge for vocab_size={vocab_size}: "
+                f"the tokenizer has {len(ranks) + 1} tokens",
+                stacklevel=2,
+            )
+        return cls(name, trainer.get_pattern(), ranks, {END_OF_TEXT: len(ranks)})
+
+    def _tokens_in_order(self) -> list[bytes]:
+        return sorted(self._mergeable_ranks, key=self._mergeable_ranks.__getitem__)
+
+    def _specials_in_order(self) -> list[tuple[str, int]]:
+        return sorted(self._special_tokens.items(), key=lambda item: item[1])
+
+
+def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """``"gpt2"``, or a tokenizer from the file (or the folder with a ``tokenizer.json``) at a path.
+
+    Raises:
+        FileNotFoundError: if it is neither; otherwise as :meth:`Tokenizer.gpt2` and :meth:`Tokenizer.load`.
+    """
+    if str(name_or_path) == "gpt2":
+        return Tokenizer.gpt2()
+    if not Path(name_or_path).exists():
+        raise FileNotFoundError(
+            f"tokenizer must be 'gpt2', a tokenizer file or a folder with a {_FILE_NAME}; "
+            f"got {str(name_or_path)!r}, which does not exist"
+        )
+    return Tokenizer.load(name_or_path)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The JSON object of a tokenizer file, checked to be of our format and version."""
+    try:
+        state = json.loads(path.read_bytes())
+    except ValueError as error:  # broken JSON, or bytes that are not text
+        raise ValueError(f"{path} is not a tokenizer file, or is truncated: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(f'{path} is not a gptcore tokenizer file (no "format": "{_FORMAT}" in it)')
+    if state.get("version") != _VERSION:
+        raise ValueError(f"{path} has format version {state.get('version')!r}; this gptcore reads {_VERSION}")
+    return state
+
+
+def _read_gpt2_ids(folder: Path) -> dict[str, int]:
+    """The contents of ``encoder.json``, after both files of the released pair are known to be genuine."""
+    contents = {}
+    for name, expected in _GPT2_SHA256.items():
+        path = folder / name
+        if not path.exists():
+            raise FileNotFoundError(f"vocab_dir must hold {' and '.join(_GPT2_SHA256)}; there is no {path}")
+        contents[name] = path.read_bytes()
+        actual = hashlib.sha256(contents[name]).hexdigest()
+        if actual != expected:
+            raise ValueError(f"{path} is not GPT-2's {name}: its sha256 is {actual}, not {expected}")
+    return json.loads(
+        contents["encoder.json"]
+    )  # its ids are the line numbers of vocab.bpe: the order of merging
+
+
+def _ranks_from_unicode(ids: dict[str, int]) -> dict[bytes, int]:
+    """Undo GPT-2's spelling of bytes as characters.
+
+    A byte whose Latin-1 character is printable and no space stands for itself; the others, in order, are the
+    characters from U+0100 on (Radford et al. 2019, ``bytes_to_unicode`` in the released code).
+    """
+    plain = [byte for byte in range(_BYTES) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(_BYTES) if byte not in plain]
+    byte_of = {chr(byte): byte for byte in plain} | {chr(_BYTES + i): byte for i, byte in enumerate(others)}
+    return {bytes(byte_of[character] for character in token): i for token, i in ids.items()}
