@@ -1,0 +1,62 @@
+"""The shipped launch configurations of the attention kernels: one tile per direction, architecture, dtype and head_dim.
+
+Chosen so that no kernel spills registers and each fits its target's shared memory
+(`tests/kernels/test_compile.py` holds sm_90's); nothing is tuned at first use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`block_m` queries by `block_n` keys, computed by `num_warps` warps, `num_stages` loads deep."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# Columns: the forward, dK/dV, dQ. Rows: padded head_dim up to 64, 128, 256.
+_Row = tuple[Tile, Tile, Tile]
+_Table = dict[int, _Row]
+_HOPPER: _Table = {  # 227 kB of shared memory
+    64: (Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+    128: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    256: (Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 64, 8, 2)),
+}
+_AMPERE: _Table = {  # 163 kB
+    64: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    128: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    256: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 1)),
+}
+_CONSUMER: _Table = {  # 99 kB: sm_86, sm_89, sm_120
+    64: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: (Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 4, 2)),
+    256: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+}
+_HIP: _Table = {  # 64 kB of local data share, 64-thread waves
+    64: (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+    128: (Tile(128, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1)),
+    256: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+}
+_FLOAT32: _Table = {  # IEEE products, on the general units and within 99 kB: small tiles everywhere
+    64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
+    128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+    256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+}
+_DIRECTIONS = ("forward", "dkdv", "dq")
+_BY_ARCH = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER, "hip": _HIP}
+# In the interpreter a tile costs the same whatever its size; small ones bring several into short test sequences.
+_INTERPRETER = Tile(32, 16, 1, 1)
+
+
+def tile(direction: str, arch: str, itemsize: int, block_d: int) -> Tile:
+    """The launch configuration of "forward", "dkdv" or "dq" on `arch` for elements of `itemsize` bytes."""
+    if arch == "interpreter":
+        return _INTERPRETER
+    table = _FLOAT32 if itemsize == 4 else _BY_ARCH.get(arch, _CONSUMER)
+    row = table[64 if block_d <= 64 else block_d]
+    return row[_DIRECTIONS.index(direction)]

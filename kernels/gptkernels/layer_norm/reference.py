@@ -1,0 +1,14 @@
+"""Layer normalisation in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension, in x's dtype (population variance)."""
+    # F.layer_norm wants one dtype on some devices; autocast leaves fp32 weights beside a bf16 x.
+    weight = weight if weight is None else weight.to(x.dtype)
+    bias = bias if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

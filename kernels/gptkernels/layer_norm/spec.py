@@ -1,0 +1,95 @@
+"""Inputs, shapes and costs of layer_norm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels.layer_norm import reference
+from gptkernels.layer_norm.api import layer_norm
+
+
+def _case(
+    *shape: int,
+    weight: bool = True,
+    bias: bool = True,
+    parameter_dtype: torch.dtype | None = None,
+    layout: str = "contiguous",
+) -> Case:
+    name = "x".join(map(str, shape))
+    name += "" if weight else "-noweight"
+    name += "" if bias else "-nobias"
+    name += "" if parameter_dtype is None else f"-{str(parameter_dtype).removeprefix('torch.')}_parameters"
+    name += "" if layout == "contiguous" else f"-{layout}"
+    return Case(
+        name,
+        {
+            "shape": shape,
+            "weight": weight,
+            "bias": bias,
+            "parameter_dtype": parameter_dtype,
+            "layout": layout,
+        },
+    )
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    p = case.parameters
+    *lead, columns = p["shape"]
+    # A mean well off zero shows a variance that was computed as E[x^2] - E[x]^2.
+    if p["layout"] == "slice":  # rows inside a wider tensor, as in a packed projection
+        x = (torch.randn(*lead, columns + 5, generator=generator) + 3.0).to(device, dtype)[..., 2 : 2 + columns]
+    elif p["layout"] == "transposed":
+        x = (torch.randn(columns, *lead, generator=generator) + 3.0).to(device, dtype).movedim(0, -1)
+    else:
+        x = (torch.randn(*lead, columns, generator=generator) + 3.0).to(device, dtype)
+    parameter_dtype = p["parameter_dtype"] or dtype
+    weight = (1 + 0.5 * torch.randn(columns, generator=generator)).to(device, parameter_dtype)
+    bias = torch.randn(columns, generator=generator).to(device, parameter_dtype)
+    return Inputs({"x": x, "weight": weight if p["weight"] else None, "bias": bias if p["bias"] else None})
+
+
+def _cost(case: Case, dtype: torch.dtype) -> Cost:
+    *lead, columns = case.parameters["shape"]
+    rows = math.prod(lead)
+    elements, itemsize = rows * columns, dtype.itemsize
+    parameters = 2 * columns * itemsize
+    return Cost(
+        forward_flops=8 * elements,
+        backward_flops=14 * elements,
+        forward_bytes=2 * elements * itemsize + parameters + 8 * rows,
+        backward_bytes=3 * elements * itemsize + parameters * 3 // 2 + 8 * rows,
+    )
+
+
+SPEC = OpSpec(
+    name="layer_norm",
+    function=layer_norm,
+    reference=reference.layer_norm,
+    make_inputs=_make_inputs,
+    cost=_cost,
+    cases=(
+        _case(7),
+        _case(1, 1),
+        _case(3, 1),
+        _case(5, 2),
+        _case(33, 17),
+        _case(2, 3, 65),
+        _case(9, 768),
+        _case(70, 100),
+        _case(4, 1023),
+        _case(3, 4097),
+        _case(5, 20011),
+        _case(3, 20011, weight=False, bias=False),
+        _case(9, 65, weight=False, bias=False),
+        _case(9, 65, weight=False),
+        _case(9, 65, bias=False),
+        _case(9, 96, parameter_dtype=torch.float32),
+        _case(4, 9, 33, layout="slice"),
+        _case(6, 40, layout="transposed"),
+    ),
+    bench_cases=tuple(_case(4096, columns) for columns in (768, 1024, 2048, 4096, 8192, 32768)),
+)

@@ -1,0 +1,125 @@
+"""How gptkernels proves an operation right; importable by your own tests.
+
+The float64 error budget: against the float64 result, a fused operation may err at most twice as much as the plain PyTorch
+operation in the same dtype does, plus rounding of the result. No tolerance is tuned by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels.attention.spec import SPEC as ATTENTION
+from gptkernels.layer_norm.spec import SPEC as LAYER_NORM
+from gptkernels.softmax.spec import SPEC as SOFTMAX
+
+__all__ = [
+    "SPECS",
+    "Case",
+    "Cost",
+    "Inputs",
+    "OpSpec",
+    "assert_within_budget",
+    "check_op",
+    "poisoned_memory",
+    "run",
+]
+
+SPECS: tuple[OpSpec, ...] = (LAYER_NORM, SOFTMAX, ATTENTION)
+"""The specification of every operation: inputs, shape grid, FLOPs and bytes."""
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills every uninitialised tensor with NaN (integers: the largest value), so that an unwritten output shows.
+
+    Uses PyTorch's own deterministic fill; works for allocations made by C++ and on every device.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def assert_within_budget(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Asserts that `actual` is as close to `exact` (float64) as the plain operation's result allows.
+
+    Both the largest and the root-mean-square error may be at most twice `plain`'s, plus the rounding of the result to
+    `actual`'s dtype. Infinities and NaN must stand where `plain` has them.
+
+    Args:
+        name: what is compared, for the message.
+        actual: the fused operation's result, dtype under test.
+        plain: plain PyTorch's result in the same dtype.
+        exact: the float64 result from the same inputs.
+
+    Raises:
+        AssertionError: naming the error, the budget and the worst element.
+    """
+    assert actual.dtype == plain.dtype, f"{name}: dtype {actual.dtype}, plain PyTorch gives {plain.dtype}"
+    assert actual.shape == plain.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(plain.shape)}"
+    if actual.numel() == 0:
+        return
+    eps = torch.finfo(actual.dtype).eps
+    got, want = actual.detach().double().cpu(), exact.detach().double().cpu()
+    reference = plain.detach().double().cpu()
+    odd = ~reference.isfinite()
+    same = (got == reference) | (got.isnan() & reference.isnan())
+    assert bool(same[odd].all()), f"{name}: {got[odd & ~same][0]} where plain PyTorch has {reference[odd & ~same][0]}"
+    assert bool(got[~odd].isfinite().all()), f"{name}: {int((~got[~odd].isfinite()).sum())} values are not finite"
+    got, want, reference = got[~odd], want[~odd], reference[~odd]
+    if got.numel() == 0:
+        return
+    error, plain_error = (got - want).abs(), (reference - want).abs()
+    # Half a unit in the last place of the result is what rounding alone may cost: eps / 2 of each value.
+    budget = 2 * plain_error.max() + eps / 2 * want.abs() + torch.finfo(actual.dtype).tiny
+    worst = int((error - budget).argmax())
+    assert bool((error <= budget).all()), (
+        f"{name}: error {error[worst]:.3e} at element {worst} ({got[worst]:.6g}, exact {want[worst]:.6g}); "
+        f"the budget is {budget[worst]:.3e} (plain PyTorch errs by at most {plain_error.max():.3e})"
+    )
+    rms, plain_rms = error.square().mean().sqrt(), plain_error.square().mean().sqrt()
+    rms_budget = 2 * plain_rms + eps / 2 * want.square().mean().sqrt() + torch.finfo(actual.dtype).tiny
+    assert rms <= rms_budget, f"{name}: RMS error {rms:.3e}; the budget is {rms_budget:.3e} (plain {plain_rms:.3e})"
+
+
+def run(function: Callable[..., Tensor], inputs: Inputs, grad_out: Tensor | None = None) -> dict[str, Tensor]:
+    """Calls `function` and differentiates it: ``{"out": ..., "grad_x": ...}`` for every floating-point input.
+
+    `grad_out` is the gradient of the output (None: no backward).
+    """
+    leaves = inputs.mapped(lambda t: t.detach().requires_grad_(grad_out is not None))
+    out = function(**leaves.tensors, **leaves.options)
+    results = {"out": out.detach()}
+    if grad_out is not None:
+        names, tensors = zip(*leaves.differentiable().items())
+        grads = torch.autograd.grad(out, tensors, grad_out.to(out.dtype))
+        results |= {f"grad_{name}": grad for name, grad in zip(names, grads)}
+    return results
+
+
+def check_op(
+    spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: torch.device | str = "cpu", seed: int = 0
+) -> None:
+    """Holds one case of one operation, forward and backward, against the float64 error budget, on poisoned memory."""
+    inputs = spec.make_inputs(case, dtype, torch.device(device), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    plain_out = spec.reference(**inputs.tensors, **inputs.options)
+    grad_out = torch.randn(plain_out.shape, generator=generator).to(device, dtype)
+    # The budget belongs to the numbers, not to their layout: PyTorch's attention picks another kernel for each.
+    plain = run(spec.reference, inputs.mapped(torch.Tensor.contiguous), grad_out)
+    exact = run(spec.reference, inputs.mapped(lambda t: t.double()), grad_out.double())
+    with poisoned_memory():
+        actual = run(lambda **kwargs: spec.function(**kwargs, backend=backend), inputs, grad_out)
+    for name, value in actual.items():
+        assert_within_budget(f"{spec.name}[{case.name}] {name}", value, plain[name], exact[name])

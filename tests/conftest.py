@@ -1,0 +1,34 @@
+"""Decides once, before triton is imported, where kernels run: on the GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the kernels under test run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _restore_backend_choice():
+    """No test's `use_backend` reaches the next test."""
+    from gptkernels import use_backend
+
+    with use_backend("auto"):
+        yield

@@ -1,0 +1,140 @@
+"""The one place that chooses: explicit choices hold or fail loudly, "auto" never fails, and the report tells the truth."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import gptkernels
+import pytest
+import torch
+from gptkernels import BackendUnavailableError, available_backends, layer_norm, report, use_backend
+
+X = torch.randn(3, 8)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, with the test's import path."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("call", [lambda: layer_norm(X, backend="cuda"), lambda: use_backend("cuda")])
+def test_unknown_name(call):
+    with pytest.raises(ValueError, match=r"backend: got 'cuda'; accepted are 'auto', 'reference', 'triton', 'native'"):
+        call()
+
+
+def test_native_before_it_exists():
+    with pytest.raises(BackendUnavailableError, match="native CPU kernels are not part of this version"):
+        layer_norm(X, backend="native")
+    with pytest.raises(BackendUnavailableError, match="native"):
+        use_backend("native")
+
+
+def test_explicit_triton_on_a_cpu_tensor_is_an_error_outside_the_interpreter():
+    code = """
+import torch, gptkernels
+x = torch.randn(2, 8)
+assert "triton" not in gptkernels.available_backends() or torch.cuda.is_available()
+for call in (lambda: gptkernels.layer_norm(x, backend="triton"), lambda: gptkernels.softmax(x, backend="triton")):
+    try: call()
+    except gptkernels.BackendUnavailableError as error: print(error)
+assert torch.equal(gptkernels.softmax(x), gptkernels.softmax(x, backend="reference"))
+"""
+    done = run_python(code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("cannot run" in line and "use 'auto' or 'reference'" in line for line in lines), lines
+
+
+def test_works_without_triton():
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton" or name.startswith("triton."): raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch, gptkernels
+x = torch.randn(2, 8, requires_grad=True)
+gptkernels.layer_norm(x).sum().backward()
+assert gptkernels.available_backends() == ("reference",)
+print(gptkernels.report())
+try: gptkernels.layer_norm(x, backend="triton")
+except gptkernels.BackendUnavailableError as error: print("error:", error)
+assert "triton" not in sys.modules
+"""
+    done = run_python(code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    assert "the package triton is not installed (pip install triton)" in done.stdout
+    assert "error: backend 'triton' cannot run layer_norm" in done.stdout
+
+
+def test_importing_imports_no_triton_and_touches_no_network():
+    code = """
+import socket, sys
+def refuse(*a, **k): raise AssertionError("network at import")
+socket.socket.connect = refuse
+import gptkernels
+assert "triton" not in sys.modules, "triton was imported"
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_use_backend_is_a_setter_and_a_context_manager(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    from gptkernels.layer_norm import reference
+
+    original = reference.layer_norm
+    monkeypatch.setattr(reference, "layer_norm", lambda *a: calls.append("reference") or original(*a))
+    use_backend("triton")
+    x = X.cuda() if torch.cuda.is_available() else X
+    layer_norm(x)
+    assert calls == []
+    with use_backend("reference"):
+        layer_norm(x)
+        assert calls == ["reference"]
+        layer_norm(x, backend="triton")  # the call's own choice wins
+        assert calls == ["reference"]
+    layer_norm(x)
+    assert calls == ["reference"]
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert report().choice == "triton"
+
+
+def test_report_says_what_runs_and_why_not():
+    rows = {(row.op, row.device): row for row in report().rows}
+    assert {op for op, _ in rows} == {"layer_norm", "softmax", "attention"}
+    on_cpu = rows["attention", "cpu"]
+    assert on_cpu.auto == "reference"  # the interpreter is never chosen by "auto"
+    assert "not part of this version" in on_cpu.unavailable["native"]
+    assert "reference" in available_backends()
+    text = str(report())
+    assert "attention    auto -> reference" in text
+    assert "not available: native on cpu: " in text
+
+
+def test_report_on_a_cpu_explains_triton():
+    done = run_python("import gptkernels; print(gptkernels.report())", TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert "triton on cpu: Triton kernels need a CUDA or ROCm device and there is no GPU here" in done.stdout
+
+
+def test_the_public_names_are_the_documented_ones():
+    assert sorted(gptkernels.__all__) == [
+        "BackendUnavailableError",
+        "attention",
+        "available_backends",
+        "causal_attention",
+        "layer_norm",
+        "report",
+        "softmax",
+        "use_backend",
+    ]
+    assert all(getattr(gptkernels, name).__doc__ for name in gptkernels.__all__)

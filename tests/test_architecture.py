@@ -1,0 +1,70 @@
+"""Rules of the structure that nothing else would notice being broken."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(p for top in ("kernels", "gptcore", "bench") for p in (ROOT / top).rglob("*.py"))
+OPS = sorted(p.parent for p in (ROOT / "kernels/gptkernels").glob("*/api.py"))
+
+
+def imports(file: Path) -> dict[str, bool]:
+    """Modules that `file` imports -> whether at its top level (TYPE_CHECKING blocks do not count)."""
+    tree = ast.parse(file.read_text())
+    top = {id(node) for node in tree.body}
+    found: dict[str, bool] = {}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            found[name] = found.get(name, False) or id(node) in top
+    return found
+
+
+def test_kernels_is_no_package():
+    assert not (ROOT / "kernels/__init__.py").exists(), "Hugging Face owns the import name `kernels`"
+
+
+@pytest.mark.parametrize("folder", OPS, ids=lambda p: p.name)
+def test_an_op_is_one_folder_with_the_same_files(folder: Path):
+    expected = {"__init__.py", "api.py", "reference.py", "triton.py", "spec.py", "MATH.md"}
+    assert expected <= {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports(file: Path):
+    found = imports(file)
+    place = file.relative_to(ROOT).as_posix()
+    may_import_triton = {"_triton.py", "_interpreter.py", "triton.py", "compile_report.py"}
+    if place.startswith("kernels/"):
+        assert not any(name.split(".")[0] in ("gptcore", "bench") for name in found), "kernels knows nothing of gptcore"
+        if file.name not in may_import_triton:
+            assert not any(name.split(".")[0] == "triton" for name in found)
+    if place.startswith("gptcore/"):
+        assert not any(name.split(".")[0] == "triton" for name in found), "models never import triton"
+        private = {name for name in found if name.startswith("gptkernels.")}
+        assert all(not part.startswith("_") for name in private for part in name.split("."))
+        allowed = ("gptkernels.nn", "gptkernels.integrations") + tuple(
+            f"gptkernels.{n}" for n in __import__("gptkernels").__all__
+        )
+        assert all(name.startswith(allowed) for name in private), f"public names only: {private}"
+        heavy = {"tyro", "matplotlib", "rustbpe", "transformers", "tiktoken", "rich", "huggingface_hub"}
+        assert not {n for n, at_top in found.items() if at_top and n.split(".")[0] in heavy}, "import where used"
+
+
+@pytest.mark.parametrize("folder", OPS, ids=lambda p: p.name)
+def test_backends_never_import_one_another(folder: Path):
+    for file, others in (("triton.py", ("reference", "native")), ("reference.py", ("triton", "native"))):
+        found = imports(folder / file)
+        assert not any(name.split(".")[-1] in others and name.startswith("gptkernels") for name in found)
+
+
+def test_no_file_has_outgrown_its_purpose():
+    assert {str(p): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 600} == {}
