@@ -1,7 +1,9 @@
-"""Mends bfloat16 in Triton's interpreter (``TRITON_INTERPRET=1``), which holds it as 16-bit patterns.
+"""Mends Triton's interpreter (``TRITON_INTERPRET=1``) where it computes other than a GPU would.
 
-Left alone (Triton 3.6 to 3.9) the interpreter multiplies those patterns in `tl.dot` and truncates where the GPU rounds
-to nearest even. `tests/kernels/test_interpreter.py` fails when a Triton release no longer needs this.
+bfloat16: the interpreter (Triton 3.6 to 3.9) holds it as 16-bit patterns, multiplies those patterns in `tl.dot`, and
+truncates where the GPU rounds to nearest even. Sums: numpy adds along a first axis one element after the other, a GPU
+in a tree, whose rounding errors grow with the logarithm of the length only.
+`tests/kernels/test_interpreter.py` fails when a Triton release no longer needs this.
 """
 
 from __future__ import annotations
@@ -26,8 +28,19 @@ def _float32_to_bf16(values: np.ndarray) -> np.ndarray:
     return rounded.astype(np.uint16).reshape(values.shape)
 
 
+def _tree_sum(values: np.ndarray, axis: int | None, keepdims: bool) -> np.ndarray:
+    """The sum over `axis`, halves added to halves. Triton's tiles have a power of two of elements."""
+    if axis is None:
+        total = _tree_sum(values.reshape(-1), 0, False)
+        return total.reshape((1,) * values.ndim) if keepdims else total
+    while values.shape[axis] > 1:
+        low, high = np.split(values, 2, axis=axis)
+        values = low + high
+    return values if keepdims else values.squeeze(axis)
+
+
 def mend() -> None:
-    """Replaces the interpreter's cast and dot with ones that compute in bfloat16's real values. Idempotent."""
+    """Replaces the interpreter's cast, dot and sum with ones that compute as a GPU does. Idempotent."""
     builder: Any = interpreter.InterpreterBuilder
     if getattr(builder, "bf16_is_mended", False):
         return
@@ -60,3 +73,14 @@ def mend() -> None:
 
     builder.cast_impl, builder.create_dot, builder.create_fp_to_fp = cast_impl, create_dot, create_fp_to_fp
     builder.bf16_is_mended = True
+
+    reduction: Any = interpreter.ReduceOps
+    plain_sum = reduction.sum
+
+    def tree_sum(self: Any, tensor: Any) -> Any:
+        values = tensor.handle.data
+        if not np.issubdtype(values.dtype, np.floating):
+            return plain_sum(self, tensor)
+        return self.to_tensor(_tree_sum(values, self.axis, self.keep_dims), tensor.dtype)
+
+    reduction.sum = tree_sum

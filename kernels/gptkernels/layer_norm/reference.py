@@ -11,4 +11,5 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     # F.layer_norm wants one dtype on some devices; autocast leaves fp32 weights beside a bf16 x.
     weight = weight if weight is None else weight.to(x.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # On a GPU autocast widens the result to float32; it is x's dtype here as everywhere.
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(x.dtype)

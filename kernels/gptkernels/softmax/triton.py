@@ -1,0 +1,257 @@
+"""Softmax in Triton: whole rows while they fit on chip, an online pass and a second read beyond; other dims in tiles.
+
+All arithmetic is float32. Rows are addressed in int64. The derivation and the traffic are in MATH.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptkernels._triton import FP_FUSION, next_power_of_2, on_device, rows_and_stride
+
+# The longest row that one program holds in registers: 32,768 float32 over 32 warps are 32 registers a thread.
+MAX_BLOCK = 32768
+# Columns that one program of the long-row kernels takes at a time.
+LOOP_BLOCK = 4096
+# The tile of the kernels for a dimension that is not the last: elements along it, and neighbours beside it.
+STRIDED_BLOCK = 32
+STRIDED_WIDTH = 64
+
+
+@triton.jit
+def _visible(rows, N, QUERIES, CAUSAL: tl.constexpr):
+    """How many of its N columns each row keeps, counted from the left."""
+    visible = tl.zeros_like(rows) + N
+    if CAUSAL:
+        visible = tl.minimum(tl.maximum(rows % QUERIES + 1 + N - QUERIES, 0), visible)
+    return visible
+
+
+@triton.jit
+def _finite_max(m):
+    """What to subtract under the exponential: a row of nothing but -inf would subtract -inf from itself."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _reciprocal(total):
+    """1 / total; 1 for a row of nothing but -inf, whose exponentials are all 0 already."""
+    return 1.0 / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def _forward_kernel(
+    X, Y, M, N, QUERIES, stride_x, scale_log2, CAUSAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """ROWS whole rows: one read, one write."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    seen = (rows < M)[:, None] & (cols[None, :] < _visible(rows, N, QUERIES, CAUSAL)[:, None])
+    x = tl.load(X + rows[:, None] * stride_x + cols[None, :], mask=seen, other=float("-inf")).to(tl.float32)
+    m = _finite_max(tl.max(x, axis=1))  # (ROWS,)
+    p = tl.exp2((x - m[:, None]) * scale_log2)
+    y = p * _reciprocal(tl.sum(p, axis=1))[:, None]
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    tl.store(Y + rows[:, None] * N + cols[None, :], y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _forward_long_kernel(X, Y, N, QUERIES, stride_x, scale_log2, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
+    """One row longer than a block: maximum and sum online in one read, the result in a second."""
+    row = tl.program_id(0).to(tl.int64)
+    X += row * stride_x
+    Y += row * N
+    visible = _visible(row, N, QUERIES, CAUSAL)
+    m = float("-inf")
+    total = 0.0
+    for start in range(0, visible, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(X + cols, mask=cols < visible, other=float("-inf")).to(tl.float32)
+        m_new = tl.maximum(m, tl.max(x, axis=0))
+        base = _finite_max(m_new)
+        total = total * tl.exp2((m - base) * scale_log2) + tl.sum(tl.exp2((x - base) * scale_log2), axis=0)
+        m = m_new
+    base = _finite_max(m)
+    factor = _reciprocal(total)
+    for start in range(0, N, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        # Past the visible columns nothing is read, and exp2(-inf) is the 0 that belongs there.
+        x = tl.load(X + cols, mask=cols < visible, other=float("-inf")).to(tl.float32)
+        y = tl.exp2((x - base) * scale_log2) * factor
+        tl.store(Y + cols, y.to(Y.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def _forward_strided_kernel(X, Y, N, INNER, scale_log2, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """(OUTER, N, INNER), softmax over N: WIDTH neighbouring columns at a time, so that reads stay adjacent."""
+    inner = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    base_offset = tl.program_id(1).to(tl.int64) * N * INNER
+    X += base_offset
+    Y += base_offset
+    m = tl.full((WIDTH,), float("-inf"), tl.float32)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for start in range(0, N, BLOCK):
+        n = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = (n < N)[:, None] & (inner < INNER)[None, :]
+        x = tl.load(X + n[:, None] * INNER + inner[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+        m_new = tl.maximum(m, tl.max(x, axis=0))
+        base = _finite_max(m_new)
+        p = tl.exp2((x - base[None, :]) * scale_log2)
+        total = total * tl.exp2((m - base) * scale_log2) + tl.sum(p, axis=0)
+        m = m_new
+    base = _finite_max(m)
+    factor = _reciprocal(total)
+    for start in range(0, N, BLOCK):
+        n = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = (n < N)[:, None] & (inner < INNER)[None, :]
+        offsets = n[:, None] * INNER + inner[None, :]
+        x = tl.load(X + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+        y = tl.exp2((x - base[None, :]) * scale_log2) * factor[None, :]
+        tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    DY, Y, DX, M, N, QUERIES, stride_dy, scale, CAUSAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """ROWS whole rows: dx = scale * y * (dy - sum(y * dy)), each tensor read once."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    seen = (rows < M)[:, None] & (cols[None, :] < _visible(rows, N, QUERIES, CAUSAL)[:, None])
+    y = tl.load(Y + rows[:, None] * N + cols[None, :], mask=seen, other=0.0).to(tl.float32)
+    dy = tl.load(DY + rows[:, None] * stride_dy + cols[None, :], mask=seen, other=0.0).to(tl.float32)
+    centred = dy - tl.sum(y * dy, axis=1)[:, None]
+    # y sums to 1 only up to its rounding: what is left of the mean is taken out in a second look, in registers.
+    centred -= tl.sum(y * centred, axis=1)[:, None]
+    dx = scale * y * centred
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    tl.store(DX + rows[:, None] * N + cols[None, :], dx.to(DX.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_long_kernel(DY, Y, DX, N, QUERIES, stride_dy, scale, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
+    """One row longer than a block: the sums of y * dy and of y in one read, dx in a second."""
+    row = tl.program_id(0).to(tl.int64)
+    DY += row * stride_dy
+    Y += row * N
+    DX += row * N
+    visible = _visible(row, N, QUERIES, CAUSAL)
+    dot = 0.0
+    total = 0.0
+    for start in range(0, visible, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        y = tl.load(Y + cols, mask=cols < visible, other=0.0).to(tl.float32)
+        dy = tl.load(DY + cols, mask=cols < visible, other=0.0).to(tl.float32)
+        dot += tl.sum(y * dy, axis=0)
+        total += tl.sum(y, axis=0)
+    dot = dot * _reciprocal(total)
+    for start in range(0, N, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        y = tl.load(Y + cols, mask=cols < visible, other=0.0).to(tl.float32)
+        dy = tl.load(DY + cols, mask=cols < visible, other=0.0).to(tl.float32)
+        tl.store(DX + cols, (scale * y * (dy - dot)).to(DX.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def _backward_strided_kernel(DY, Y, DX, N, INNER, scale, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """(OUTER, N, INNER), softmax over N: the long form over WIDTH neighbouring columns at a time."""
+    inner = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    base_offset = tl.program_id(1).to(tl.int64) * N * INNER
+    DY += base_offset
+    Y += base_offset
+    DX += base_offset
+    dot = tl.zeros((WIDTH,), tl.float32)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for start in range(0, N, BLOCK):
+        n = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = (n < N)[:, None] & (inner < INNER)[None, :]
+        offsets = n[:, None] * INNER + inner[None, :]
+        y = tl.load(Y + offsets, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(DY + offsets, mask=inside, other=0.0).to(tl.float32)
+        dot += tl.sum(y * dy, axis=0)
+        total += tl.sum(y, axis=0)
+    dot = dot * _reciprocal(total)
+    for start in range(0, N, BLOCK):
+        n = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = (n < N)[:, None] & (inner < INNER)[None, :]
+        offsets = n[:, None] * INNER + inner[None, :]
+        y = tl.load(Y + offsets, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(DY + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(DX + offsets, (scale * y * (dy - dot[None, :])).to(DX.dtype.element_ty), mask=inside)
+
+
+def _row_launch(rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and constants of the whole-row kernels: short rows share a program, about 16 elements a thread."""
+    block = next_power_of_2(columns)
+    per_program = max(1, min(32, 2048 // block))
+    warps = max(1, min(32, block * per_program // 512))
+    return (triton.cdiv(rows, per_program),), {"ROWS": per_program, "BLOCK": block, "num_warps": warps}
+
+
+def _strided_launch(x: Tensor, dim: int) -> tuple[tuple[int, int], int, int, dict[str, int]]:
+    """``(grid, N, INNER, constants)`` of the kernels for a dimension that is not the last."""
+    columns, inner = x.shape[dim], math.prod(x.shape[dim + 1 :])
+    width = min(STRIDED_WIDTH, next_power_of_2(inner))
+    block = min(STRIDED_BLOCK * STRIDED_WIDTH // width, next_power_of_2(columns))
+    grid = triton.cdiv(inner, width), math.prod(x.shape[:dim])
+    return grid, columns, inner, {"BLOCK": block, "WIDTH": width, "num_warps": 4}
+
+
+def softmax_forward(x: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
+    """Softmax of ``scale * x`` over `dim`: contiguous, like x."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    dim %= x.dim()
+    scale_log2 = scale * math.log2(math.e)
+    with on_device(x):
+        if math.prod(x.shape[dim + 1 :]) > 1:
+            grid, columns, inner, constants = _strided_launch(x, dim)
+            _forward_strided_kernel[grid](x.contiguous(), out, columns, inner, scale_log2, **constants, **FP_FUSION)
+            return out
+        queries = x.shape[-2] if causal else 1
+        x, rows, columns, stride = rows_and_stride(x.flatten(dim))
+        if columns <= MAX_BLOCK:
+            grid, constants = _row_launch(rows, columns)
+            _forward_kernel[grid](
+                x, out, rows, columns, queries, stride, scale_log2, CAUSAL=causal, **constants, **FP_FUSION
+            )
+        else:
+            _forward_long_kernel[(rows,)](
+                x, out, columns, queries, stride, scale_log2, CAUSAL=causal, BLOCK=LOOP_BLOCK, num_warps=8, **FP_FUSION
+            )
+    return out
+
+
+def softmax_backward(grad_out: Tensor, out: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
+    """The gradient of `softmax_forward`'s input from its output: contiguous, like out."""
+    grad_x = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    if out.numel() == 0:
+        return grad_x
+    dim %= out.dim()
+    with on_device(out):
+        out = out.contiguous()
+        if math.prod(out.shape[dim + 1 :]) > 1:
+            grid, columns, inner, constants = _strided_launch(out, dim)
+            _backward_strided_kernel[grid](
+                grad_out.contiguous(), out, grad_x, columns, inner, scale, **constants, **FP_FUSION
+            )
+            return grad_x
+        queries = out.shape[-2] if causal else 1
+        grad_out, rows, columns, stride = rows_and_stride(grad_out.flatten(dim))
+        if columns <= MAX_BLOCK:
+            grid, constants = _row_launch(rows, columns)
+            _backward_kernel[grid](
+                grad_out, out, grad_x, rows, columns, queries, stride, scale, CAUSAL=causal, **constants, **FP_FUSION
+            )
+        else:
+            _backward_long_kernel[(rows,)](
+                grad_out, out, grad_x, columns, queries, stride, scale,
+                CAUSAL=causal, BLOCK=LOOP_BLOCK, num_warps=8, **FP_FUSION,
+            )  # fmt: skip
+    return grad_x
