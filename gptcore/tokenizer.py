@@ -166,9 +166,7 @@ class Tokenizer:
             raise FileNotFoundError(f"there is no tokenizer file at {path}")
         state = _read_state(path)
         try:
-            ranks = {
-                base64.b64decode(token, validate=True): i for i, token in enumerate(state["mergeable_ranks"])
-            }
+            ranks = {base64.b64decode(token, validate=True): i for i, token in enumerate(state["mergeable_ranks"])}
             tokenizer = cls(state["name"], state["pattern"], ranks, state["special_tokens"])
         except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
             raise ValueError(f"{path} is a damaged tokenizer file: {error!r}") from error
@@ -234,9 +232,7 @@ class Tokenizer:
         import rustbpe
 
         if vocab_size < _BYTES + 1:
-            raise ValueError(
-                f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}); got {vocab_size}"
-            )
+            raise ValueError(f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}); got {vocab_size}")
         characters = 0
 
         def counted() -> Iterator[str]:
@@ -310,9 +306,7 @@ def _read_gpt2_ids(folder: Path) -> dict[str, int]:
         actual = hashlib.sha256(contents[name]).hexdigest()
         if actual != expected:
             raise ValueError(f"{path} is not GPT-2's {name}: its sha256 is {actual}, not {expected}")
-    return json.loads(
-        contents["encoder.json"]
-    )  # its ids are the line numbers of vocab.bpe: the order of merging
+    return json.loads(contents["encoder.json"])  # its ids are the line numbers of vocab.bpe: the order of merging
 
 
 def _ranks_from_unicode(ids: dict[str, int]) -> dict[bytes, int]:

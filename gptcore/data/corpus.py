@@ -190,9 +190,7 @@ def _python_docs() -> Iterator[Document]:
 
     root = Path(sysconfig.get_path("stdlib"))
     modules = (path.relative_to(root) for path in root.rglob("*.py"))
-    for module in sorted(
-        path.as_posix() for path in modules if not _NOT_DOCUMENTATION & set(path.parts[:-1])
-    ):
+    for module in sorted(path.as_posix() for path in modules if not _NOT_DOCUMENTATION & set(path.parts[:-1])):
         text = _docstrings((root / module).read_bytes())
         if text:
             yield _in_memory(f"{PYTHON_DOCS}:{module}", text)

@@ -70,9 +70,7 @@ class PrepareReport:
     def __str__(self) -> str:
         done = "was already prepared, nothing to do" if self.reused else "is prepared"
         lines = [f"{self.out_dir} {done}: {', '.join(self.sources)}"]
-        lines.append(
-            f"  tokenizer  {self.tokenizer}, {self.vocab_size:,} tokens, {self.tokenizer_fingerprint}"
-        )
+        lines.append(f"  tokenizer  {self.tokenizer}, {self.vocab_size:,} tokens, {self.tokenizer_fingerprint}")
         for name, split in ("train", self.train), ("val", self.val):
             counts = f"{split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes"
             lines.append(f"  {name:<9}  {counts}")
@@ -171,9 +169,7 @@ def prepare(
     try:
         with _Bars(progress) as bars:
             train, val = _split(_survey(documents(names), bars.start("Reading")), val_fraction)
-            trained = given or Tokenizer.train(
-                _text(train, bars.start("Training the tokenizer", train)), vocab_size
-            )
+            trained = given or Tokenizer.train(_text(train, bars.start("Training the tokenizer", train)), vocab_size)
             train_report, train_counts = _encode(train, trained, temporary / "train.bin", bars)
             val_report, val_counts = _encode(val, trained, temporary / "val.bin", bars)
         if sources_state(names) != settings["sources_state"]:
@@ -249,9 +245,7 @@ def _text(parts: list[_Part], advance: _Advance) -> Iterator[str]:
             advance(len(piece))
 
 
-def _encode(
-    parts: list[_Part], tokenizer: Tokenizer, path: Path, bars: _Bars
-) -> tuple[SplitReport, NDArray[np.int64]]:
+def _encode(parts: list[_Part], tokenizer: Tokenizer, path: Path, bars: _Bars) -> tuple[SplitReport, NDArray[np.int64]]:
     """Write a split's token file. Also returns how often each token comes, ``(vocab_size,)``."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     size = 0

@@ -131,9 +131,7 @@ class TokenFile:
         with path.open("rb") as file:
             header = file.read(_HEADER.size)
         if header[: len(_MAGIC)] != _MAGIC:
-            raise ValueError(
-                f"{path} is not a token file: it begins with {header[: len(_MAGIC)]!r}, not {_MAGIC!r}"
-            )
+            raise ValueError(f"{path} is not a token file: it begins with {header[: len(_MAGIC)]!r}, not {_MAGIC!r}")
         if len(header) < _HEADER.size:
             raise ValueError(f"{path} is truncated: its header has {len(header)} bytes of {_HEADER.size}")
         _, version, width, vocab_size, count, fingerprint = _HEADER.unpack(header)

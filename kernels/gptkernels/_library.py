@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-
 launchers: dict[str, Callable[[], Callable[..., Any]]] = {}
 """By op name, what imports and returns the function behind the op; filled by `register`, read by compile_report."""
 

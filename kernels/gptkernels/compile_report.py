@@ -63,7 +63,9 @@ class Compiled:
         )
 
 
-HEADER = f"{'case':<44} {'kernel':<24} {'warps':>5} {'registers':>9} {'spills':>6} {'shared B':>9} {'wgmma':>6} {'mma':>5}"
+HEADER = (
+    f"{'case':<44} {'kernel':<24} {'warps':>5} {'registers':>9} {'spills':>6} {'shared B':>9} {'wgmma':>6} {'mma':>5}"
+)
 
 
 def _bound(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -445,9 +445,7 @@ def test_the_shortest_corpus(tmp_path: Path) -> None:
     assert splits(tmp_path / "out") == [["a"], ["b"]]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("", "corpus is empty"), ("a", "too short to split: it has 1 char")]
-)
+@pytest.mark.parametrize(("text", "message"), [("", "corpus is empty"), ("a", "too short to split: it has 1 char")])
 def test_a_corpus_of_next_to_nothing(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -465,18 +463,14 @@ def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> N
 
 def test_unigram_entropy_is_its_formula(library: Path, tmp_path: Path) -> None:
     report = run(library, tmp_path / "out")
-    train, val = (
-        TokenFile.open(tmp_path / "out" / name).tokens.tolist() for name in ("train.bin", "val.bin")
-    )
+    train, val = (TokenFile.open(tmp_path / "out" / name).tokens.tolist() for name in ("train.bin", "val.bin"))
     counts, total = Counter(train), len(train) + report.vocab_size
     expected = -sum(math.log((counts[token] + 1) / total) for token in val) / len(val)
     assert report.unigram_entropy == pytest.approx(expected, rel=1e-12)
     assert 0 < report.unigram_entropy < math.log(report.vocab_size)
 
 
-def test_long_corpora_are_encoded_in_batches(
-    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_corpora_are_encoded_in_batches(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(library, tmp_path / "one")
     monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 700)
     run(library, tmp_path / "two")
@@ -541,9 +535,7 @@ def test_another_corpus_is_replaced_only_when_asked(
 def test_changed_sources_are_noticed(library: Path, tmp_path: Path) -> None:
     run(library, tmp_path / "out")
     (library / "new.txt").write_text("one more")
-    with pytest.raises(
-        FileExistsError, match="other sources, or these before they changed; pass overwrite=True"
-    ):
+    with pytest.raises(FileExistsError, match="other sources, or these before they changed; pass overwrite=True"):
         run(library, tmp_path / "out")
 
 
@@ -627,9 +619,7 @@ def test_an_interruption_leaves_what_was_there(
         assert run(library, tmp_path / "out").reused
 
 
-def test_a_failed_swap_puts_the_old_corpus_back(
-    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_swap_puts_the_old_corpus_back(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run(library, tmp_path / "out")
     rename, calls = Path.rename, []
 
@@ -646,9 +636,7 @@ def test_a_failed_swap_puts_the_old_corpus_back(
     assert read_report(tmp_path / "out") == before
 
 
-def test_sources_that_change_meanwhile(
-    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sources_that_change_meanwhile(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def changing(sources: list[str]) -> Iterator[object]:
         yield from documents(sources)
         (library / "late.txt").write_text("late")
@@ -685,9 +673,7 @@ def test_an_invalid_file_stops_it_before_anything_is_written(library: Path, tmp_
     assert names_in(tmp_path / "new") == []
 
 
-def test_progress_goes_to_standard_error(
-    library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_goes_to_standard_error(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(library, tmp_path / "out", progress=True)
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -128,9 +128,7 @@ def test_an_error_in_the_corpus_reaches_the_caller() -> None:
         (BYTES, {"<|other|>": 256}, "special_tokens must hold '<|endoftext|>'"),
     ],
 )
-def test_vocabularies_that_do_not_hold_together(
-    ranks: dict[bytes, int], special: dict[str, int], message: str
-) -> None:
+def test_vocabularies_that_do_not_hold_together(ranks: dict[bytes, int], special: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         Tokenizer("broken", GPT2_STYLE, ranks, special)
 
@@ -151,9 +149,7 @@ def test_save_and_load_give_the_same_tokenizer(trained: Tokenizer, tmp_path: Pat
 
 
 def test_fingerprint_follows_the_vocabulary_and_not_the_name() -> None:
-    def fingerprint(
-        name: str = "a", pattern: str = r"\S+|\s+", swap: bool = False, eot: str = END_OF_TEXT
-    ) -> str:
+    def fingerprint(name: str = "a", pattern: str = r"\S+|\s+", swap: bool = False, eot: str = END_OF_TEXT) -> str:
         ranks = {**BYTES, b"a": 98, b"b": 97} if swap else BYTES
         special = {eot: 256} if eot == END_OF_TEXT else {eot: 256, END_OF_TEXT: 257}
         return Tokenizer(name, pattern, ranks, special).fingerprint
@@ -210,9 +206,7 @@ def test_missing_tokenizers(tmp_path: Path) -> None:
         get_tokenizer("gpt5")
 
 
-def test_a_failed_save_keeps_the_old_file(
-    trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_keeps_the_old_file(trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("old")
 
@@ -247,9 +241,7 @@ def test_gpt2_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Tokenizer.gpt2(vocab_dir=tmp_path)
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(
-        ValueError, match=rf"encoder\.json is not GPT-2's .*sha256 is {hashes['encoder.json']}"
-    ):
+    with pytest.raises(ValueError, match=rf"encoder\.json is not GPT-2's .*sha256 is {hashes['encoder.json']}"):
         Tokenizer.gpt2(vocab_dir=tmp_path)
 
     monkeypatch.setattr(tokenizer_module, "_GPT2_SHA256", hashes)  # a vocabulary small enough for a test
@@ -267,7 +259,5 @@ def test_gpt2_with_neither_cache_nor_connection(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("tiktoken.load.read_file", offline)
-    with pytest.raises(
-        ConnectionError, match=r"Name or service(.|\n)*TIKTOKEN_CACHE_DIR(.|\n)*vocab_dir(.|\n)*'bpe'"
-    ):
+    with pytest.raises(ConnectionError, match=r"Name or service(.|\n)*TIKTOKEN_CACHE_DIR(.|\n)*vocab_dir(.|\n)*'bpe'"):
         get_tokenizer("gpt2")

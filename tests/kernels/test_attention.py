@@ -105,9 +105,7 @@ def test_left_padding_equals_the_unpadded_sequence(backend: str, device: str):
     pad = [torch.cat([torch.full((1, 2, 12, 16), 9.0, device=device), x], dim=2) for x in (q, k, v)]
     mask = torch.arange(33, device=device)[None] >= 12
     out = causal_attention(*pad, key_mask=mask, backend=backend)
-    torch.testing.assert_close(
-        out[:, :, 12:], causal_attention(q, k, v, backend=backend), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(out[:, :, 12:], causal_attention(q, k, v, backend=backend), rtol=1e-5, atol=1e-6)
     assert (out[:, :, :12] == 0).all()
 
 

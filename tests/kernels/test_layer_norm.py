@@ -65,7 +65,9 @@ def test_autocast_keeps_the_dtype_of_x(backend: str, device: str):
 
 
 @pytest.mark.parametrize("columns", [65, 20_000], ids=["block", "loop"])
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+)
 def test_only_the_gradients_that_are_needed(columns: int, wanted: tuple[bool, ...], device: str):
     tensors = [torch.randn(7, columns, device=device), *torch.randn(2, columns, device=device)]
     leaves = [t.clone().requires_grad_(need) for t, need in zip(tensors, wanted)]

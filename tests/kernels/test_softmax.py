@@ -20,7 +20,9 @@ def test_reference_is_the_formula():
     x = torch.randn(3, 4, 9, dtype=torch.float64)
     for dim in (0, 1, 2, -2):
         e = (0.7 * x).exp()
-        torch.testing.assert_close(reference.softmax(x, dim, scale=0.7), e / e.sum(dim, keepdim=True), rtol=1e-13, atol=0)
+        torch.testing.assert_close(
+            reference.softmax(x, dim, scale=0.7), e / e.sum(dim, keepdim=True), rtol=1e-13, atol=0
+        )
     kept = torch.ones(4, 9, dtype=torch.bool).tril(5)  # bottom-right aligned
     e = x.exp() * kept
     torch.testing.assert_close(reference.softmax(x, causal=True), e / e.sum(-1, keepdim=True), rtol=1e-13, atol=0)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptkernels import _check, _library, backend as _backend
+from gptkernels import _check, _library
+from gptkernels import backend as _backend
 from gptkernels.attention import reference
 
 MAX_HEAD_DIM = 256
@@ -87,15 +88,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -
     return attention(query, key, value, is_causal=True, **kwargs)
 
 
-def _validate(
-    query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None
-) -> None:
+def _validate(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         _check.floating(name, x)
         if x.dim() != 4:
-            raise ValueError(
-                f"{name}: got shape {tuple(x.shape)}; accepted is (batch, heads, tokens, head_dim)"
-            )
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted is (batch, heads, tokens, head_dim)")
         _check.same_device(name, x, "query", query)
     batch, heads, _, head_dim = query.shape
     if head_dim > MAX_HEAD_DIM:
@@ -135,9 +132,7 @@ class AttentionFunction(torch.autograd.Function):
         scale: float,
         backend: str,
     ) -> Tensor:
-        out, lse = _library.ops(backend).attention_forward(
-            query, key, value, key_lengths, key_mask, is_causal, scale
-        )
+        out, lse = _library.ops(backend).attention_forward(query, key, value, key_lengths, key_mask, is_causal, scale)
         ctx.save_for_backward(query, key, value, out, lse, key_lengths, key_mask)
         ctx.is_causal, ctx.scale, ctx.backend = is_causal, scale, backend
         return out

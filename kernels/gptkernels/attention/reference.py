@@ -40,9 +40,7 @@ def attention(
     masked = key_lengths is not None or key_mask is not None
     if not masked and (not is_causal or query.shape[-2] == key.shape[-2]):
         # Equal lengths: PyTorch's top-left causal mask is the bottom-right one, and its fused kernels apply.
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     visible = visible_keys(query, key, is_causal, key_lengths, key_mask)
     assert visible is not None
     sees_any = visible.any(dim=-1, keepdim=True)

@@ -251,7 +251,7 @@ def _dkdv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     row_m = tl.arange(0, BLOCK_M)
-    for member in range(0, GROUP):
+    for member in range(GROUP):
         head = kv_head * GROUP + member
         # Tiles start at multiples of BLOCK_M, which `first` is: pointers advance with the loops.
         q_pointers = Q + batch * stride_qb + head * stride_qh + (row_m + first).to(tl.int64)[:, None] * stride_qt + dims[None, :]  # fmt: skip

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptkernels import _check, _library, backend as _backend
+from gptkernels import _check, _library
+from gptkernels import backend as _backend
 from gptkernels.layer_norm import reference
 
 
@@ -60,9 +61,7 @@ class LayerNormFunction(torch.autograd.Function):
     """Autograd around the fused kernels: saves x, weight and each row's float32 mean and reciprocal deviation."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Tensor:
         out, mean, rstd = _library.ops(backend).layer_norm_forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -87,9 +86,7 @@ class LayerNormFunction(torch.autograd.Function):
         )
 
 
-def _fake_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
 

@@ -96,7 +96,7 @@ def _backward_kernel(
         weight = tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), tl.float32)
     db = tl.zeros((BLOCK,), tl.float32)
-    for group in range(0, groups):
+    for group in range(groups):
         rows = (program * groups + group) * ROWS + tl.arange(0, ROWS)
         mask = (rows < M)[:, None] & inside[None, :]
         x = tl.load(X + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -164,7 +164,7 @@ def _partials_long_kernel(
     inside = cols < N
     dw = tl.zeros((BLOCK,), tl.float32)
     db = tl.zeros((BLOCK,), tl.float32)
-    for group in range(0, groups):
+    for group in range(groups):
         rows = (program * groups + group) * ROWS + tl.arange(0, ROWS)
         mask = (rows < M)[:, None] & inside[None, :]
         dy = tl.load(DY + rows[:, None] * stride_dy + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -282,6 +282,13 @@ def layer_norm_backward(
         for partial, total in ((partial_weight, grad_weight), (partial_bias, grad_bias)):
             if total.numel():
                 _sum_partials_kernel[(triton.cdiv(columns, 64),)](
-                    partial, total, programs, columns, ROWS=32, BLOCK=64, num_warps=4, **FP_FUSION,
+                    partial,
+                    total,
+                    programs,
+                    columns,
+                    ROWS=32,
+                    BLOCK=64,
+                    num_warps=4,
+                    **FP_FUSION,
                 )
     return grad_x, grad_weight, grad_bias

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptkernels import _check, _library, backend as _backend
+from gptkernels import _check, _library
+from gptkernels import backend as _backend
 from gptkernels.softmax import reference
 
 

@@ -11,9 +11,7 @@ from gptkernels.softmax import reference
 from gptkernels.softmax.api import softmax
 
 
-def _case(
-    *shape: int, dim: int = -1, scale: float = 1.0, causal: bool = False, layout: str = "contiguous"
-) -> Case:
+def _case(*shape: int, dim: int = -1, scale: float = 1.0, causal: bool = False, layout: str = "contiguous") -> Case:
     name = "x".join(map(str, shape))
     name += "" if dim == -1 else f"-dim{dim}"
     name += "" if scale == 1.0 else f"-scale{scale:g}"
