@@ -134,7 +134,7 @@ class GPT(nn.Module):
         """Writes ``config.json`` and ``model.safetensors`` into `folder`; each file appears whole or not at all."""
         from gptcore import weights
 
-        weights.save(folder, self.config, self.state_dict())
+        weights.save_folder(folder, self.config, self.state_dict())
 
     def _features(self, tokens: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, list[Tensor]]:
         """``(B, T) -> (B, T, C)`` after the last norm, and the attention weights of explicit layers."""

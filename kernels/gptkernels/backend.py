@@ -66,7 +66,6 @@ def _gpu_too_old(index: int) -> str | None:
     return f"{torch.cuda.get_device_name(index)} has compute capability {found}; 8.0 and newer are supported"
 
 
-@torch.compiler.assume_constant_result
 def _why_not(op: str | None, backend: str, device_type: str, device_index: int) -> str | None:
     """None when `backend` can run `op` (None: any operation) on that device, else the reason why not."""
     if backend == "reference":
@@ -86,6 +85,10 @@ def _why_not(op: str | None, backend: str, device_type: str, device_index: int) 
         f"Triton kernels need a CUDA or ROCm device and {where}; use 'auto' or 'reference' "
         "(for tests, TRITON_INTERPRET=1 runs them on the CPU in Triton's interpreter)"
     )
+
+
+# torch.compiler.assume_constant_result does just this, but imports the compiler: seconds, at `import gptkernels`.
+_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _devices() -> list[torch.device]:

@@ -130,8 +130,8 @@ def _launches(op: str, target: str, dtype: torch.dtype, cases: Any, spec: Any) -
     # Tensors without data would stop at the ops' fake implementations: call the launchers themselves.
     direct = SimpleNamespace(**{name: load() for name, load in _library.launchers.items()})
     with (
-        mock.patch.object(_library, "ops", lambda _: direct),
-        mock.patch.object(backend, "_why_not", lambda *_: None),
+        mock.patch.object(_library, "ops", return_value=direct),
+        mock.patch.object(backend, "_why_not", return_value=None),
         mock.patch.object(triton.JITFunction, "run", record),
         _triton.compiling_for(target),
     ):
