@@ -18,7 +18,13 @@ from gptcore.config import GPTConfig
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Hugging Face's Conv1D holds these as (in, out); nn.Linear holds (out, in).
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_SIZES = {"vocab_size": "vocab_size", "context": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "width": "n_embd"}
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "context": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "width": "n_embd",
+}
 # What a GPT-2 configuration may say otherwise, and this model does not compute.
 _FIXED = {
     "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),

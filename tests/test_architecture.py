@@ -56,7 +56,9 @@ def test_imports(file: Path):
         assert all(name.startswith(allowed) for name in private), f"public names only: {private}"
         heavy = {"tyro", "matplotlib", "rustbpe", "transformers", "tiktoken", "rich", "huggingface_hub"}
         lazy = file.name == "cli.py"  # imported by the command alone, made of tyro
-        assert lazy or not {n for n, at_top in found.items() if at_top and n.split(".")[0] in heavy}, "import where used"
+        assert lazy or not {n for n, at_top in found.items() if at_top and n.split(".")[0] in heavy}, (
+            "import where used"
+        )
 
 
 @pytest.mark.parametrize("folder", OPS, ids=lambda p: p.name)

@@ -94,7 +94,7 @@ def _forward_loop(
             shift = tl.where(m_new == float("-inf"), 0.0, shift)
         p = tl.exp2(s * scale - shift[:, None])
         correction = tl.exp2(m * scale - shift)
-        l = l * correction + tl.sum(p, axis=1)  # noqa: E741
+        l = l * correction + tl.sum(p, axis=1)
         v = _load(v_pointers, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
         m = m_new
@@ -136,7 +136,7 @@ def _forward_kernel(
     k_pointers = K + key[None, :] * stride_kt + dims[:, None]
     v_pointers = V + key[:, None] * stride_vt + dims[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
+    l = tl.zeros((BLOCK_M,), tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     diagonal = Tk - Tq
     acc, l, m, k_pointers, v_pointers = _forward_loop(

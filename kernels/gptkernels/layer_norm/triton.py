@@ -277,7 +277,7 @@ def layer_norm_backward(
                 programs = min(programs, triton.cdiv(rows, 64))
                 _partials_long_kernel[(programs, triton.cdiv(columns, block))](
                     grad_out, x, mean, rstd, partial_weight, partial_bias,
-                    rows, columns, stride_dy, stride_x, **needs, ROWS=per_program, BLOCK=block, num_warps=4, **FP_FUSION,
+                    rows, columns, stride_dy, stride_x, **needs, ROWS=per_program, BLOCK=block, num_warps=8, **FP_FUSION,
                 )  # fmt: skip
         for partial, total in ((partial_weight, grad_weight), (partial_bias, grad_bias)):
             if total.numel():

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gptkernels._triton import FP_FUSION, next_power_of_2, on_device, rows_and_stride
 
-# The longest row that one program holds in registers: 32,768 float32 over 32 warps are 32 registers a thread.
-MAX_BLOCK = 32768
+# The longest row that one program holds in registers: 16,384 float32 over 32 warps are 16 registers a thread.
+MAX_BLOCK = 16384
 # Columns that one program of the long-row kernels takes at a time.
 LOOP_BLOCK = 4096
 # The tile of the kernels for a dimension that is not the last: elements along it, and neighbours beside it.

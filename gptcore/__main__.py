@@ -1,0 +1,5 @@
+"""`python -m gptcore` is the `gptcore` command."""
+
+from gptcore.cli import main
+
+main()

@@ -1,0 +1,175 @@
+"""The command line: `gptcore <verb>`. Each verb is a dataclass; its fields are the options."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tyro.conf import Positional
+
+from gptcore.config import Kernels
+from gptcore.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show versions, devices, and which kernels run where, with the reason for each that does not.
+
+    Example:
+      gptcore info
+    """
+
+    def run(self) -> int:
+        from importlib import metadata
+
+        import gptkernels
+        import torch
+
+        import gptcore
+
+        print(f"gptcore {gptcore.__version__}, Python {sys.version.split()[0]}, PyTorch {torch.__version__}")
+        try:
+            print(f"triton {metadata.version('triton')}")
+        except metadata.PackageNotFoundError:
+            print("triton is not installed")
+        for index in range(torch.cuda.device_count()):
+            print(f"cuda:{index} is {torch.cuda.get_device_name(index)}")
+        print(gptkernels.report())
+        return 0
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn text into token files for training and validation.
+
+    Examples:
+      gptcore prepare python-docs --out data/python-docs
+      gptcore prepare books/ 'notes/*.md' --out data/mine --vocab-size 8192
+      gptcore prepare books/ --out data/books --tokenizer gpt2
+    """
+
+    sources: Positional[tuple[str, ...]]
+    """Files, folders, globs, or python-docs: the documentation that comes with Python."""
+    out: Path
+    """Folder to make."""
+    tokenizer: str = "bpe"
+    """bpe: trained on the corpus; gpt2; or a saved tokenizer's path."""
+    vocab_size: int = 4096
+    """Tokens of a trained BPE."""
+    val_fraction: float = 0.1
+    """Share of the text kept for validation."""
+    overwrite: bool = False
+    """Replace what was prepared there with other settings."""
+
+    def run(self) -> int:
+        from gptcore.data.prepare import prepare
+
+        report = prepare(
+            list(self.sources),
+            self.out,
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            val_fraction=self.val_fraction,
+            overwrite=self.overwrite,
+        )
+        print(report)
+        return 0
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a text with a trained model.
+
+    Examples:
+      gptcore generate --model runs/demo "The function returns"
+      gptcore generate --model runs/demo --temperature 0 --max-new-tokens 50 "Return the"
+      gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --seed 7 "Once upon a time"
+    """
+
+    prompt: Positional[str]
+    """Text to continue."""
+    model: str
+    """Folder of a run, of Hugging Face weights, or a GPT-2's name on the hub."""
+    tokenizer: str | None = None
+    """gpt2 or a saved tokenizer's path; the model folder's own if left out."""
+    max_new_tokens: int = 100
+    """Tokens to add at most."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token each time."""
+    top_k: int | None = None
+    """Sample among this many likeliest tokens."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together hold this probability."""
+    seed: int | None = None
+    """Makes the sample repeatable."""
+    kernels: Kernels = "auto"
+    """Which kernels run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU where there is one."""
+
+    def run(self) -> int:
+        import gptkernels
+        import torch
+
+        from gptcore.generate import generate_stream
+        from gptcore.models import GPT
+        from gptcore.tokenizer import get_tokenizer
+
+        with gptkernels.use_backend(self.kernels):
+            pass
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        model = GPT.from_pretrained(self.model, kernels=self.kernels).to(device)
+        tokenizer = get_tokenizer(self.tokenizer or Path(self.model) / "tokenizer.json")
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"tokenizer: has {tokenizer.vocab_size} tokens; accepted are at most the model's {model.config.vocab_size}"
+            )
+        tokens = tokenizer.encode(self.prompt)
+        print(self.prompt, end="", flush=True)
+        shown = self.prompt
+        for ids in generate_stream(
+            model,
+            torch.tensor([tokens], device=device).long(),
+            self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=tokenizer.eot_token,
+        ):
+            if int(ids[0]) == tokenizer.eot_token:
+                break
+            tokens.append(int(ids[0]))
+            text = tokenizer.decode(tokens)
+            if not text.endswith("\ufffd"):  # a token may end inside a character
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print()
+        return 0
+
+
+@dataclass(frozen=True)
+class Train(TrainConfig):
+    __doc__ = TrainConfig.__doc__
+
+    def run(self) -> int:
+        from gptcore.train import train
+
+        return 130 if train(self).interrupted else 0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; an error that the user can mend is one line and exit status 2."""
+    verbs = {"info": Info, "prepare": Prepare, "train": Train, "generate": Generate}
+    command = tyro.extras.subcommand_cli_from_dict(
+        verbs, prog="gptcore", description="Build a GPT from scratch, on fused kernels.", args=arguments
+    )
+    try:
+        status = command.run()
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+        print(f"gptcore: error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
