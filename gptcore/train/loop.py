@@ -137,10 +137,11 @@ def _plot(metrics: Path, entropy: float, path: Path) -> None:
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
-    for key, style in (("loss", {"linewidth": 0.8, "alpha": 0.6}), ("val_loss", {"marker": "o", "markersize": 3})):
-        points = [(r["step"], r[key]) for r in records if key in r]
-        if points:
-            axes.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[key], **style)
+    loss, val_loss = ([(r["step"], r[key]) for r in records if key in r] for key in ("loss", "val_loss"))
+    if loss:
+        axes.plot(*zip(*loss), linewidth=0.8, alpha=0.6, label="training")
+    if val_loss:
+        axes.plot(*zip(*val_loss), marker="o", markersize=3, label="validation")
     axes.axhline(entropy, color="grey", linestyle="--", label="unigram entropy")
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -185,7 +186,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     report = read_report(config.data)
     tokenizer = Tokenizer.load(config.data / "tokenizer.json")
     files = {split: TokenFile.open(config.data / f"{split}.bin") for split in ("train", "val")}
-    for split, tokens in files.items():
+    for tokens in files.values():
         if tokens.fingerprint != tokenizer.fingerprint:
             raise ValueError(f"data: {tokens.path} was made with another tokenizer than {config.data}/tokenizer.json")
         next(tokens.windows(config.model(tokenizer.vocab_size).context))  # long enough for one sequence

@@ -229,7 +229,7 @@ def test_odd_shapes(heads, queries: int, keys: int, head_dim: int, is_causal: bo
 Q = torch.zeros(2, 4, 8, 16)
 REFUSALS = {
     "rank": (ValueError, r"query: got shape \(8, 16\); accepted is \(batch, heads, tokens, head_dim\)", {"query": Q[0, 0]}),
-    "head_dim": (ValueError, "head_dim 257; accepted is at most 256", {n: torch.zeros(1, 1, 2, 257) for n in ("query", "key", "value")}),
+    "head_dim": (ValueError, "head_dim 257; accepted is at most 256", {n: torch.zeros(1, 1, 2, 257) for n in ("query", "key", "value")}),  # noqa: E501
     "heads": (ValueError, "key: got 3 heads; accepted are counts that divide query's 4", {"key": Q[:, :3], "value": Q[:, :3]}),
     "no kv heads": (ValueError, "key: got 0 heads", {"key": Q[:, :0], "value": Q[:, :0]}),
     "batch": (ValueError, r"key: got shape \(1, 4, 8, 16\); accepted is \(batch 2,", {"key": Q[:1]}),
@@ -242,10 +242,10 @@ REFUSALS = {
     "window": (ValueError, "window: got 4; accepted is None", {"window": 4}),
     "negative scale": (ValueError, r"scale: got -1\.0; accepted are positive", {"scale": -1.0}),
     "nan scale": (ValueError, "scale: got nan", {"scale": math.nan}),
-    "lengths' shape": (ValueError, r"key_lengths: got shape \(3,\); accepted here is \(2,\)", {"key_lengths": torch.tensor([1, 2, 3])}),
+    "lengths' shape": (ValueError, r"key_lengths: got shape \(3,\); accepted here is \(2,\)", {"key_lengths": torch.tensor([1, 2, 3])}),  # noqa: E501
     "lengths' dtype": (TypeError, r"key_lengths: got dtype torch\.float32", {"key_lengths": torch.ones(2)}),
-    "mask's dtype": (TypeError, r"key_mask: got dtype torch\.int64; accepted is bool", {"key_mask": torch.ones(2, 8, dtype=torch.long)}),
-    "mask's shape": (ValueError, r"key_mask: got shape \(2, 4\); accepted here is \(2, 8\)", {"key_mask": torch.ones(2, 4, dtype=torch.bool)}),
+    "mask's dtype": (TypeError, r"key_mask: got dtype torch\.int64; accepted is bool", {"key_mask": torch.ones(2, 8, dtype=torch.long)}),  # noqa: E501
+    "mask's shape": (ValueError, r"key_mask: got shape \(2, 4\); accepted here is \(2, 8\)", {"key_mask": torch.ones(2, 4, dtype=torch.bool)}),  # noqa: E501
 }  # fmt: skip
 
 
