@@ -1,0 +1,102 @@
+"""The command line from end to end, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptcore.cli import main
+
+
+def gptcore(capsys, *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_from_text_to_text(capsys, tmp_path: Path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"the cat number {i} sat on the mat. " * 60)
+    data, out = tmp_path / "data", tmp_path / "run"
+    status, shown, _ = gptcore(capsys, "prepare", tmp_path / "*.txt", "--out", data, "--vocab-size", 280)
+    assert status == 0
+    assert "unigram entropy" in shown
+    size = ("--preset", "tiny", "--context", 16, "--batch-size", 4, "--warmup", 5, "--precision", "fp32")
+    common = ("train", "--data", data, "--out", out, *size, "--sample-tokens", 5, "--sample-prompt", "the cat")
+    status, shown, _ = gptcore(capsys, *common, "--steps", 60, "--eval-interval", 30)
+    assert status == 0
+    assert "auto -> reference" in shown
+    assert "native not used" in shown
+    assert "validation loss" in shown
+    assert "unigram entropy" in shown
+    status, _, error = gptcore(capsys, *common, "--steps", 60)
+    assert status == 2
+    assert "holds another run" in error
+    status, shown, _ = gptcore(capsys, *common, "--steps", 70, "--resume")
+    assert status == 0
+    generate = ("generate", "--model", out, "--max-new-tokens", 12, "--temperature", 0, "the cat")
+    status, shown, _ = gptcore(capsys, *generate)
+    assert status == 0
+    assert shown.startswith("the cat num")  # it has learnt its one sentence
+    assert gptcore(capsys, *generate, "--kernels", "reference")[1] == shown
+
+
+def test_info_says_what_runs_where_and_why_not(capsys):
+    status, shown, _ = gptcore(capsys, "info")
+    assert status == 0
+    for op in ("layer_norm", "softmax", "attention"):
+        assert op in shown
+    assert "auto -> " in shown
+    assert "native CPU kernels are not part of this version" in shown
+
+
+@pytest.mark.parametrize("verb", ["info", "prepare", "train", "generate"])
+def test_help_has_examples(capsys, verb: str):
+    status, shown, _ = gptcore(capsys, verb, "--help")
+    assert status == 0
+    assert f"gptcore {verb}" in shown.split("xample", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("match", "arguments"),
+    [
+        ("there is no such folder", ("generate", "--model", "./nowhere", "hello")),
+        ("native CPU kernels are not part", ("generate", "--model", "./nowhere", "--kernels", "native", "hello")),
+        ("nowhere", ("prepare", "nowhere/", "--out", "x")),
+        ("nowhere", ("train", "--data", "nowhere", "--out", "x")),
+    ],
+)
+def test_errors_are_one_line_and_status_2(capsys, tmp_path: Path, monkeypatch, match: str, arguments: tuple):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = gptcore(capsys, *arguments)
+    assert status == 2
+    assert error.startswith("gptcore: error: ")
+    assert match in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_works_without_triton(tmp_path: Path):
+    """As on a machine where triton is not installed; and explicit triton says what to do."""
+    code = """
+import sys, importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] == "triton" else find(name, *a)
+sys.modules["triton"] = None
+import torch, gptcore, gptkernels
+model = gptcore.GPT(gptcore.GPTConfig.preset("tiny", vocab_size=50))
+model.loss(torch.ones(1, 5).long(), torch.ones(1, 5).long()).backward()
+print(gptkernels.report())
+try:
+    gptkernels.softmax(torch.ones(3), backend="triton")
+except gptkernels.BackendUnavailableError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={"PYTHONPATH": ":".join(sys.path), "PATH": ""})  # fmt: skip
+    assert "pip install triton" in done.stdout
+    assert "refused:" in done.stdout

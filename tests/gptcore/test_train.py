@@ -1,0 +1,255 @@
+"""Training: the same curve whatever the kernels, resuming bit by bit, interruption, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from gptkernels import BackendUnavailableError
+
+from gptcore import GPT, GPTConfig
+from gptcore.data.prepare import prepare
+from gptcore.train import TrainConfig, train
+from gptcore.train.loop import evaluate, make_optimizer
+from gptcore.weights import WeightsError
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A few thousand tokens of arithmetic: quickly learnt, and no download."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for part in range(8):
+        lines = (f"{a} plus {b} is {a + b}." for a in range(part * 9, part * 9 + 9) for b in range(30))
+        (folder / f"{part}.txt").write_text("\n".join(lines))
+    out = folder / "prepared"
+    prepare([str(folder / "*.txt")], out, vocab_size=300, progress=False)
+    return out
+
+
+def config(corpus: Path, out: Path, **changes) -> TrainConfig:
+    small = {
+        "preset": "tiny",
+        "context": 16,
+        "batch_size": 2,
+        "steps": 8,
+        "warmup": 2,
+        "lr": 3e-3,
+        "min_lr": 3e-4,
+        "eval_interval": 4,
+        "eval_windows": 2,
+        "sample_tokens": 0,
+        "precision": "fp32",
+        "kernels": "reference",
+    }
+    return TrainConfig(data=corpus, out=out, **(small | changes))
+
+
+def records(out: Path, key: str) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def run(*args, **changes):
+    return train(config(*args, **changes), progress=False)
+
+
+def test_the_same_curve_with_either_kernels(corpus: Path, tmp_path: Path):
+    """The promise of the flag, held over 20 steps: forward, backward and optimizer."""
+    for kernels in ("reference", "triton"):
+        run(corpus, tmp_path / kernels, kernels=kernels, steps=20, eval_interval=20)
+    reference, fused = (torch.tensor(records(tmp_path / k, "loss")) for k in ("reference", "triton"))
+    assert len(reference) == 20
+    assert float(reference[-1]) < float(reference[0]) - 1  # it did learn: the curves are not equal for being flat
+    torch.testing.assert_close(fused, reference, rtol=1e-4, atol=0)
+
+
+def test_a_run_learns_and_leaves_a_model_that_loads(corpus: Path, tmp_path: Path):
+    result = run(corpus, tmp_path / "run", steps=120, batch_size=8, eval_interval=60, warmup=10)
+    assert result.steps == 120
+    assert not result.interrupted
+    assert result.val_loss < result.unigram_entropy - 1
+    model = GPT.from_pretrained(tmp_path / "run", kernels="reference")
+    from gptcore.data.token_file import TokenFile
+
+    again = evaluate(model, TokenFile.open(corpus / "val.bin"), 8, None, torch.device("cpu"))
+    assert again == pytest.approx(result.val_loss, rel=1e-6)
+    assert records(tmp_path / "run", "val_loss")[-1] == result.val_loss
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes()
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")] == []
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resuming_is_as_if_it_had_never_stopped(corpus: Path, tmp_path: Path, monkeypatch):
+    """Killed between two checkpoints: the steps after the last one are done again, dropout and data included."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(corpus, whole, dropout=0.2)
+    calls = 0
+    batch = __import__("gptcore.data.token_file", fromlist=["TokenFile"]).TokenFile.batch
+
+    def dies(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise Killed
+        return batch(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gptcore.data.token_file.TokenFile.batch", dies)
+        with pytest.raises(Killed):
+            run(corpus, parts, dropout=0.2)
+    assert len(records(parts, "loss")) == 6
+    result = run(corpus, parts, dropout=0.2, resume=True)
+    assert result.steps == 8
+    assert records(parts, "loss") == records(whole, "loss")
+    assert records(parts, "lr") == records(whole, "lr")
+    for name in ("model.safetensors", "training.safetensors"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_ctrl_c_finishes_the_step_and_saves(corpus: Path, tmp_path: Path, monkeypatch):
+    batch = __import__("gptcore.data.token_file", fromlist=["TokenFile"]).TokenFile.batch
+    calls = 0
+
+    def interrupts(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gptcore.data.token_file.TokenFile.batch", interrupts)
+        result = run(corpus, tmp_path / "run")
+    assert result.interrupted
+    assert result.steps == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run(corpus, tmp_path / "run", resume=True).steps == 8
+    run(corpus, tmp_path / "whole")
+    assert records(tmp_path / "run", "loss") == records(tmp_path / "whole", "loss")
+
+
+def test_accumulated_batches_are_one_batch(corpus: Path, tmp_path: Path):
+    run(corpus, tmp_path / "one", batch_size=4, steps=3)
+    run(corpus, tmp_path / "two", batch_size=2, accumulate=2, steps=3)
+    one, two = (torch.tensor(records(tmp_path / n, "loss")) for n in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=0)
+
+
+def test_decay_acts_on_matrices_only(corpus: Path, tmp_path: Path):
+    model = GPT(GPTConfig.preset("tiny", vocab_size=300))
+    matrices, vectors = make_optimizer(model, config(corpus, tmp_path), torch.device("cpu")).param_groups
+    assert matrices["weight_decay"] == 0.1
+    assert vectors["weight_decay"] == 0.0
+    assert {p.dim() for p in matrices["params"]} == {2}
+    assert {p.dim() for p in vectors["params"]} == {1}
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+def test_the_learning_rate_rises_then_follows_a_cosine(corpus: Path, tmp_path: Path):
+    c = config(corpus, tmp_path, steps=101, warmup=10, lr=1.0, min_lr=0.1)
+    assert [c.lr_at(0), c.lr_at(4), c.lr_at(9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert c.lr_at(10) == pytest.approx(1.0)
+    assert c.lr_at(55) == pytest.approx(0.55)
+    assert c.lr_at(100) == pytest.approx(0.1)
+
+
+def test_clipping_limits_the_whole_norm(corpus: Path, tmp_path: Path):
+    """SGD-like check through AdamW's first step is blind to scale: look at the gradients themselves."""
+    run(corpus, tmp_path / "free", steps=1, clip=0.0)
+    (norm,) = records(tmp_path / "free", "grad_norm")
+    assert norm > 0.5
+    seen = []
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        seen.append(torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]]).norm().item())
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        run(corpus, tmp_path / "clipped", steps=1, clip=0.5)
+    assert seen == [pytest.approx(0.5, rel=1e-4)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus: Path, tmp_path: Path, monkeypatch):
+    loss, calls = GPT.loss, 0
+
+    def diverges(self, *args):
+        nonlocal calls
+        calls += self.training
+        return loss(self, *args) * (float("nan") if calls == 6 else 1.0)
+
+    monkeypatch.setattr(GPT, "loss", diverges)
+    with pytest.raises(FloatingPointError, match=r"step 6: the loss is nan.*lr 0\.003 may be too high"):
+        run(corpus, tmp_path / "run")
+    model = GPT.from_pretrained(tmp_path / "run")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(corpus: Path, tmp_path: Path):
+    run(corpus, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(FileExistsError, match="holds another run; --resume continues it"):
+        run(corpus, tmp_path / "run")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert run(corpus, tmp_path / "run", overwrite=True, steps=4).steps == 4
+    assert len(records(tmp_path / "run", "loss")) == 4
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds 'cat\.jpg' and no run"):
+            run(corpus, tmp_path / "photos", overwrite=overwrite)
+
+
+def test_resuming_what_does_not_fit(corpus: Path, tmp_path: Path):
+    with pytest.raises(WeightsError, match="nothing to resume"):
+        run(corpus, tmp_path / "empty", resume=True)
+    run(corpus, tmp_path / "run", steps=4)
+    with pytest.raises(ValueError, match=r"batch_size: got 3; accepted when resuming is the run's, 2"):
+        run(corpus, tmp_path / "run", batch_size=3, resume=True)
+    with pytest.raises(ValueError, match=r"steps: got 4; the run in .* has done 4, accepted are more"):
+        run(corpus, tmp_path / "run", steps=4, resume=True)
+    state = tmp_path / "run" / "training.safetensors"
+    state.write_bytes(state.read_bytes()[:-50])
+    with pytest.raises(WeightsError, match=r"training\.safetensors: is damaged"):
+        run(corpus, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changes"),
+    [
+        (BackendUnavailableError, "native CPU kernels are not part of this version", {"kernels": "native"}),
+        (ValueError, r"device: got 'tpu'", {"device": "tpu"}),
+        (ValueError, r"steps: got 0; accepted are positive", {"steps": 0}),
+        (ValueError, r"lr: got 0\.0", {"lr": 0.0, "min_lr": 0.0}),
+        (ValueError, r"lr: got 0\.0001; accepted are positive numbers not under min_lr", {"lr": 1e-4}),
+        (ValueError, r"beta2: got 1\.0", {"beta2": 1.0}),
+        (ValueError, r"clip: got -1", {"clip": -1.0}),
+        (ValueError, r"preset: got 'huge'", {"preset": "huge"}),
+        (ValueError, r"context=100000 needs at least 100001", {"context": 100000}),
+        (ValueError, r"overwrite: got True with resume", {"resume": True, "overwrite": True}),
+    ],
+)
+def test_bad_input_leaves_nothing(corpus: Path, tmp_path: Path, error, match: str, changes: dict):
+    with pytest.raises(error, match=match):
+        run(corpus, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_another_tokenizer(corpus: Path, tmp_path: Path):
+    import shutil
+
+    shutil.copytree(corpus, tmp_path / "data")
+    from gptcore.tokenizer import Tokenizer
+
+    Tokenizer.train(["something else entirely, " * 50], vocab_size=280).save(tmp_path / "data" / "tokenizer.json")
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        run(tmp_path / "data", tmp_path / "run")
