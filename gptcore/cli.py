@@ -18,8 +18,9 @@ from gptcore.train.config import TrainConfig
 class Info:
     """Show versions, devices, and which kernels run where, with the reason for each that does not.
 
-    Example:
-      gptcore info
+    For example:
+
+    gptcore info
     """
 
     def run(self) -> int:
@@ -45,10 +46,13 @@ class Info:
 class Prepare:
     """Turn text into token files for training and validation.
 
-    Examples:
-      gptcore prepare python-docs --out data/python-docs
-      gptcore prepare books/ 'notes/*.md' --out data/mine --vocab-size 8192
-      gptcore prepare books/ --out data/books --tokenizer gpt2
+    For example:
+
+    gptcore prepare python-docs --out data/python-docs
+
+    gptcore prepare books/ 'notes/*.md' --out data/mine --vocab-size 8192
+
+    gptcore prepare books/ --out data/books --tokenizer gpt2
     """
 
     sources: Positional[tuple[str, ...]]
@@ -83,10 +87,13 @@ class Prepare:
 class Generate:
     """Continue a text with a trained model.
 
-    Examples:
-      gptcore generate --model runs/demo "The function returns"
-      gptcore generate --model runs/demo --temperature 0 --max-new-tokens 50 "Return the"
-      gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --seed 7 "Once upon a time"
+    For example:
+
+    gptcore generate --model runs/demo "The function returns"
+
+    gptcore generate --model runs/demo --temperature 0 --max-new-tokens 50 "Return the"
+
+    gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --seed 7 "Once upon a time"
     """
 
     prompt: Positional[str]

@@ -14,10 +14,13 @@ from gptcore.config import AttentionImpl, GPTConfig, Kernels
 class TrainConfig:
     """Train a GPT on a folder that `gptcore prepare` made.
 
-    Examples:
-      gptcore train --data data/python-docs --out runs/demo
-      gptcore train --data data/python-docs --out runs/demo --resume --steps 800
-      gptcore train --data data/books --out runs/small --preset small --batch-size 32 --kernels triton
+    For example:
+
+    gptcore train --data data/python-docs --out runs/demo
+
+    gptcore train --data data/python-docs --out runs/demo --resume --steps 800
+
+    gptcore train --data data/books --out runs/small --preset small --batch-size 32 --kernels triton
     """
 
     data: Path

@@ -22,7 +22,7 @@ def test_from_text_to_text(capsys, tmp_path: Path):
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(f"the cat number {i} sat on the mat. " * 60)
     data, out = tmp_path / "data", tmp_path / "run"
-    status, shown, _ = gptcore(capsys, "prepare", tmp_path / "*.txt", "--out", data, "--vocab-size", 280)
+    status, shown, _ = gptcore(capsys, "prepare", tmp_path / "*.txt", "--out", data, "--vocab-size", 270)
     assert status == 0
     assert "unigram entropy" in shown
     size = ("--preset", "tiny", "--context", 16, "--batch-size", 4, "--warmup", 5, "--precision", "fp32")

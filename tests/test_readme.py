@@ -1,0 +1,37 @@
+"""README tells the truth: its Python runs, its commands are the demo's, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def test_python_runs(code: str):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_every_command_is_run_by_make_demo():
+    commands = [line.split("#")[0].strip() for language, code in BLOCKS if not language for line in code.splitlines()]
+    demo = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert len(commands) >= 6
+    for command in commands:
+        if command.startswith("make "):
+            assert command.split()[1] in targets
+        else:
+            assert f".venv/bin/{command}\n" in demo
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "kernels/README.md"])
+def test_links_lead_somewhere(file: str):
+    path = ROOT / file
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
