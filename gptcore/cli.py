@@ -171,10 +171,10 @@ class Train(TrainConfig):
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; an error that the user can mend is one line and exit status 2."""
     verbs = {"info": Info, "prepare": Prepare, "train": Train, "generate": Generate}
-    command = tyro.extras.subcommand_cli_from_dict(
-        verbs, prog="gptcore", description="Build a GPT from scratch, on fused kernels.", args=arguments
-    )
     try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            verbs, prog="gptcore", description="Build a GPT from scratch, on fused kernels.", args=arguments
+        )
         status = command.run()
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"gptcore: error: {error}", file=sys.stderr)

@@ -68,6 +68,7 @@ def test_help_has_examples(capsys, verb: str):
         ("native CPU kernels are not part", ("generate", "--model", "./nowhere", "--kernels", "native", "hello")),
         ("nowhere", ("prepare", "nowhere/", "--out", "x")),
         ("nowhere", ("train", "--data", "nowhere", "--out", "x")),
+        ("steps: got 0", ("train", "--data", "nowhere", "--out", "x", "--steps", "0")),
     ],
 )
 def test_errors_are_one_line_and_status_2(capsys, tmp_path: Path, monkeypatch, match: str, arguments: tuple):

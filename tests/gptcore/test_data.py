@@ -72,7 +72,7 @@ def library(tmp_path: Path) -> Path:
 # --- Token files
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     vocab_size=st.sampled_from([1, 300, 65536, 65537, 2**32 - 1]),
     chunks=st.lists(st.lists(st.integers(0, 2**32)), max_size=5),
@@ -266,7 +266,7 @@ def test_one_source_needs_no_list(tmp_path: Path) -> None:
     assert ["".join(document.pieces()) for document in documents(str(tmp_path / "a.txt"))] == ["alone"]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors])
 @given(text=st.text(alphabet="ab \n\r\té日🙂", max_size=60), size=st.integers(5, 30))
 def test_pieces_are_bounded_and_lose_nothing(tmp_path: Path, text: str, size: int) -> None:
     path = tmp_path / "a.txt"

@@ -1,0 +1,66 @@
+"""Every operation's bench cases, forward and backward, ours beside PyTorch's. A contender whose numbers are wrong is not timed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from gptkernels.testing import SPECS, Case, OpSpec, assert_within_budget
+
+from bench.measure import affordable, ceilings, device, own_backends, waiting
+from bench.peers import peers
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def _points():
+    for spec in SPECS:
+        for dtype in DTYPES:
+            for index, case in enumerate(affordable(spec, dtype)):
+                compiled = device() == "cuda" or (index == 0 and dtype == torch.float32)
+                for direction in ("forward", "backward"):
+                    for name in [*own_backends(), *peers(spec, device(), compiled)]:
+                        short = str(dtype).removeprefix("torch.")
+                        label = f"{spec.name}-{case.name}-{short}-{direction}-{name}"
+                        yield pytest.param(spec, case, dtype, direction, name, id=label)
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype", "direction", "contender"), _points())
+def test_op(benchmark, spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, contender: str):
+    others = peers(spec, device(), compiled=contender == "compile")
+    function = others.get(contender) or partial(spec.function, backend=contender)
+    inputs = spec.make_inputs(case, dtype, torch.device(device()), 0)
+    leaves = inputs.mapped(lambda t: t.requires_grad_(True))
+    arguments = {**leaves.tensors, **leaves.options}
+    out = function(**arguments)
+    with torch.no_grad():
+        exact = inputs.mapped(lambda t: t.double())
+        expected = spec.reference(**exact.tensors, **exact.options)
+        assert_within_budget(contender, out, spec.reference(**inputs.tensors, **inputs.options), expected)
+    grad_out = torch.randn_like(out)
+    tensors = list(leaves.differentiable().values())
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(**arguments)
+
+    def backward() -> None:
+        torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+
+    cost = spec.cost(case, dtype)
+    flops = cost.forward_flops if direction == "forward" else cost.backward_flops
+    moved = cost.forward_bytes if direction == "forward" else cost.backward_bytes
+    short = str(dtype).removeprefix("torch.")
+    benchmark.group = f"{spec.name} {case.name} {short} {direction}"
+    run = waiting(forward if direction == "forward" else backward)
+    benchmark.pedantic(run, rounds=8 if device() == "cpu" else 50, warmup_rounds=2)
+    seconds = benchmark.stats.stats.median
+    bandwidth, rate = ceilings(dtype)
+    benchmark.extra_info.update(
+        contender=contender,
+        device=device(),
+        gb_per_s=moved / seconds / 1e9,
+        tflop_per_s=flops / seconds / 1e12,
+        share_of_ceiling=max(moved / seconds / bandwidth, flops / seconds / rate),
+    )
