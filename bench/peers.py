@@ -26,21 +26,23 @@ def _layer_norm_composed(x: Tensor, weight: Tensor | None, bias: Tensor | None) 
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def _future(queries: int, keys: int, device: torch.device) -> Tensor:
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+def _future(scores: Tensor) -> Tensor:
+    """True where a key comes after its query, (queries, keys)."""
+    queries, keys = scores.shape[-2:]
+    return torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
 
 
 def _softmax(x: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
     scores = x * scale if scale != 1.0 else x
     if causal:
-        scores = scores.masked_fill(_future(*x.shape[-2:], x.device), -math.inf)
+        scores = scores.masked_fill(_future(x), -math.inf)
     return F.softmax(scores, dim)
 
 
 def _softmax_composed(x: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
     scores = x.float() * scale if x.dtype in (torch.bfloat16, torch.float16) else x * scale
     if causal:
-        scores = scores.masked_fill(_future(*x.shape[-2:], x.device), -math.inf)
+        scores = scores.masked_fill(_future(x), -math.inf)
     exponentials = (scores - scores.amax(dim, keepdim=True)).exp()
     return (exponentials / exponentials.sum(dim, keepdim=True)).to(x.dtype)
 
@@ -50,7 +52,7 @@ def _attention_composed(query: Tensor, key: Tensor, value: Tensor, is_causal: bo
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if is_causal:
-        scores = scores.masked_fill(_future(*scores.shape[-2:], query.device), -math.inf)
+        scores = scores.masked_fill(_future(scores), -math.inf)
     return scores.softmax(-1) @ value
 
 

@@ -1,4 +1,4 @@
-"""Every operation's bench cases, forward and backward, ours beside PyTorch's. A contender whose numbers are wrong is not timed."""
+"""Every operation's bench cases, forward and backward, ours beside PyTorch's. Whose numbers are wrong is not timed."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ def test_train_step(benchmark, contender: str):
         other = transformers.GPT2LMHeadModel(transformers.GPT2Config(**values)).to(device())
         parameters = list(other.parameters())
 
-        def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(other(x).logits.flatten(0, 1).float(), y.flatten())
+        def loss_of(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(other(tokens).logits.flatten(0, 1).float(), targets.flatten())
 
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     tokens = torch.randint(0, config.vocab_size, (2, BATCH, config.context), device=device())

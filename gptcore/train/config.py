@@ -37,15 +37,15 @@ class TrainConfig:
     """Which kernels run; auto takes the fastest that can, anything else must be able to run here."""
     attention_impl: AttentionImpl = "fused"
     """fused, or explicit: softmax(QK^T)V step by step."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Sequences in one forward and backward."""
     accumulate: int = 1
     """Batches whose gradients are added up for one optimizer step."""
-    steps: int = 400
+    steps: int = 900
     """Optimizer steps; the learning rate's schedule ends here."""
-    lr: float = 2e-3
+    lr: float = 1e-3
     """Peak learning rate."""
-    min_lr: float = 2e-4
+    min_lr: float = 1e-4
     """Learning rate at the last step."""
     warmup: int = 40
     """Steps over which the learning rate rises."""
@@ -59,7 +59,7 @@ class TrainConfig:
     """Largest norm of all gradients together; 0 for no limit."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast; auto takes it where the hardware multiplies bfloat16."""
-    eval_interval: int = 100
+    eval_interval: int = 300
     """Steps between evaluations, samples and checkpoints."""
     eval_windows: int = 64
     """Sequences of the validation text in an evaluation on the way; the last one takes all of it."""

@@ -68,7 +68,6 @@ def test_help_has_examples(capsys, verb: str):
         ("native CPU kernels are not part", ("generate", "--model", "./nowhere", "--kernels", "native", "hello")),
         ("nowhere", ("prepare", "nowhere/", "--out", "x")),
         ("nowhere", ("train", "--data", "nowhere", "--out", "x")),
-        ("steps: got 0", ("train", "--data", "nowhere", "--out", "x", "--steps", "0")),
     ],
 )
 def test_errors_are_one_line_and_status_2(capsys, tmp_path: Path, monkeypatch, match: str, arguments: tuple):
@@ -79,6 +78,13 @@ def test_errors_are_one_line_and_status_2(capsys, tmp_path: Path, monkeypatch, m
     assert match in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_option_is_named_before_anything_runs(capsys, tmp_path: Path):
+    status, out, error = gptcore(capsys, "train", "--data", tmp_path, "--out", tmp_path / "x", "--steps", 0)
+    assert status == 2
+    assert "steps: got 0; accepted are positive integers" in out + error
+    assert not (tmp_path / "x").exists()
 
 
 def test_works_without_triton(tmp_path: Path):
