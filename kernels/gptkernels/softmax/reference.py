@@ -21,6 +21,6 @@ def softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = Fals
         future = torch.ones(queries, keys, dtype=torch.bool, device=x.device).triu(keys - queries + 1)
         scores = scores.masked_fill(future, -math.inf)
     # A row without a finite score is NaN in softmax, and so is its gradient: compute it on zeros, then discard it.
-    empty = (scores.detach() == -math.inf).all(dim, keepdim=True)
+    empty = scores.detach().amax(dim, keepdim=True) == -math.inf
     # dtype is given so that autocast does not widen the result.
     return torch.softmax(scores.masked_fill(empty, 0.0), dim, dtype=x.dtype).masked_fill(empty, 0.0)
