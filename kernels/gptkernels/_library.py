@@ -1,7 +1,7 @@
 """Registers a kernel as a PyTorch dispatcher op, so that torch.compile sees one opaque call with known outputs.
 
-Each backend has a namespace of its own (``torch.ops.gptkernels_triton``) with the same op names and schemas; the
-autograd Functions differ between backends only in the namespace they call.
+Each backend has a namespace of its own (``torch.ops.gptkernels_triton``, ``torch.ops.gptkernels_native``) with the same
+op names and schemas; the autograd Functions differ between backends only in the namespace they call.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ launchers: dict[str, Callable[[], Callable[..., Any]]] = {}
 """By op name, what imports and returns the function behind the op; filled by `register`, read by compile_report."""
 
 
-def register(name: str, schema: str, *, fake: Callable[..., Any], module: str) -> None:
-    """Defines ``gptkernels_triton::{name}{schema}``, computed by the function of that name in `module`.
+def register(name: str, schema: str, *, fake: Callable[..., Any], module: str | None = None) -> None:
+    """Defines the op ``{name}{schema}`` in the native namespace, and in triton's when there is a Triton launcher.
 
-    The module is imported at the op's first call: `import gptkernels` must work, and be quick, without triton.
-    `fake` returns the outputs' shapes, dtypes and layouts.
+    The native op is implemented in C++ (``native.cpp``), which `gptkernels._native` loads at first use. The Triton op is
+    the function of that name in `module`, imported at the op's first call: `import gptkernels` must work, and be
+    quick, without triton. `fake` returns the outputs' shapes, dtypes and layouts.
     """
-    qualified = f"gptkernels_triton::{name}"
+    torch.library.define(f"gptkernels_native::{name}", schema)
+    torch.library.register_fake(f"gptkernels_native::{name}", fake)
+    if module is None:
+        return
 
     @cache
     def load() -> Callable[..., Any]:
@@ -34,6 +38,7 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], module: str) -
     def kernel(*args: Any) -> Any:
         return load()(*args)
 
+    qualified = f"gptkernels_triton::{name}"
     torch.library.define(qualified, schema)
     # CPU tensors reach a Triton kernel only in the interpreter: backend.choose sees to that.
     torch.library.impl(qualified, ("CUDA", "CPU"), kernel)

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 
+Output = Tensor | tuple[Tensor, ...]
+"""What an operation returns."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One input of an operation: a readable name and the parameters that `OpSpec.make_inputs` builds it from."""
@@ -54,8 +58,8 @@ class OpSpec:
     """
 
     name: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    function: Callable[..., Output]
+    reference: Callable[..., Output]
     make_inputs: Callable[[Case, torch.dtype, torch.device, int], Inputs]
     cost: Callable[[Case, torch.dtype], Cost]
     cases: tuple[Case, ...]

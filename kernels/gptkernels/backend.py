@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
@@ -16,14 +17,23 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from gptkernels import _native
+
 BACKENDS = ("reference", "triton", "native")
 CHOICES = ("auto", *BACKENDS)
 
 # What each operation has beside its reference.
 FUSED: dict[str, tuple[str, ...]] = {
-    "layer_norm": ("triton",),
-    "softmax": ("triton",),
-    "attention": ("triton",),
+    "layer_norm": ("triton", "native"),
+    "add_layer_norm": ("native",),
+    "rms_norm": ("native",),
+    "add_rms_norm": ("native",),
+    "softmax": ("triton", "native"),
+    "attention": ("triton", "native"),
+    "gelu": ("native",),
+    "swiglu": ("native",),
+    "cross_entropy": ("native",),
+    "linear_cross_entropy": ("native",),
 }
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # "auto" takes the first of these that can run, and reference when none can.
@@ -70,10 +80,12 @@ def _why_not(op: str | None, backend: str, device_type: str, device_index: int) 
     """None when `backend` can run `op` (None: any operation) on that device, else the reason why not."""
     if backend == "reference":
         return None
-    if backend == "native":
-        return "the native CPU kernels are not part of this version yet; use 'auto' or 'reference'"
     if op is not None and backend not in FUSED[op]:
         return f"{op} has no {backend} kernel yet; use 'auto' or 'reference'"
+    if backend == "native":
+        if device_type != "cpu":
+            return f"the native kernels run on the CPU and the tensors are on {device_type!r}; use 'auto' or 'reference'"
+        return _native.why_not()
     if missing := _triton_missing():
         return missing
     if device_type == "cuda":
@@ -87,8 +99,14 @@ def _why_not(op: str | None, backend: str, device_type: str, device_index: int) 
     )
 
 
+def _start(backend: str) -> str | None:
+    """Makes a backend that can run ready to run (the native one may have to be compiled); a reason if that fails."""
+    return _native.load() if backend == "native" else None
+
+
 # torch.compiler.assume_constant_result does just this, but imports the compiler: seconds, at `import gptkernels`.
 _why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_start._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _devices() -> list[torch.device]:
@@ -116,9 +134,11 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
         if x.dtype in FUSED_DTYPES:
             for candidate in _PREFERRED.get(device_type, ()):
                 if _why_not(op, candidate, device_type, device_index) is None:
-                    return candidate
+                    if (failure := _start(candidate)) is None:
+                        return candidate
+                    warnings.warn(f"auto takes the reference: {failure}", RuntimeWarning, stacklevel=3)
         return "reference"
-    if reason := _why_not(op, name, device_type, device_index):
+    if reason := _why_not(op, name, device_type, device_index) or _start(name):
         raise BackendUnavailableError(f"backend {name!r} cannot run {op} on device {device_type!r}: {reason}")
     if name != "reference" and x.dtype not in FUSED_DTYPES:
         raise TypeError(
@@ -187,12 +207,15 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"backend choice: {self.choice}"]
+        if any(row.auto == "native" for row in self.rows):
+            level, best = _native.loaded(), _native.supported()[0].name
+            lines.append(f"native kernels: {level or best}" + ("" if level else ", made ready at first use"))
         reasons: dict[str, str] = {}
         for device in dict.fromkeys(row.device for row in self.rows):
             lines.append(f"{device}:")
             for row in self.rows:
                 if row.device == device:
-                    lines.append(f"  {row.op:<12} auto -> {row.auto}")
+                    lines.append(f"  {row.op:<20} auto -> {row.auto}")
                     reasons |= {f"{name} on {device}": reason for name, reason in row.unavailable.items()}
         lines += [f"not available: {what}: {reason}" for what, reason in reasons.items()]
         return "\n".join(lines)
@@ -202,9 +225,9 @@ def report() -> Report:
     """What "auto" runs for each operation on each device of this machine, and why each other backend is not available."""
     rows = []
     for device in _devices():
-        probe = torch.empty(0, device=device)
         for op in FUSED:
             reasons = {name: _why_not(op, name, device.type, _index(device)) for name in BACKENDS}
             unavailable = {name: reason for name, reason in reasons.items() if reason}
-            rows.append(OpReport(op, str(device), choose(op, probe, "auto"), unavailable))
+            candidates = [name for name in _PREFERRED.get(device.type, ()) if name not in unavailable]
+            rows.append(OpReport(op, str(device), (candidates or ["reference"])[0], unavailable))
     return Report(_choice, tuple(rows))

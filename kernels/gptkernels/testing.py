@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels._spec import Case, Cost, Inputs, OpSpec, Output
 from gptkernels.attention.spec import SPEC as ATTENTION
 from gptkernels.layer_norm.spec import SPEC as LAYER_NORM
 from gptkernels.softmax.spec import SPEC as SOFTMAX
@@ -25,7 +25,9 @@ __all__ = [
     "OpSpec",
     "assert_within_budget",
     "check_op",
+    "outputs",
     "poisoned_memory",
+    "random_grads",
     "run",
 ]
 
@@ -93,19 +95,30 @@ def assert_within_budget(name: str, actual: Tensor, plain: Tensor, exact: Tensor
     assert rms <= rms_budget, f"{name}: RMS error {rms:.3e}; the budget is {rms_budget:.3e} (plain {plain_rms:.3e})"
 
 
-def run(function: Callable[..., Tensor], inputs: Inputs, grad_out: Tensor | None = None) -> dict[str, Tensor]:
+def outputs(result: Output) -> tuple[Tensor, ...]:
+    """What an operation returned, as a tuple: most return one tensor, some two."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def run(function: Callable[..., Output], inputs: Inputs, grad_out: Output | None = None) -> dict[str, Tensor]:
     """Calls `function` and differentiates it: ``{"out": ..., "grad_x": ...}`` for every floating-point input.
 
-    `grad_out` is the gradient of the output (None: no backward).
+    `grad_out` holds a gradient for each output (None: no backward). Further outputs are named ``out1`` and so on.
     """
     leaves = inputs.mapped(lambda t: t.detach().requires_grad_(grad_out is not None))
-    out = function(**leaves.tensors, **leaves.options)
-    results = {"out": out.detach()}
+    outs = outputs(function(**leaves.tensors, **leaves.options))
+    results = {f"out{i or ''}": out.detach() for i, out in enumerate(outs)}
     if grad_out is not None:
         names, tensors = zip(*leaves.differentiable().items())
-        grads = torch.autograd.grad(out, tensors, grad_out.to(out.dtype))
+        grads = torch.autograd.grad(outs, tensors, [g.to(o.dtype) for g, o in zip(outputs(grad_out), outs)])
         results |= {f"grad_{name}": grad for name, grad in zip(names, grads)}
     return results
+
+
+def random_grads(result: Output, seed: int) -> tuple[Tensor, ...]:
+    """A gradient for each of an operation's outputs, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs(result))
 
 
 def check_op(
@@ -113,12 +126,10 @@ def check_op(
 ) -> None:
     """Holds one case of one operation, forward and backward, against the float64 error budget, on poisoned memory."""
     inputs = spec.make_inputs(case, dtype, torch.device(device), seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    plain_out = spec.reference(**inputs.tensors, **inputs.options)
-    grad_out = torch.randn(plain_out.shape, generator=generator).to(device, dtype)
+    grad_out = random_grads(spec.reference(**inputs.tensors, **inputs.options), seed + 1)
     # The budget belongs to the numbers, not to their layout: PyTorch's attention picks another kernel for each.
     plain = run(spec.reference, inputs.mapped(torch.Tensor.contiguous), grad_out)
-    exact = run(spec.reference, inputs.mapped(lambda t: t.double()), grad_out.double())
+    exact = run(spec.reference, inputs.mapped(lambda t: t.double()), tuple(g.double() for g in grad_out))
     with poisoned_memory():
         actual = run(lambda **kwargs: spec.function(**kwargs, backend=backend), inputs, grad_out)
     for name, value in actual.items():

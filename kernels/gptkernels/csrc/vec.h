@@ -1,0 +1,268 @@
+// Vectors of float over at::vec: loads and stores that widen and round 16-bit types, tails, sums, exp.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+namespace gptkernels {
+
+using c10::BFloat16;
+using c10::Half;
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t kLanes = Vec::size();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// "All lanes", known at compile time; beside it `int64_t count` stands for a tail.
+struct All {};
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+ALWAYS_INLINE Vec load(const float* p, All) { return _mm512_loadu_ps(p); }
+ALWAYS_INLINE Vec load(const BFloat16* p, All) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+ALWAYS_INLINE Vec load(const Half* p, All) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+ALWAYS_INLINE __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+ALWAYS_INLINE Vec load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), p); }
+ALWAYS_INLINE Vec load(const BFloat16* p, int64_t count) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(count), p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+ALWAYS_INLINE Vec load(const Half* p, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(count), p));
+}
+
+// To nearest, ties to even; NaN stays NaN.
+ALWAYS_INLINE __m256i narrow(const BFloat16*, Vec v) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  return at::vec::cvtfp32_bf16(v);
+#endif
+}
+ALWAYS_INLINE __m256i narrow(const Half*, Vec v) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+ALWAYS_INLINE void store(float* p, Vec v, All) { _mm512_storeu_ps(p, v); }
+ALWAYS_INLINE void store(float* p, Vec v, int64_t count) { _mm512_mask_storeu_ps(p, lanes(count), v); }
+template <typename T>
+ALWAYS_INLINE void store(T* p, Vec v, All) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
+}
+template <typename T>
+ALWAYS_INLINE void store(T* p, Vec v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, lanes(count), narrow(p, v));
+}
+
+ALWAYS_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+ALWAYS_INLINE float max(Vec v) { return _mm512_reduce_max_ps(v); }
+
+#else
+
+template <typename T>
+ALWAYS_INLINE Vec load(const T* p, int64_t count) {
+  alignas(64) float lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = static_cast<float>(p[i]);
+  return Vec::loadu(lanes);
+}
+template <typename T>
+ALWAYS_INLINE void store(T* p, Vec v, int64_t count) {
+  alignas(64) float lanes[kLanes];
+  v.store(lanes);
+  for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(lanes[i]);
+}
+template <typename T>
+ALWAYS_INLINE Vec load(const T* p, All) {
+  if constexpr (std::is_same_v<T, float>) {
+    return Vec::loadu(p);
+  } else {
+    Vec v;
+    if constexpr (std::is_same_v<T, BFloat16>) at::vec::load_fp32_from_bf16(p, v);
+    else at::vec::load_fp32_from_fp16(p, v);
+    return v;
+  }
+}
+template <typename T>
+ALWAYS_INLINE void store(T* p, Vec v, All) {
+  if constexpr (std::is_same_v<T, float>) {
+    v.store(p);
+  } else {
+#if defined(CPU_CAPABILITY_AVX2)
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), at::vec::cvtfp32_bf16(static_cast<__m256>(v)));
+    } else {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), at::vec::cvtfp32_fp16(static_cast<__m256>(v)));
+    }
+#else
+    store(p, v, kLanes);
+#endif
+  }
+}
+ALWAYS_INLINE float sum(Vec v) {
+  alignas(64) float lanes[kLanes];
+  v.store(lanes);
+  for (int64_t step = kLanes / 2; step > 0; step /= 2)
+    for (int64_t i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+// NaN lanes are passed over, as the processor's own maximum does: callers look for NaN elsewhere.
+ALWAYS_INLINE float max(Vec v) {
+  alignas(64) float lanes[kLanes];
+  v.store(lanes);
+  float result = lanes[0];
+  for (int64_t i = 1; i < kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
+  return result;
+}
+
+#endif
+
+template <typename T>
+ALWAYS_INLINE Vec load(const T* p) { return load(p, All{}); }
+template <typename T>
+ALWAYS_INLINE void store(T* p, Vec v) { store(p, v, All{}); }
+
+ALWAYS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return at::vec::fmadd(a, b, c); }
+
+// The larger in each lane; a NaN in `v` is passed over.
+ALWAYS_INLINE Vec larger(Vec v, Vec most) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(v, most);  // the second operand where either is NaN
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(v, most);
+#else
+  return Vec::blendv(most, v, v > most);
+#endif
+}
+
+// The smaller in each lane; `cap` where v is NaN.
+ALWAYS_INLINE Vec smaller(Vec v, Vec cap) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_min_ps(v, cap);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_min_ps(v, cap);
+#else
+  return Vec::blendv(cap, v, v < cap);
+#endif
+}
+
+// `v` with the lanes from `count` on replaced by `fill`.
+ALWAYS_INLINE Vec keep(Vec v, All, float) { return v; }
+ALWAYS_INLINE Vec keep(Vec v, int64_t count, float fill) { return Vec::set(Vec(fill), v, count); }
+
+// 2^x to about one unit in the last place; 0 for -inf, inf above 128, NaN for NaN.
+// 2^n 2^f with n the nearest integer and a polynomial for f in [-1/2, 1/2] (Taylor in f ln 2; remainder under 1e-8).
+ALWAYS_INLINE Vec exp2(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 t = _mm512_max_ps(_mm512_set1_ps(-160.f), _mm512_min_ps(_mm512_set1_ps(160.f), x));  // NaN passes: second operand
+  __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 f = _mm512_sub_ps(t, n);
+  __m512 y = _mm512_set1_ps(1.5403530e-4f);
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.3333558e-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.6181291e-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.5504109e-2f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4022651e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9314718e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, n);
+#elif defined(CPU_CAPABILITY_AVX2)
+  // Two factors 2^(n/2): each stays a normal number where the result overflows or is subnormal.
+  __m256 t = _mm256_max_ps(_mm256_set1_ps(-160.f), _mm256_min_ps(_mm256_set1_ps(160.f), x));
+  __m256 n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 f = _mm256_sub_ps(t, n);
+  __m256 y = _mm256_set1_ps(1.5403530e-4f);
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(1.3333558e-3f));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(9.6181291e-3f));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(5.5504109e-2f));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(2.4022651e-1f));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(6.9314718e-1f));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(1.0f));
+  __m256i whole = _mm256_cvtps_epi32(n);
+  __m256i half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half), bias = _mm256_set1_epi32(127);
+  __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+  return _mm256_mul_ps(_mm256_mul_ps(y, first), second);
+#else
+  alignas(64) float lanes[kLanes];
+  x.store(lanes);
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = std::exp2(lanes[i]);
+  return Vec::loadu(lanes);
+#endif
+}
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.693147180559945309417f;
+
+// e^x: the product with log2(e) is made in two parts, so that its rounding does not grow with |x|.
+ALWAYS_INLINE Vec exp(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // An infinite x takes no second part: infinity minus itself is NaN.
+  __m512 t = _mm512_max_ps(_mm512_set1_ps(-110.f), _mm512_min_ps(_mm512_set1_ps(110.f), x));
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(t, _mm512_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), t);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 y = _mm512_set1_ps(1.3888889e-3f);
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3333333e-3f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1666667e-2f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666667e-1f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, n);
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256 t = _mm256_max_ps(_mm256_set1_ps(-110.f), _mm256_min_ps(_mm256_set1_ps(110.f), x));
+  __m256 n = _mm256_round_ps(_mm256_mul_ps(t, _mm256_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), t);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 y = _mm256_set1_ps(1.3888889e-3f);
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(8.3333333e-3f));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(4.1666667e-2f));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.6666667e-1f));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(0.5f));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f));
+  return _mm256_mul_ps(y, exp2(Vec(n)));
+#else
+  return x.exp();
+#endif
+}
+
+// Calls f(j, lanes, k) over 0 <= j < n in steps of a vector: `lanes` is All, or the count of the tail; k counts 0..3 so
+// that f can spread a sum over four accumulators.
+template <typename F>
+ALWAYS_INLINE void sweep(int64_t n, F f) {
+  using std::integral_constant;
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+    f(j, All{}, integral_constant<int, 0>{});
+    f(j + kLanes, All{}, integral_constant<int, 1>{});
+    f(j + 2 * kLanes, All{}, integral_constant<int, 2>{});
+    f(j + 3 * kLanes, All{}, integral_constant<int, 3>{});
+  }
+  for (; j + kLanes <= n; j += kLanes) f(j, All{}, integral_constant<int, 0>{});
+  if (j < n) f(j, n - j, integral_constant<int, 1>{});
+}
+
+// Four accumulators of one sum.
+struct Sum {
+  Vec part[4] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
+  template <int k>
+  ALWAYS_INLINE void add(Vec v, std::integral_constant<int, k>) { part[k] = part[k] + v; }
+  template <int k>
+  ALWAYS_INLINE void add(Vec a, Vec b, std::integral_constant<int, k>) { part[k] = fmadd(a, b, part[k]); }
+  ALWAYS_INLINE float total() const { return sum((part[0] + part[1]) + (part[2] + part[3])); }
+};
+
+}  // namespace gptkernels

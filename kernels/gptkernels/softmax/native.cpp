@@ -1,0 +1,181 @@
+// softmax on the CPU: a row's exponentials stay in the first-level cache between the sum and the division.
+#include "common.h"
+
+namespace gptkernels {
+namespace {
+
+// Columns that row `i` keeps: all, or with `causal` those up to its own place, aligned at the last.
+int64_t kept_columns(bool causal, int64_t i, int64_t queries, int64_t columns) {
+  return causal ? std::clamp<int64_t>(i % queries + 1 + columns - queries, 0, columns) : columns;
+}
+
+// True for a row without a finite score: it gives zeros. A NaN among them is not passed over.
+template <typename T>
+bool nothing_to_sum(float top, const T* x, int64_t n) {
+  return top == -kInfinity && std::none_of(x, x + n, [](T v) { return std::isnan(static_cast<float>(v)); });
+}
+
+template <typename T>
+void forward_row(const T* x, T* out, float* row, int64_t kept, int64_t n, float scale) {
+  Vec top[4] = {Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity)};
+  sweep(kept, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
+    const Vec v = keep(load(x + j, lanes), lanes, -kInfinity);
+    store(row + j, v, lanes);
+    top[k] = larger(v, top[k]);
+  });
+  const float highest = max(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+  if (nothing_to_sum(highest, x, kept)) {
+    std::fill(out, out + n, T(0.f));
+    return;
+  }
+  Sum total;
+  sweep(kept, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
+    const Vec e = keep(exp((load(row + j, lanes) - Vec(highest)) * Vec(scale)), lanes, 0.f);
+    store(row + j, e, lanes);
+    total.add(e, k);
+  });
+  const Vec inverse(1.f / total.total());
+  sweep(kept, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+    store(out + j, load(row + j, lanes) * inverse, lanes);
+  });
+  std::fill(out + kept, out + n, T(0.f));
+}
+
+template <typename T>
+void backward_row(const T* grad_out, const T* y, T* grad_x, int64_t kept, int64_t n, float scale) {
+  Sum along;
+  sweep(kept, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
+    along.add(load(grad_out + j, lanes), load(y + j, lanes), k);
+  });
+  const float mean = along.total();
+  sweep(kept, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+    store(grad_x + j, load(y + j, lanes) * (load(grad_out + j, lanes) - Vec(mean)) * Vec(scale), lanes);
+  });
+  std::fill(grad_x + kept, grad_x + n, T(0.f));
+}
+
+// Another dimension than the last: (outer, n, inner) in memory, up to kColumns neighbouring inner columns at a time.
+constexpr int64_t kColumns = 64;
+
+template <typename T>
+void forward_columns(const T* x, T* out, float* block, int64_t n, int64_t inner, int64_t width, float scale) {
+  float highest[kColumns], total[kColumns];
+  std::fill_n(highest, kColumns, -kInfinity);
+  std::fill_n(total, kColumns, 0.f);
+  for (int64_t i = 0; i < n; ++i)
+    sweep(width, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+      store(highest + j, larger(load(x + i * inner + j, lanes), load(highest + j, lanes)), lanes);
+    });
+  for (int64_t j = 0; j < width; ++j) {
+    bool any_nan = false;
+    if (highest[j] == -kInfinity)
+      for (int64_t i = 0; i < n; ++i) any_nan |= std::isnan(static_cast<float>(x[i * inner + j]));
+    // exp(-inf - 0) is 0 in each place, and their sum is replaced below.
+    if (highest[j] == -kInfinity && !any_nan) highest[j] = 0.f;
+  }
+  for (int64_t i = 0; i < n; ++i)
+    sweep(width, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+      const Vec e = exp((load(x + i * inner + j, lanes) - load(highest + j, lanes)) * Vec(scale));
+      store(block + i * kColumns + j, e, lanes);
+      store(total + j, load(total + j, lanes) + e, lanes);
+    });
+  for (int64_t j = 0; j < width; ++j) total[j] = total[j] == 0.f ? 0.f : 1.f / total[j];
+  for (int64_t i = 0; i < n; ++i)
+    sweep(width, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+      store(out + i * inner + j, load(block + i * kColumns + j, lanes) * load(total + j, lanes), lanes);
+    });
+}
+
+template <typename T>
+void backward_columns(const T* grad_out, const T* y, T* grad_x, int64_t n, int64_t inner, int64_t width, float scale) {
+  float along[kColumns];
+  std::fill_n(along, kColumns, 0.f);
+  for (int64_t i = 0; i < n; ++i)
+    sweep(width, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+      const int64_t at = i * inner + j;
+      store(along + j, fmadd(load(grad_out + at, lanes), load(y + at, lanes), load(along + j, lanes)), lanes);
+    });
+  for (int64_t i = 0; i < n; ++i)
+    sweep(width, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+      const int64_t at = i * inner + j;
+      store(grad_x + at, load(y + at, lanes) * (load(grad_out + at, lanes) - load(along + j, lanes)) * Vec(scale), lanes);
+    });
+}
+
+struct Columns {
+  int64_t outer = 1, n, inner = 1, blocks;
+  Columns(const Tensor& x, int64_t dim) : n(x.size(dim)) {
+    for (int64_t d = 0; d < dim; ++d) outer *= x.size(d);
+    for (int64_t d = dim + 1; d < x.dim(); ++d) inner *= x.size(d);
+    blocks = ceil_div(inner, kColumns);
+  }
+  int64_t offset(int64_t unit) const { return unit / blocks * n * inner + unit % blocks * kColumns; }
+  int64_t width(int64_t unit) const { return std::min(kColumns, inner - unit % blocks * kColumns); }
+};
+
+Tensor softmax_forward(const Tensor& x, int64_t dim, double scale, bool causal) {
+  Tensor out = at::empty(x.sizes(), x.options());
+  if (x.numel() == 0) return out;
+  dim = dim < 0 ? dim + x.dim() : dim;
+  dispatch(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    T* y = out.data_ptr<T>();
+    if (dim == x.dim() - 1) {
+      const Rows rows(x);
+      const int64_t n = rows.columns, queries = causal ? x.size(-2) : 1;
+      at::parallel_for(0, rows.rows, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
+        Scratch<float> row(n);
+        for (int64_t i = begin; i < end; ++i)
+          forward_row(rows.data<T>() + i * rows.stride, y + i * n, row.get(), kept_columns(causal, i, queries, n), n,
+                      static_cast<float>(scale));
+      });
+      return;
+    }
+    const Tensor whole = x.contiguous();
+    const Columns c(x, dim);
+    at::parallel_for(0, c.outer * c.blocks, std::max<int64_t>(1, 8192 / (c.n * kColumns)), [&](int64_t begin, int64_t end) {
+      Scratch<float> block(c.n * kColumns);
+      for (int64_t u = begin; u < end; ++u)
+        forward_columns(whole.const_data_ptr<T>() + c.offset(u), y + c.offset(u), block.get(), c.n, c.inner, c.width(u),
+                        static_cast<float>(scale));
+    });
+  });
+  return out;
+}
+
+Tensor softmax_backward(const Tensor& grad_out, const Tensor& out, int64_t dim, double scale, bool causal) {
+  Tensor grad_x = at::empty(out.sizes(), out.options());
+  if (out.numel() == 0) return grad_x;
+  dim = dim < 0 ? dim + out.dim() : dim;
+  dispatch(out.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    T* gradient = grad_x.data_ptr<T>();
+    if (dim == out.dim() - 1) {
+      const Rows y(out), g(grad_out);
+      const int64_t n = y.columns, queries = causal ? out.size(-2) : 1;
+      at::parallel_for(0, y.rows, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          backward_row(g.data<T>() + i * g.stride, y.data<T>() + i * y.stride, gradient + i * n,
+                       kept_columns(causal, i, queries, n), n, static_cast<float>(scale));
+      });
+      return;
+    }
+    const Tensor y = out.contiguous(), g = grad_out.contiguous();
+    const Columns c(out, dim);
+    at::parallel_for(0, c.outer * c.blocks, std::max<int64_t>(1, 8192 / (c.n * kColumns)), [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u)
+        backward_columns(g.const_data_ptr<T>() + c.offset(u), y.const_data_ptr<T>() + c.offset(u), gradient + c.offset(u),
+                         c.n, c.inner, c.width(u), static_cast<float>(scale));
+    });
+  });
+  return grad_x;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
+  m.impl("softmax_forward", softmax_forward);
+  m.impl("softmax_backward", softmax_backward);
+}
+
+}  // namespace gptkernels
