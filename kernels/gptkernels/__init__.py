@@ -1,4 +1,4 @@
-"""Fused kernels for GPTs, forward and backward, behind plain functions: Triton on GPUs, PyTorch everywhere.
+"""Fused kernels for GPTs, forward and backward, behind plain functions: Triton on GPUs, C++ on CPUs, PyTorch everywhere.
 
 >>> import torch, gptkernels
 >>> x = torch.randn(2, 5, 64)
@@ -6,6 +6,7 @@
 >>> print(gptkernels.report())  # doctest: +SKIP
 """
 
+from gptkernels.activation import gelu, swiglu
 from gptkernels.attention import attention, causal_attention
 from gptkernels.backend import (
     BackendUnavailableError,
@@ -13,16 +14,26 @@ from gptkernels.backend import (
     report,
     use_backend,
 )
-from gptkernels.layer_norm import layer_norm
+from gptkernels.cross_entropy import cross_entropy
+from gptkernels.layer_norm import add_layer_norm, layer_norm
+from gptkernels.linear_cross_entropy import linear_cross_entropy
+from gptkernels.rms_norm import add_rms_norm, rms_norm
 from gptkernels.softmax import softmax
 
 __all__ = [
     "BackendUnavailableError",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "available_backends",
     "causal_attention",
+    "cross_entropy",
+    "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "report",
+    "rms_norm",
     "softmax",
+    "swiglu",
     "use_backend",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -25,3 +26,24 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.dtype != other.dtype:
         raise TypeError(f"{name}: got dtype {x.dtype}; accepted is {other_name}'s dtype, {other.dtype}")
+
+
+def normalised(x: Tensor, **parameters: Tensor | None) -> None:
+    """What every norm takes: rows ``(..., N)`` and parameters ``(N,)`` of any floating dtype."""
+    floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: got a tensor without dimensions; accepted is (..., N)")
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            floating(name, parameter)
+            shape(name, parameter, (x.shape[-1],))
+            same_device(name, parameter, "x", x)
+
+
+def stream(x: Tensor, residual: Tensor) -> None:
+    """A residual stream and the branch `x` that joins it: it may be kept in float32 beside a 16-bit branch."""
+    floating("residual", residual)
+    shape("residual", residual, tuple(x.shape))
+    same_device("residual", residual, "x", x)
+    if residual.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"residual: got dtype {residual.dtype}; accepted are x's dtype, {x.dtype}, and torch.float32")

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from gptkernels._spec import Case, Cost, Inputs, OpSpec, Output
+from gptkernels.activation.spec import GELU_SPEC, SWIGLU_SPEC
 from gptkernels.attention.spec import SPEC as ATTENTION
-from gptkernels.layer_norm.spec import SPEC as LAYER_NORM
+from gptkernels.cross_entropy.spec import SPEC as CROSS_ENTROPY
+from gptkernels.layer_norm import spec as layer_norm
+from gptkernels.linear_cross_entropy.spec import SPEC as LINEAR_CROSS_ENTROPY
+from gptkernels.rms_norm import spec as rms_norm
 from gptkernels.softmax.spec import SPEC as SOFTMAX
 
 __all__ = [
@@ -31,7 +35,18 @@ __all__ = [
     "run",
 ]
 
-SPECS: tuple[OpSpec, ...] = (LAYER_NORM, SOFTMAX, ATTENTION)
+SPECS: tuple[OpSpec, ...] = (
+    layer_norm.SPEC,
+    layer_norm.ADD_SPEC,
+    rms_norm.SPEC,
+    rms_norm.ADD_SPEC,
+    SOFTMAX,
+    ATTENTION,
+    GELU_SPEC,
+    SWIGLU_SPEC,
+    CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY,
+)
 """The specification of every operation: inputs, shape grid, FLOPs and bytes."""
 
 

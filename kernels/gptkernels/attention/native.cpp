@@ -24,13 +24,13 @@ struct ForwardScratch {
         buffer(kPanel * round_up(std::max(depth, width), 2 * kLanes)), scores(kQueries * kKeys), out(kQueries * width) {}
 };
 
-// One row of scores becomes weights: 2^(score * scale2 - top), 0 from `seen` on. Returns their sum.
+// One row of scores becomes weights, the power of (score * factor - top), 0 from `seen` on. Returns their sum.
 template <typename C>
-ALWAYS_INLINE float weigh_row(const float* scores, C* weights, int64_t seen, int64_t width, float scale2, float top) {
+ALWAYS_INLINE float weigh_row(const float* scores, C* weights, int64_t seen, int64_t width, float scale, float top) {
   Sum total;
-  const Vec factor(scale2), shift(-top);
+  const Vec factor(scale), shift(-top);
   sweep(seen, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
-    const Vec p = keep(exp2(fmadd(load(scores + j, lanes), factor, shift)), lanes, 0.f);
+    const Vec p = keep(Softmax<C>::power(fmadd(load(scores + j, lanes), factor, shift)), lanes, 0.f);
     total.add(p, k);
     store(weights + j, p, lanes);
   });
@@ -53,7 +53,7 @@ ALWAYS_INLINE float highest(float* scores, int64_t seen, const float* caps) {
 
 // Queries [first, first + count) of one head against its packed keys and values.
 template <typename T>
-void forward_block(const T* query, int64_t row, int64_t first, int64_t count, const Visibility& seen, int64_t b, float scale2,
+void forward_block(const T* query, int64_t row, int64_t first, int64_t count, const Visibility& seen, int64_t b, float factor,
                    ForwardScratch<T>& s, int64_t head_dim, T* out, int64_t out_row, float* lse) {
   using C = Compute<T>;
   const int64_t rows = round_up(count, kRowStep);
@@ -71,14 +71,14 @@ void forward_block(const T* query, int64_t row, int64_t first, int64_t count, co
       float* scores = s.scores + i * kKeys;
       C* weights = s.weights + i * kKeys;
       const int64_t visible = i < count ? std::clamp<int64_t>(seen.end(b, first + i) - start, 0, width) : 0;
-      const float raised = std::max(top[i], highest(scores, visible, caps ? caps + start : nullptr) * scale2);
+      const float raised = std::max(top[i], highest(scores, visible, caps ? caps + start : nullptr) * factor);
       // A row that has seen nothing yet has no top: any finite one gives it zeros (or the NaN that it holds).
       const float shift = raised == -kInfinity ? 0.f : raised;
-      const float sum = weigh_row(scores, weights, visible, width, scale2, shift);
+      const float sum = weigh_row(scores, weights, visible, width, factor, shift);
       if (start == 0) {
         total[i] = sum;
       } else if (raised != top[i]) {
-        const float shrink = std::exp2(top[i] - shift);
+        const float shrink = Softmax<C>::power(top[i] - shift);
         total[i] = total[i] * shrink + sum;
         float* held = s.out + i * s.width;
         sweep(s.width, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA { store(held + j, load(held + j, lanes) * Vec(shrink), lanes); });
@@ -101,12 +101,12 @@ void forward_block(const T* query, int64_t row, int64_t first, int64_t count, co
     const Vec inverse(1.f / total[i]);
     const float* held = s.out + i * s.width;
     sweep(head_dim, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA { store(to + j, load(held + j, lanes) * inverse, lanes); });
-    lse[i] = top[i] + std::log2(total[i]);
+    lse[i] = top[i] + Softmax<C>::log(total[i]);
   }
 }
 
 template <typename T>
-void forward(const Heads& query, const Heads& key, const Heads& value, const Visibility& seen, float scale2, const Heads& out,
+void forward(const Heads& query, const Heads& key, const Heads& value, const Visibility& seen, float factor, const Heads& out,
              float* lse) {
   const int64_t group = query.heads / key.heads, blocks = ceil_div(query.tokens, kQueries), head_dim = query.head_dim;
   const int64_t cuts = parts(query.batch * key.heads, blocks);
@@ -124,7 +124,7 @@ void forward(const Heads& query, const Heads& key, const Heads& value, const Vis
                   s.width, s.buffer.get());
         for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
           for (int64_t i = first; i < last; i += kQueries)
-            forward_block(query.at<T>(b, h, i), query.row(), i, std::min(kQueries, last - i), seen, b, scale2, s, head_dim,
+            forward_block(query.at<T>(b, h, i), query.row(), i, std::min(kQueries, last - i), seen, b, factor, s, head_dim,
                           out.at<T>(b, h, i), out.row(), lse + (b * query.heads + h) * query.tokens + i);
       });
 }
@@ -139,9 +139,9 @@ std::tuple<Tensor, Tensor> attention_forward(
   const Visibility seen(q, k, is_causal, key_lengths, key_mask);
   dispatch(query.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const float scale2 = static_cast<float>(scale * M_LOG2E);  // rounded once: its error is common to every score
-    if (q.tokens <= kFewQueries) decode<T>(q, k, v, seen, scale2, o, lse.data_ptr<float>());
-    else forward<T>(q, k, v, seen, scale2, o, lse.data_ptr<float>());
+    const float factor = Softmax<Compute<T>>::factor(scale);
+    if (q.tokens <= kFewQueries) decode<T>(q, k, v, seen, factor, o, lse.data_ptr<float>());
+    else forward<T>(q, k, v, seen, factor, o, lse.data_ptr<float>());
   });
   return {out, lse};
 }
@@ -175,9 +175,9 @@ struct BackwardScratch {
 // Rows of scores (keys) and of their gradients become weights and gradients, for queries [first, first + kQueries).
 // A query sees key j from `from(j)` on; hidden keys see none.
 template <typename C, typename From>
-void weigh_block(const float* scores, const float* grads, const float* lse, const float* delta, float scale2, From from,
+void weigh_block(const float* scores, const float* grads, const float* lse, const float* delta, float factor, From from,
                  C* weights, C* grad_scores, C* grad_panels) {
-  const Vec factor(scale2);
+  const Vec by(factor);
   constexpr int64_t step = Element<C>::step;
   for (int64_t j = 0; j < kBackwardKeys; j += step) {
     for (int64_t i = 0; i < kQueries; i += kLanes) {
@@ -187,7 +187,7 @@ void weigh_block(const float* scores, const float* grads, const float* lse, cons
         Vec p(0.f), g(0.f);
         if (hidden < kLanes) {
           // Product and difference are rounded each by itself, as in the forward's maximum: a lone key weighs exactly 1.
-          p = exp2(load(scores + at) * factor - load(lse + i));
+          p = Softmax<C>::power(load(scores + at) * by - load(lse + i));
           g = p * (load(grads + at) - load(delta + i));
           if (hidden > 0) p = Vec::set(p, Vec(0.f), hidden), g = Vec::set(g, Vec(0.f), hidden);
         }
@@ -230,7 +230,7 @@ struct Backward {
   const Heads &grad_out, &query, &key, &value, &out, &grad_query, &grad_key, &grad_value;
   const Visibility& seen;
   const float* lse;
-  float scale, scale2;
+  float scale, factor;
 
   // The queries' side of one key/value head, packed once for all of its key blocks.
   void pack_queries(int64_t b, int64_t kv, BackwardScratch<T>& s) const {
@@ -274,7 +274,7 @@ struct Backward {
         gemm<false>(kBackwardKeys, kQueries, s.depth, s.key.get(), s.depth, Panels<C>::packed(qc, s.depth).at(0, first), s.scores.get(), kQueries);
         gemm<false>(kBackwardKeys, kQueries, s.depth, s.value.get(), s.depth, Panels<C>::packed(gc, s.depth).at(0, first), s.grads.get(), kQueries);
         weigh_block(
-            s.scores.get(), s.grads.get(), s.lse + g * s.queries + first, s.delta + g * s.queries + first, scale2,
+            s.scores.get(), s.grads.get(), s.lse + g * s.queries + first, s.delta + g * s.queries + first, factor,
             [&](int64_t j) -> int64_t {
               const int64_t at = start + j;
               if (at >= keys || (caps && caps[at] < 0.f)) return kQueries;
@@ -344,7 +344,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   const Tensor sums = lse.contiguous();
   dispatch(query.scalar_type(), [&](auto t) {
     Backward<decltype(t)>{g, q, k, v, o, gq, gk, gv, seen, sums.const_data_ptr<float>(), static_cast<float>(scale),
-                          static_cast<float>(scale * M_LOG2E)}.run();
+                          Softmax<Compute<decltype(t)>>::factor(scale)}.run();
   });
   return {grad_query, grad_key, grad_value};
 }

@@ -59,6 +59,20 @@ struct Visibility {
   }
 };
 
+// The exponential of the softmax. Where products are float, base e: the scores' factor is then the caller's scale, mostly a
+// power of two and exact. Where they are bfloat16 anyway, base 2: log2(e) goes into the factor and saves a product.
+template <typename C>
+struct Softmax {
+  static constexpr bool base_e = std::is_same_v<C, float>;
+  static float factor(double scale) { return static_cast<float>(base_e ? scale : scale * M_LOG2E); }
+  static ALWAYS_INLINE Vec power(Vec x) {
+    if constexpr (base_e) return exp(x);
+    else return exp2(x);
+  }
+  static ALWAYS_INLINE float power(float x) { return base_e ? std::exp(x) : std::exp2(x); }
+  static ALWAYS_INLINE float log(float x) { return base_e ? std::log(x) : std::log2(x); }
+};
+
 // Work is cut finer when there are few heads, by the shape alone.
 inline int64_t parts(int64_t units, int64_t most) { return std::clamp<int64_t>(32 / std::max<int64_t>(units, 1), 1, std::max<int64_t>(most, 1)); }
 

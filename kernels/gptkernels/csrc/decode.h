@@ -18,7 +18,7 @@ struct DecodeState {
 // for each. A row sees the keys below ends[row].
 template <typename T>
 void decode_part(const Heads& key, const Heads& value, int64_t b, int64_t kv, int64_t first, int64_t last, const int64_t* ends,
-                 const float* caps, float scale2, int64_t rows, const float* query, float* scores, float* partial) {
+                 const float* caps, float factor, int64_t rows, const float* query, float* scores, float* partial) {
   const int64_t head_dim = key.head_dim, record = head_dim + 2;
   for (int64_t r = 0; r < rows; ++r) {
     float* p = partial + r * record;
@@ -42,13 +42,13 @@ void decode_part(const Heads& key, const Heads& value, int64_t b, int64_t kv, in
       float top = p[0];
       for (int64_t j = 0; j < visible; ++j) {
         if (caps && caps[start + j] < 0.f) row[j] = -kInfinity;
-        else row[j] *= scale2;
+        else row[j] *= factor;
         top = row[j] > top ? row[j] : top;
       }
-      const float shift = top == -kInfinity ? 0.f : top, shrink = std::exp2(p[0] - shift);
+      const float shift = top == -kInfinity ? 0.f : top, shrink = Softmax<Compute<T>>::power(p[0] - shift);
       Sum total;
       sweep(visible, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
-        const Vec w = keep(exp2(load(row + j, lanes) - Vec(shift)), lanes, 0.f);
+        const Vec w = keep(Softmax<Compute<T>>::power(load(row + j, lanes) - Vec(shift)), lanes, 0.f);
         store(row + j, w, lanes);
         total.add(w, k);
       });
@@ -65,7 +65,7 @@ void decode_part(const Heads& key, const Heads& value, int64_t b, int64_t kv, in
 }
 
 template <typename T>
-void decode(const Heads& query, const Heads& key, const Heads& value, const Visibility& seen, float scale2, const Heads& out,
+void decode(const Heads& query, const Heads& key, const Heads& value, const Visibility& seen, float factor, const Heads& out,
             float* lse) {
   const int64_t group = query.heads / key.heads, tokens = query.tokens, head_dim = query.head_dim, rows = group * tokens;
   const int64_t heads = query.batch * key.heads, cuts = parts(heads, key.tokens / kDecodePart), record = head_dim + 2;
@@ -84,7 +84,7 @@ void decode(const Heads& query, const Heads& key, const Heads& value, const Visi
           most = std::max(most, ends[r]);
         }
         const int64_t first = key.tokens * cut / cuts, last = std::min(key.tokens * (cut + 1) / cuts, most);
-        decode_part<T>(key, value, b, kv, first, last, ends.data(), seen.caps_of(b), scale2, rows, s->query, s->scores,
+        decode_part<T>(key, value, b, kv, first, last, ends.data(), seen.caps_of(b), factor, rows, s->query, s->scores,
                        partials + unit * rows * record);
       });
   for (int64_t head = 0; head < heads; ++head)
@@ -95,14 +95,14 @@ void decode(const Heads& query, const Heads& key, const Heads& value, const Visi
       for (int64_t cut = 0; cut < cuts; ++cut) top = std::max(top, first[cut * rows * record]);
       const float shift = top == -kInfinity ? 0.f : top;
       for (int64_t cut = 0; cut < cuts; ++cut) {
-        const float *p = first + cut * rows * record, shrink = std::exp2(p[0] - shift);
+        const float *p = first + cut * rows * record, shrink = Softmax<Compute<T>>::power(p[0] - shift);
         total += p[1] * shrink;
         for (int64_t d = 0; d < head_dim; ++d) sum[d] = (cut ? sum[d] : 0.f) + p[2 + d] * shrink;
       }
       T* to = out.at<T>(b, h, i);
       const bool nothing = total == 0.f;
       for (int64_t d = 0; d < head_dim; ++d) to[d] = static_cast<T>(nothing ? 0.f : sum[d] / total);
-      lse[(b * query.heads + h) * tokens + i] = nothing ? kInfinity : top + std::log2(total);
+      lse[(b * query.heads + h) * tokens + i] = nothing ? kInfinity : top + Softmax<Compute<T>>::log(total);
     }
 }
 

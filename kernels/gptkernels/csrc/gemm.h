@@ -114,14 +114,19 @@ struct Scope {
   ~Scope() { _tile_release(); }
   Scope(const Scope&) = delete;
 };
+// As assembly: the compilers' intrinsics take literal register numbers only, not template arguments.
 template <int t>
-ALWAYS_INLINE void zero() { _tile_zero(t); }
+ALWAYS_INLINE void zero() { asm volatile("tilezero %%tmm%c0" ::"i"(t)); }
 template <int t>
-ALWAYS_INLINE void load(const void* p, int64_t stride) { _tile_loadd(t, p, stride); }
+ALWAYS_INLINE void load(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(t) : "memory");
+}
 template <int t>
-ALWAYS_INLINE void store(void* p, int64_t stride) { _tile_stored(t, p, stride); }
+ALWAYS_INLINE void store(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(t) : "memory");
+}
 template <int c, int a, int b>
-ALWAYS_INLINE void multiply() { _tile_dpbf16ps(c, a, b); }
+ALWAYS_INLINE void multiply() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b)); }
 }  // namespace tiles
 #endif
 

@@ -163,18 +163,18 @@ ALWAYS_INLINE Vec keep(Vec v, All, float) { return v; }
 ALWAYS_INLINE Vec keep(Vec v, int64_t count, float fill) { return Vec::set(Vec(fill), v, count); }
 
 // 2^x to about one unit in the last place; 0 for -inf, inf above 128, NaN for NaN.
-// 2^n 2^f with n the nearest integer and a polynomial for f in [-1/2, 1/2] (Taylor in f ln 2; remainder under 1e-8).
+// 2^n 2^f with n the nearest integer and a polynomial for f in [-1/2, 1/2]: minimax, relative error 2e-9 before rounding.
 ALWAYS_INLINE Vec exp2(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
   __m512 t = _mm512_max_ps(_mm512_set1_ps(-160.f), _mm512_min_ps(_mm512_set1_ps(160.f), x));  // NaN passes: second operand
   __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 f = _mm512_sub_ps(t, n);
-  __m512 y = _mm512_set1_ps(1.5403530e-4f);
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.3333558e-3f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.6181291e-3f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.5504109e-2f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4022651e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9314718e-1f));
+  __m512 y = _mm512_set1_ps(1.5353362e-4f);
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.3398875e-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.61843692e-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55033237e-2f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40226477e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93147182e-1f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(y, n);
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -182,12 +182,12 @@ ALWAYS_INLINE Vec exp2(Vec x) {
   __m256 t = _mm256_max_ps(_mm256_set1_ps(-160.f), _mm256_min_ps(_mm256_set1_ps(160.f), x));
   __m256 n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256 f = _mm256_sub_ps(t, n);
-  __m256 y = _mm256_set1_ps(1.5403530e-4f);
-  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(1.3333558e-3f));
-  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(9.6181291e-3f));
-  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(5.5504109e-2f));
-  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(2.4022651e-1f));
-  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(6.9314718e-1f));
+  __m256 y = _mm256_set1_ps(1.5353362e-4f);
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(1.3398875e-3f));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(9.61843692e-3f));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(5.55033237e-2f));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(2.40226477e-1f));
+  y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(6.93147182e-1f));
   y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(1.0f));
   __m256i whole = _mm256_cvtps_epi32(n);
   __m256i half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half), bias = _mm256_set1_epi32(127);
@@ -213,11 +213,11 @@ ALWAYS_INLINE Vec exp(Vec x) {
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(t, _mm512_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), t);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 y = _mm512_set1_ps(1.3888889e-3f);
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3333333e-3f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1666667e-2f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666667e-1f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
+  __m512 y = _mm512_set1_ps(1.38435594e-3f);
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.37423559e-3f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1668009e-2f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.66664302e-1f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.9999994e-1f));
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(y, n);
@@ -226,11 +226,11 @@ ALWAYS_INLINE Vec exp(Vec x) {
   __m256 n = _mm256_round_ps(_mm256_mul_ps(t, _mm256_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), t);
   r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-  __m256 y = _mm256_set1_ps(1.3888889e-3f);
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(8.3333333e-3f));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(4.1666667e-2f));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.6666667e-1f));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(0.5f));
+  __m256 y = _mm256_set1_ps(1.38435594e-3f);
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(8.37423559e-3f));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(4.1668009e-2f));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.66664302e-1f));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(4.9999994e-1f));
   y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f));
   y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f));
   return _mm256_mul_ps(y, exp2(Vec(n)));

@@ -1,5 +1,5 @@
-"""Layer normalisation over the last dimension; see MATH.md."""
+"""Layer normalisation over the last dimension, alone or after a residual sum; see MATH.md."""
 
-from gptkernels.layer_norm.api import LayerNormFunction, layer_norm
+from gptkernels.layer_norm.api import AddLayerNormFunction, LayerNormFunction, add_layer_norm, layer_norm
 
-__all__ = ["LayerNormFunction", "layer_norm"]
+__all__ = ["AddLayerNormFunction", "LayerNormFunction", "add_layer_norm", "layer_norm"]

@@ -1,4 +1,4 @@
-"""Layer normalisation: the public function, its checks and its autograd.Function."""
+"""Layer normalisation, alone and after a residual sum: the public functions, their checks and autograd.Functions."""
 
 from __future__ import annotations
 
@@ -43,18 +43,41 @@ def layer_norm(
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450. The derivation is in ``MATH.md``.
     """
-    _check.floating("x", x)
-    if x.dim() == 0:
-        raise ValueError("x: got a tensor without dimensions; accepted is (..., N)")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            _check.floating(name, parameter)
-            _check.shape(name, parameter, (x.shape[-1],))
-            _check.same_device(name, parameter, "x", x)
+    _check.normalised(x, weight=weight, bias=bias)
     name = _backend.choose("layer_norm", x, backend)
     if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     return LayerNormFunction.apply(x, weight, bias, eps, name)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A pre-norm residual stream's next step in one pass: ``summed = x + residual``, and `layer_norm` of it.
+
+    Args:
+        x: ``(..., N)``, a branch's output.
+        residual: the stream, of x's shape; x's dtype or float32. The statistics are those of the sum rounded to its dtype.
+        weight, bias, eps, backend: as `layer_norm`.
+
+    Returns:
+        ``(normed, summed)``: normed in x's dtype, summed in residual's; both contiguous.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailableError: as `layer_norm`.
+    """
+    _check.normalised(x, weight=weight, bias=bias)
+    _check.stream(x, residual)
+    name = _backend.choose("add_layer_norm", x, backend)
+    if name == "reference":
+        return reference.add_layer_norm(x, residual, weight, bias, eps)
+    return AddLayerNormFunction.apply(x, residual, weight, bias, eps, name)
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -86,6 +109,41 @@ class LayerNormFunction(torch.autograd.Function):
         )
 
 
+class AddLayerNormFunction(torch.autograd.Function):
+    """Autograd around the fused kernels: saves the sum, weight and each row's float32 statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        out, summed, mean, rstd = _library.ops(backend).add_layer_norm_forward(x, residual, weight, bias, eps)
+        ctx.save_for_backward(summed, weight, mean, rstd)
+        ctx.dtype, ctx.bias_dtype, ctx.backend = x.dtype, None if bias is None else bias.dtype, backend
+        ctx.set_materialize_grads(False)
+        return out, summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_summed: Tensor | None) -> tuple[Tensor | None, ...]:
+        summed, weight, mean, rstd = ctx.saved_tensors
+        need_x, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        if grad_out is None:
+            grad_out = torch.zeros_like(summed, dtype=ctx.dtype)
+        grad_residual, grad_x, grad_weight, grad_bias = _library.ops(ctx.backend).add_layer_norm_backward(
+            grad_out, grad_summed, summed, weight, mean, rstd, need_weight, need_bias, need_x
+        )
+        # Of one dtype, the two inputs share one gradient.
+        grad_x = grad_residual if ctx.dtype == summed.dtype else grad_x
+        return (
+            grad_x if need_x else None,
+            grad_residual,
+            grad_weight.to(weight.dtype) if need_weight else None,
+            grad_bias.to(ctx.bias_dtype) if need_bias else None,
+            None,
+            None,
+        )
+
+
 def _fake_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
@@ -108,6 +166,31 @@ def _fake_backward(
     )
 
 
+def _fake_add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, mean, rstd = _fake_forward(x, weight, bias, eps)
+    return out, residual.new_empty(x.shape), mean, rstd
+
+
+def _fake_add_backward(
+    grad_out: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_residual, grad_weight, grad_bias = _fake_backward(
+        grad_out, summed, weight, mean, rstd, need_weight, need_bias
+    )
+    own = need_x and grad_out.dtype != summed.dtype
+    return grad_residual, grad_out.new_empty(summed.shape if own else (0,)), grad_weight, grad_bias
+
+
 _library.register(
     "layer_norm_forward",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor out, Tensor mean, Tensor rstd)",
@@ -120,4 +203,17 @@ _library.register(
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
     module="gptkernels.layer_norm.triton",
+)
+_library.register(
+    "add_layer_norm_forward",
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor out, Tensor summed, Tensor mean, Tensor rstd)",
+    fake=_fake_add_forward,
+)
+# grad_x is empty unless x's dtype is not the sum's: grad_residual then serves both.
+_library.register(
+    "add_layer_norm_backward",
+    "(Tensor grad_out, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor mean, Tensor rstd, bool need_weight,"
+    " bool need_bias, bool need_x) -> (Tensor grad_residual, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    fake=_fake_add_backward,
 )

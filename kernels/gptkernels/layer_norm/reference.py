@@ -13,3 +13,11 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     bias = bias if bias is None else bias.to(x.dtype)
     # On a GPU autocast widens the result to float32; it is x's dtype here as everywhere.
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """``(layer_norm(summed) in x's dtype, summed = x + residual in residual's)``."""
+    summed = (x + residual).to(residual.dtype)
+    return layer_norm(summed, weight, bias, eps).to(x.dtype), summed

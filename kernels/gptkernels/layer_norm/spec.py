@@ -8,7 +8,7 @@ import torch
 
 from gptkernels._spec import Case, Cost, Inputs, OpSpec
 from gptkernels.layer_norm import reference
-from gptkernels.layer_norm.api import layer_norm
+from gptkernels.layer_norm.api import add_layer_norm, layer_norm
 
 
 def _case(
@@ -16,12 +16,14 @@ def _case(
     weight: bool = True,
     bias: bool = True,
     parameter_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
     layout: str = "contiguous",
 ) -> Case:
     name = "x".join(map(str, shape))
     name += "" if weight else "-noweight"
     name += "" if bias else "-nobias"
     name += "" if parameter_dtype is None else f"-{str(parameter_dtype).removeprefix('torch.')}_parameters"
+    name += "" if residual_dtype is None else f"-{str(residual_dtype).removeprefix('torch.')}_residual"
     name += "" if layout == "contiguous" else f"-{layout}"
     return Case(
         name,
@@ -30,6 +32,7 @@ def _case(
             "weight": weight,
             "bias": bias,
             "parameter_dtype": parameter_dtype,
+            "residual_dtype": residual_dtype,
             "layout": layout,
         },
     )
@@ -50,6 +53,15 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int
     weight = (1 + 0.5 * torch.randn(columns, generator=generator)).to(device, parameter_dtype)
     bias = torch.randn(columns, generator=generator).to(device, parameter_dtype)
     return Inputs({"x": x, "weight": weight if p["weight"] else None, "bias": bias if p["bias"] else None})
+
+
+def _make_add_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    inputs = _make_inputs(case, dtype, device, seed)
+    x = inputs.tensors["x"]
+    assert x is not None
+    residual = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1))
+    residual = residual.to(device, case.parameters["residual_dtype"] or dtype)
+    return Inputs({"x": x, "residual": residual} | inputs.tensors)
 
 
 def _cost(case: Case, dtype: torch.dtype) -> Cost:
@@ -92,4 +104,41 @@ SPEC = OpSpec(
         _case(6, 40, layout="transposed"),
     ),
     bench_cases=tuple(_case(4096, columns) for columns in (768, 1024, 2048, 4096, 8192, 32768)),
+)
+
+
+def _add_cost(case: Case, dtype: torch.dtype) -> Cost:
+    alone, stream = _cost(case, dtype), math.prod(case.parameters["shape"])
+    itemsize = (case.parameters["residual_dtype"] or dtype).itemsize
+    return Cost(
+        forward_flops=alone.forward_flops + stream,
+        backward_flops=alone.backward_flops + stream,
+        forward_bytes=alone.forward_bytes + 2 * stream * itemsize,
+        backward_bytes=alone.backward_bytes + stream * itemsize,
+    )
+
+
+ADD_SPEC = OpSpec(
+    name="add_layer_norm",
+    function=add_layer_norm,
+    reference=reference.add_layer_norm,
+    make_inputs=_make_add_inputs,
+    cost=_add_cost,
+    cases=(
+        _case(7),
+        _case(1, 1),
+        _case(3, 1),
+        _case(5, 2),
+        _case(33, 17),
+        _case(2, 3, 65),
+        _case(70, 100),
+        _case(9, 768, residual_dtype=torch.float32),
+        _case(9, 96, parameter_dtype=torch.float32, residual_dtype=torch.float32),
+        _case(3, 20011),
+        _case(9, 65, weight=False, bias=False),
+        _case(9, 65, bias=False, residual_dtype=torch.float32),
+        _case(4, 9, 33, layout="slice"),
+        _case(6, 40, layout="transposed"),
+    ),
+    bench_cases=tuple(_case(4096, columns) for columns in (768, 1024, 4096)),
 )

@@ -47,7 +47,14 @@ void backward_row(const T* grad_out, const T* y, T* grad_x, int64_t kept, int64_
   sweep(kept, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
     along.add(load(grad_out + j, lanes), load(y + j, lanes), k);
   });
-  const float mean = along.total();
+  float mean = along.total();
+  // A row's weights sum to 1 but for their rounding, and a peaked row leaves nothing but that error: a second look at what
+  // the mean leaves takes it out.
+  Sum rest;
+  sweep(kept, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
+    rest.add(load(y + j, lanes), load(grad_out + j, lanes) - Vec(mean), k);
+  });
+  mean += rest.total();
   sweep(kept, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
     store(grad_x + j, load(y + j, lanes) * (load(grad_out + j, lanes) - Vec(mean)) * Vec(scale), lanes);
   });
@@ -95,6 +102,15 @@ void backward_columns(const T* grad_out, const T* y, T* grad_x, int64_t n, int64
       const int64_t at = i * inner + j;
       store(along + j, fmadd(load(grad_out + at, lanes), load(y + at, lanes), load(along + j, lanes)), lanes);
     });
+  float rest[kColumns];  // the second look, as in backward_row
+  std::fill_n(rest, kColumns, 0.f);
+  for (int64_t i = 0; i < n; ++i)
+    sweep(width, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+      const int64_t at = i * inner + j;
+      const Vec left = load(grad_out + at, lanes) - load(along + j, lanes);
+      store(rest + j, fmadd(left, load(y + at, lanes), load(rest + j, lanes)), lanes);
+    });
+  for (int64_t j = 0; j < kColumns; ++j) along[j] += rest[j];
   for (int64_t i = 0; i < n; ++i)
     sweep(width, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
       const int64_t at = i * inner + j;

@@ -1,0 +1,16 @@
+"""GELU (with bias) and SwiGLU in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+    """``z * Phi(z)`` of ``z = x + bias``, in x's dtype; "tanh" takes the usual approximation of Phi."""
+    return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``gate * sigmoid(gate) * up``."""
+    return F.silu(gate) * up

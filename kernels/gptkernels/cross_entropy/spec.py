@@ -1,0 +1,71 @@
+"""Inputs, shapes and costs of cross_entropy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels.cross_entropy import reference
+from gptkernels.cross_entropy.api import cross_entropy
+
+
+def _case(*shape: int, reduction: str = "mean", ignored: float = 0.0, layout: str = "contiguous") -> Case:
+    name = "x".join(map(str, shape)) + ("" if reduction == "mean" else f"-{reduction}")
+    name += "" if ignored == 0.0 else f"-ignored{ignored:g}"
+    name += "" if layout == "contiguous" else f"-{layout}"
+    return Case(name, {"shape": shape, "reduction": reduction, "ignored": ignored, "layout": layout})
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    p = case.parameters
+    *lead, classes = p["shape"]
+    # Logits of a trained model: a spread of a few units, far from zero.
+    if p["layout"] == "slice":
+        logits = (4 * torch.randn(*lead, classes + 5, generator=generator) + 20.0).to(device, dtype)[..., 2 : 2 + classes]
+    elif p["layout"] == "transposed":
+        logits = (4 * torch.randn(classes, *lead, generator=generator) + 20.0).to(device, dtype).movedim(0, -1)
+    else:
+        logits = (4 * torch.randn(*lead, classes, generator=generator) + 20.0).to(device, dtype)
+    target = torch.randint(0, classes, lead, generator=generator)
+    target[torch.rand(lead, generator=generator) < p["ignored"]] = -100
+    return Inputs({"logits": logits, "target": target.to(device)}, {"reduction": p["reduction"]})
+
+
+def _cost(case: Case, dtype: torch.dtype) -> Cost:
+    elements = math.prod(case.parameters["shape"])
+    return Cost(
+        forward_flops=4 * elements,
+        backward_flops=3 * elements,
+        forward_bytes=elements * dtype.itemsize,
+        backward_bytes=2 * elements * dtype.itemsize,
+    )
+
+
+SPEC = OpSpec(
+    name="cross_entropy",
+    function=cross_entropy,
+    reference=reference.cross_entropy,
+    make_inputs=_make_inputs,
+    cost=_cost,
+    cases=(
+        _case(1, 1),
+        _case(3, 1),
+        _case(5, 2),
+        _case(33, 17),
+        _case(33, 17, reduction="sum"),
+        _case(33, 17, reduction="none"),
+        _case(2, 3, 65),
+        _case(9, 1023, ignored=0.5),
+        _case(9, 1023, ignored=0.5, reduction="sum"),
+        _case(9, 100, ignored=0.5, reduction="none"),
+        _case(4, 50257),
+        _case(2, 131072, reduction="none"),
+        _case(70, 100, layout="slice"),
+        _case(6, 40, layout="transposed"),
+        _case(6, 40, layout="transposed", reduction="none"),
+    ),
+    bench_cases=(_case(1024, 50257), _case(4096, 4096), _case(16384, 50257)),
+)

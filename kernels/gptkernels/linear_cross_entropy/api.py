@@ -1,0 +1,174 @@
+"""The cross-entropy of a linear layer's output: the public function, its checks and its autograd.Function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptkernels import _check, _library, _loss
+from gptkernels import backend as _backend
+from gptkernels.linear_cross_entropy import reference
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`cross_entropy` of the logits ``x @ weight^T + bias``, of which only a chunk of tokens is ever held.
+
+    When something needs a gradient, all gradients are computed with the loss, chunk by chunk, and backward only hands
+    them over. The weight's is summed over the chunks in float32. Under autocast x, weight and bias are cast to
+    autocast's dtype, as a linear layer's are; the gradients come back in their own.
+
+    Args:
+        x: ``(..., C)``, floating point.
+        weight: ``(V, C)``, a row for each class: the output layer, or the token embedding it is tied to.
+        target: ``(...)`` int64 or int32, the index of the right class, or `ignore_index`.
+        bias: ``(V,)`` or None.
+        ignore_index: targets of this value count for nothing, in the loss and in the mean.
+        reduction: "mean" over the targets that count (NaN when none does), "sum", or "none" (whose backward computes
+            the logits a second time).
+        backend: overrides `use_backend` for this call.
+
+    Returns:
+        A scalar, or with "none" target's shape; float32 (float64 for float64 x).
+
+    Raises:
+        ValueError: a shape or reduction that is not accepted, or tensors on different devices.
+        TypeError: tensors that are not floating point or, without autocast, of different dtypes; targets that are not
+            integers.
+        IndexError: a target that is no class (on a GPU PyTorch reports it as a device assertion).
+        BackendUnavailableError: an explicit backend that cannot run here.
+
+    Source: Hsu et al., "Liger Kernel", arXiv 2410.10989 (chunks, gradients with the loss); Wijmans et al., "Cut Your
+    Losses", arXiv 2411.09009. The derivation is in ``MATH.md``.
+    """
+    _loss.validate("x", x, target, reduction)
+    _check.floating("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted is (classes, {x.shape[-1]})")
+    _check.same_device("weight", weight, "x", x)
+    if bias is not None:
+        _check.floating("bias", bias)
+        _check.shape("bias", bias, (weight.shape[0],))
+        _check.same_device("bias", bias, "x", x)
+    device_type = x.device.type
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    else:
+        _check.same_dtype("weight", weight, "x", x)
+        if bias is not None:
+            _check.same_dtype("bias", bias, "x", x)
+    name = _backend.choose("linear_cross_entropy", x, backend)
+    if name == "reference":
+        weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+        return reference.linear_cross_entropy(x, weight, target, bias, ignore_index, reduction)
+    return LinearCrossEntropyFunction.apply(x, weight, target, bias, ignore_index, reduction, name)
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """Autograd around the fused kernels: keeps the finished gradients; the inputs serve a second backward.
+
+    The weight comes as the model holds it, and is cast here: its gradient then goes from float32 straight to its own
+    dtype, without a stop at autocast's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        backend: str,
+    ) -> Tensor:
+        ctx.ignore_index, ctx.reduction, ctx.backend = ignore_index, reduction, backend
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+        cast_weight, cast_bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+        ops = _library.ops(backend)
+        weights = None if reduction == "none" else _loss.row_weights(target, ignore_index, reduction)
+        if weights is None or not any(needs):
+            ctx.save_for_backward(x, weight, target, bias)
+            losses = ops.linear_cross_entropy_forward(x, cast_weight, cast_bias, target, ignore_index)
+            return losses if weights is None else _loss.reduced(losses, weights)
+        losses, *gradients = ops.linear_cross_entropy_backward(
+            x, cast_weight, cast_bias, target, weights, ignore_index, *needs
+        )
+        ctx.inputs = x, weight, target, bias, weights
+        _loss.keep_gradients(ctx, *gradients)
+        return _loss.reduced(losses, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, target, bias, *rest = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+        kept = None if ctx.reduction == "none" else _loss.take_gradients(ctx)
+        if kept is None:
+            row_weight = grad_out if ctx.reduction == "none" else rest[0] * grad_out
+            cast_bias = bias if bias is None else bias.to(x.dtype)
+            _, *kept = _library.ops(ctx.backend).linear_cross_entropy_backward(
+                x, weight.to(x.dtype), cast_bias, target, row_weight, ctx.ignore_index, *needs
+            )
+        elif not _loss.is_one(grad_out):
+            kept = [gradient * grad_out.to(gradient.dtype) for gradient in kept]
+        grad_x, grad_weight, grad_bias = kept
+        return (
+            grad_x if needs[0] else None,
+            grad_weight.to(ctx.dtypes[0]) if needs[1] else None,
+            None,
+            grad_bias.to(ctx.dtypes[1]) if needs[2] else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int) -> Tensor:
+    return x.new_empty(target.shape, dtype=torch.float32)
+
+
+def _fake_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor,
+    ignore_index: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(target.shape, dtype=torch.float32),
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32),
+        x.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32),
+    )
+
+
+_library.register(
+    "linear_cross_entropy_forward",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index) -> Tensor",
+    fake=_fake_forward,
+)
+# The losses, and with them the gradients of their sum weighted by row_weight (target's shape).
+_library.register(
+    "linear_cross_entropy_backward",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, int ignore_index, bool need_x,"
+    " bool need_weight, bool need_bias) -> (Tensor losses, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    fake=_fake_backward,
+)

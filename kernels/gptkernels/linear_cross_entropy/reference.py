@@ -1,0 +1,20 @@
+"""The cross-entropy of a linear layer's output in plain PyTorch: all logits are held, twice."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptkernels.cross_entropy import reference
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """`cross_entropy` of ``x @ weight^T + bias``."""
+    return reference.cross_entropy(F.linear(x, weight, bias), target, ignore_index, reduction)
