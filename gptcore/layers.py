@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from gptkernels import causal_attention, layer_norm, softmax
+from gptkernels import add_layer_norm, causal_attention, gelu, layer_norm, softmax
 from torch import Tensor, nn
 
 from gptcore.config import GPTConfig
@@ -45,7 +45,7 @@ class KeyValueCache:
 
 
 class LayerNorm(nn.Module):
-    """`gptkernels.layer_norm` with its weight and bias."""
+    """The next step of the residual stream: a branch's output is added to it, and the sum is normalised."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -54,8 +54,11 @@ class LayerNorm(nn.Module):
         self.eps = config.eps
         self.backend = backend(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
+    def forward(self, stream: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(norm of the sum, the sum)``, both ``(B, T, C)``; the norm in the branch's dtype, the sum in the stream's."""
+        if branch is None:
+            return layer_norm(stream, self.weight, self.bias, self.eps, backend=self.backend), stream
+        return add_layer_norm(branch, stream, self.weight, self.bias, self.eps, backend=self.backend)
 
 
 class SelfAttention(nn.Module):
@@ -89,19 +92,20 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU (tanh form), linear."""
+    """Linear, GELU (tanh form), linear; the first bias is added in GELU's own pass."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.width, 4 * config.width)
         self.c_proj = nn.Linear(4 * config.width, config.width)
+        self.backend = backend(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias, backend=self.backend))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Pre-norm residual block: attention, then MLP. What it adds last is left to the next norm to add."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -111,9 +115,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """``(B, T, C) -> (B, T, C)``, and with explicit attention its weights ``(B, H, T, keys)``."""
-        attended, weights = self.attn(self.ln_1(x), cache)
-        x = x + self.dropout(attended)
-        x = x + self.dropout(self.mlp(self.ln_2(x)))
-        return x, weights
+    def forward(
+        self, stream: Tensor, branch: Tensor | None, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(stream, branch)``, each ``(B, T, C)``, to the same after this block, and with explicit attention its weights.
+
+        The stream proper is the sum of the two.
+        """
+        normed, stream = self.ln_1(stream, branch)
+        attended, weights = self.attn(normed, cache)  # weights: (B, H, T, keys)
+        normed, stream = self.ln_2(stream, self.dropout(attended))
+        return stream, self.dropout(self.mlp(normed)), weights

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gptkernels import linear_cross_entropy
 from torch import Tensor, nn
 
 from gptcore.config import GPTConfig
 from gptcore.generate import generate
-from gptcore.layers import Block, KeyValueCache, LayerNorm
+from gptcore.layers import Block, KeyValueCache, LayerNorm, backend
 
 
 class GPT(nn.Module):
@@ -74,7 +75,7 @@ class GPT(nn.Module):
         return F.linear(x[:, -1], self.wte.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, computed in float32.
+        """Mean cross-entropy in nats, computed in float32; the fused kernels never hold all logits.
 
         Args:
             tokens: ``(B, T)`` integer ids.
@@ -86,8 +87,8 @@ class GPT(nn.Module):
         if targets.shape != tokens.shape:
             raise ValueError(f"targets: got shape {tuple(targets.shape)}; accepted is {tuple(tokens.shape)}")
         self._check_ids("targets", targets, ignored=-100)
-        logits = self(tokens)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long(), ignore_index=-100)
+        x, _ = self._features(tokens, None)
+        return linear_cross_entropy(x, self.wte.weight, targets, ignore_index=-100, backend=backend(self.config))
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """Continues `tokens` ``(B, T)``: see `gptcore.generate.generate` for the options and what is returned."""
@@ -148,13 +149,14 @@ class GPT(nn.Module):
             )
         positions = torch.arange(start, end, device=tokens.device)
         x = self.dropout(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
+        branch = None
         collected = []
         for block in self.h:
-            x, weights = block(x, cache)
+            x, branch, weights = block(x, branch, cache)
             collected.append(weights)
         if cache is not None:
             cache.length = end
-        return self.ln_f(x), collected
+        return self.ln_f(x, branch)[0], collected
 
     def _check_ids(self, name: str, ids: Tensor, ignored: int | None = None) -> None:
         if ids.dtype not in (torch.int64, torch.int32):

@@ -7,6 +7,7 @@
 """
 
 from gptkernels.activation import gelu, swiglu
+from gptkernels.allocator import tune_allocator
 from gptkernels.attention import attention, causal_attention
 from gptkernels.backend import (
     BackendUnavailableError,
@@ -35,5 +36,6 @@ __all__ = [
     "rms_norm",
     "softmax",
     "swiglu",
+    "tune_allocator",
     "use_backend",
 ]

@@ -17,6 +17,8 @@ def validate(name: str, x: Tensor, target: Tensor, reduction: str) -> None:
     _check.floating(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name}: got a tensor without dimensions; accepted is (..., N)")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted is (..., N), N at least 1")
     if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target: got {getattr(target, 'dtype', type(target).__name__)}; accepted are int64 and int32")
     _check.shape("target", target, tuple(x.shape[:-1]))
@@ -31,36 +33,38 @@ def row_weights(target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     return counted / counted.sum() if reduction == "mean" else counted
 
 
-def reduced(losses: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of `losses`; with no target that counts, a mean's weights are NaN, and so is it (PyTorch's answer)."""
-    return (losses * weights).sum()
+def reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """The sum or mean of `losses`, in which ignored targets are 0; NaN for the mean of none (PyTorch's answer).
+
+    In float64: of one number every rounding shows.
+    """
+    total = losses.sum(dtype=torch.float64)
+    return (total / (target != ignore_index).sum() if reduction == "mean" else total).float()
 
 
-def is_one(grad_out: Tensor) -> bool:
-    """Whether a gradient may pass untouched: where looking costs no wait for a device."""
-    return not torch.compiler.is_compiling() and grad_out.device.type == "cpu" and float(grad_out) == 1.0
+def keep(ctx: Any, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> None:
+    """Saves `inputs`, and beside them the `gradients` that forward has finished.
 
-
-def keep_gradients(ctx: Any, *gradients: Tensor) -> None:
-    """Keeps gradients that forward has finished, beside the saved inputs (``ctx.inputs``).
-
-    In eager mode as a plain attribute that `take_gradients` gives up: autograd may then adopt a buffer as ``.grad``
-    without a copy.
+    In eager mode these are a plain attribute that the first backward takes away: autograd may then adopt a buffer as
+    ``.grad`` without a copy. Under torch.compile they are saved tensors, the only ones it knows.
     """
     if torch.compiler.is_compiling():
-        ctx.save_for_backward(*ctx.inputs, *gradients)
-        ctx.gradients = None
+        ctx.save_for_backward(*inputs, *gradients)
     else:
-        ctx.save_for_backward(*ctx.inputs)
+        ctx.save_for_backward(*inputs)
         ctx.gradients = gradients
-    ctx.kept = len(gradients)
-    del ctx.inputs
 
 
-def take_gradients(ctx: Any) -> tuple[Tensor, ...] | None:
-    """What `keep_gradients` kept; None when an earlier backward (retain_graph) took it: they have to be computed again."""
-    saved = ctx.saved_tensors
-    if torch.compiler.is_compiling():
-        return saved[len(saved) - ctx.kept :]
+def take(ctx: Any, saved: tuple[Tensor, ...], inputs: int, grad_out: Tensor) -> tuple[Tensor, ...] | None:
+    """What `keep` kept beside `inputs` inputs, times `grad_out`; None where an earlier backward (retain_graph) took it.
+
+    `saved` is ``ctx.saved_tensors``, which may be read only once under activation checkpointing.
+    """
+    if len(saved) > inputs:
+        return tuple(gradient * grad_out for gradient in saved[inputs:])
     gradients, ctx.gradients = ctx.gradients, None
+    # Almost always a 1, and no pass over the gradients. On a GPU, looking would wait for all the work before it.
+    if gradients is not None and not (grad_out.device.type == "cpu" and float(grad_out) == 1.0):
+        for gradient in gradients:  # nobody else holds them
+            gradient.mul_(grad_out)  # a scalar stays float32: a loss scale need not fit float16
     return gradients

@@ -50,6 +50,10 @@ SPECS: tuple[OpSpec, ...] = (
 """The specification of every operation: inputs, shape grid, FLOPs and bytes."""
 
 
+FEW = 16
+"""Results with fewer elements than this say little about an operation's error by themselves."""
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fills every uninitialised tensor with NaN (integers: the largest value), so that an unwritten output shows.
@@ -68,7 +72,9 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
-def assert_within_budget(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+def assert_within_budget(
+    name: str, actual: Tensor, plain: Tensor, exact: Tensor, plain_error: float | None = None
+) -> None:
     """Asserts that `actual` is as close to `exact` (float64) as the plain operation's result allows.
 
     Both the largest and the root-mean-square error may be at most twice `plain`'s, plus the rounding of the result to
@@ -79,6 +85,7 @@ def assert_within_budget(name: str, actual: Tensor, plain: Tensor, exact: Tensor
         actual: the fused operation's result, dtype under test.
         plain: plain PyTorch's result in the same dtype.
         exact: the float64 result from the same inputs.
+        plain_error: the plain operation's largest error where it is known better than from this one result.
 
     Raises:
         AssertionError: naming the error, the budget and the worst element.
@@ -97,15 +104,17 @@ def assert_within_budget(name: str, actual: Tensor, plain: Tensor, exact: Tensor
     got, want, reference = got[~odd], want[~odd], reference[~odd]
     if got.numel() == 0:
         return
-    error, plain_error = (got - want).abs(), (reference - want).abs()
+    error, plain_errors = (got - want).abs(), (reference - want).abs()
     # Half a unit in the last place of the result is what rounding alone may cost: eps / 2 of each value.
-    budget = 2 * plain_error.max() + eps / 2 * want.abs() + torch.finfo(actual.dtype).tiny
+    largest = max(float(plain_errors.max()), plain_error or 0.0)
+    budget = 2 * largest + eps / 2 * want.abs() + torch.finfo(actual.dtype).tiny
     worst = int((error - budget).argmax())
     assert bool((error <= budget).all()), (
         f"{name}: error {error[worst]:.3e} at element {worst} ({got[worst]:.6g}, exact {want[worst]:.6g}); "
-        f"the budget is {budget[worst]:.3e} (plain PyTorch errs by at most {plain_error.max():.3e})"
+        f"the budget is {budget[worst]:.3e} (plain PyTorch errs by at most {largest:.3e})"
     )
-    rms, plain_rms = error.square().mean().sqrt(), plain_error.square().mean().sqrt()
+    rms = error.square().mean().sqrt()
+    plain_rms = plain_errors.square().mean().sqrt() if plain_error is None else largest
     rms_budget = 2 * plain_rms + eps / 2 * want.square().mean().sqrt() + torch.finfo(actual.dtype).tiny
     assert rms <= rms_budget, f"{name}: RMS error {rms:.3e}; the budget is {rms_budget:.3e} (plain {plain_rms:.3e})"
 
@@ -140,12 +149,25 @@ def check_op(
     spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: torch.device | str = "cpu", seed: int = 0
 ) -> None:
     """Holds one case of one operation, forward and backward, against the float64 error budget, on poisoned memory."""
-    inputs = spec.make_inputs(case, dtype, torch.device(device), seed)
-    grad_out = random_grads(spec.reference(**inputs.tensors, **inputs.options), seed + 1)
-    # The budget belongs to the numbers, not to their layout: PyTorch's attention picks another kernel for each.
-    plain = run(spec.reference, inputs.mapped(torch.Tensor.contiguous), grad_out)
-    exact = run(spec.reference, inputs.mapped(lambda t: t.double()), tuple(g.double() for g in grad_out))
+    def drawn(seed: int) -> tuple[Inputs, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
+        inputs = spec.make_inputs(case, dtype, torch.device(device), seed)
+        grad_out = random_grads(spec.reference(**inputs.tensors, **inputs.options), seed + 1)
+        # The budget belongs to the numbers, not to their layout: PyTorch's attention picks another kernel for each.
+        plain = run(spec.reference, inputs.mapped(torch.Tensor.contiguous), grad_out)
+        exact = run(spec.reference, inputs.mapped(lambda t: t.double()), tuple(g.double() for g in grad_out))
+        return inputs, grad_out, plain, exact
+
+    inputs, grad_out, plain, exact = drawn(seed)
     with poisoned_memory():
         actual = run(lambda **kwargs: spec.function(**kwargs, backend=backend), inputs, grad_out)
+    # How far a handful of numbers lies off is luck (a mean loss may be exact): the plain operation's error is then the
+    # largest of several draws.
+    few = [name for name, value in plain.items() if 0 < value.numel() < FEW]
+    errors: dict[str, float] = {}
+    for other in range(seed + 1, seed + 8 if few else seed):
+        _, _, others, exacts = drawn(other)
+        for name in few:
+            error = (others[name].double() - exacts[name].double()).abs()
+            errors[name] = max(errors.get(name, 0.0), float(error.nan_to_num(0.0, 0.0).max()))
     for name, value in actual.items():
-        assert_within_budget(f"{spec.name}[{case.name}] {name}", value, plain[name], exact[name])
+        assert_within_budget(f"{spec.name}[{case.name}] {name}", value, plain[name], exact[name], errors.get(name))

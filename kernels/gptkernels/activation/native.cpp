@@ -4,25 +4,26 @@
 namespace gptkernels {
 namespace {
 
-// GELU and its derivative at x. tanh form: (1 + tanh u) / 2 is the logistic function of 2u, which cancels nowhere.
+// GELU and its derivative at x. The tanh form is x times the logistic function of 2u, u = sqrt(2/pi) (x + 0.044715 x^3):
+// with e = exp(-2u) that is 1 / (1 + e), and its complement e / (1 + e), so that neither is a difference of near equals.
 template <bool tanh>
 struct Gelu {
-  static ALWAYS_INLINE Vec logistic(Vec x, Vec square) {
-    const Vec twice_u = x * fmadd(square, Vec(0.0713548162726f), Vec(1.59576912160573f));  // 2 sqrt(2/pi) (x + 0.044715 x^3)
-    return Vec(1.f) / (Vec(1.f) + exp(Vec(0.f) - twice_u));
+  static ALWAYS_INLINE Vec power(Vec x, Vec square) {
+    const Vec u = x * fmadd(square, Vec(-0.0713548162726f), Vec(-1.59576912160573f));  // -2u
+    return exp(smaller(u, Vec(87.f)));                                                 // finite: its reciprocal is not 0
   }
   static ALWAYS_INLINE Vec normal_cdf(Vec x) { return fmadd((x * Vec(0.70710678118654752f)).erf(), Vec(0.5f), Vec(0.5f)); }
 
   static ALWAYS_INLINE Vec value(Vec x) {
-    if constexpr (tanh) return x * logistic(x, x * x);
+    if constexpr (tanh) return x / (Vec(1.f) + power(x, x * x));
     else return x * normal_cdf(x);
   }
   static ALWAYS_INLINE Vec slope(Vec x) {
     const Vec square = x * x;
     if constexpr (tanh) {
-      const Vec s = logistic(x, square);
+      const Vec e = power(x, square), s = Vec(1.f) / (Vec(1.f) + e);
       const Vec inner = fmadd(square, Vec(0.2140644488178f), Vec(1.59576912160573f));  // d(2u)/dx
-      return s * fmadd(x * inner, Vec(1.f) - s, Vec(1.f));
+      return s * fmadd(x * inner, e * s, Vec(1.f));
     } else {
       return fmadd(x * Vec(0.39894228040143268f), exp(square * Vec(-0.5f)), normal_cdf(x));
     }
@@ -104,7 +105,8 @@ std::tuple<Tensor, Tensor> gelu_backward(
   return {grad_x, grad_bias};
 }
 
-ALWAYS_INLINE Vec sigmoid(Vec x) { return Vec(1.f) / (Vec(1.f) + exp(Vec(0.f) - x)); }
+// exp(-x), finite; 1 / (1 + e) is the logistic function and e / (1 + e) its complement.
+ALWAYS_INLINE Vec power(Vec x) { return exp(smaller(Vec(0.f) - x, Vec(87.f))); }
 
 Tensor swiglu_forward(const Tensor& gate, const Tensor& up) {
   Tensor out = at::empty(gate.sizes(), gate.options());
@@ -119,7 +121,7 @@ Tensor swiglu_forward(const Tensor& gate, const Tensor& up) {
         T* y = out.data_ptr<T>() + i * n;
         sweep(n, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
           const Vec v = load(g + j, lanes);
-          store(y + j, v * sigmoid(v) * load(u + j, lanes), lanes);
+          store(y + j, v / (Vec(1.f) + power(v)) * load(u + j, lanes), lanes);
         });
       }
     });
@@ -140,8 +142,8 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_out, const Tensor&
         const T* dy = outs.data<T>() + i * outs.stride;
         T *dg = grad_gate.data_ptr<T>() + i * n, *du = grad_up.data_ptr<T>() + i * n;
         sweep(n, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
-          const Vec v = load(g + j, lanes), d = load(dy + j, lanes), s = sigmoid(v);
-          store(dg + j, d * load(u + j, lanes) * s * fmadd(v, Vec(1.f) - s, Vec(1.f)), lanes);
+          const Vec v = load(g + j, lanes), d = load(dy + j, lanes), e = power(v), s = Vec(1.f) / (Vec(1.f) + e);
+          store(dg + j, d * load(u + j, lanes) * s * fmadd(v, e * s, Vec(1.f)), lanes);
           store(du + j, d * v * s, lanes);
         });
       }

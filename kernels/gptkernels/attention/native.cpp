@@ -43,7 +43,7 @@ ALWAYS_INLINE float highest(float* scores, int64_t seen, const float* caps) {
   sweep(seen, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
     Vec s = load(scores + j, lanes);
     if (caps) {
-      s = smaller(s, load(caps + j, lanes));
+      s = capped(s, load(caps + j, lanes));
       store(scores + j, s, lanes);
     }
     top[k] = larger(keep(s, lanes, -kInfinity), top[k]);

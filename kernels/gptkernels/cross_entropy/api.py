@@ -49,41 +49,45 @@ def cross_entropy(
     name = _backend.choose("cross_entropy", logits, backend)
     if name == "reference":
         return reference.cross_entropy(logits, target, ignore_index, reduction)
-    return CrossEntropyFunction.apply(logits, target, ignore_index, reduction, name)
+    return CrossEntropyFunction.apply(logits, target, ignore_index, reduction, torch.is_grad_enabled(), name)
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: keeps the finished gradient, or, without reduction, the logits."""
+    """Autograd around the fused kernels: keeps the finished gradient, and the logits to compute it again.
+
+    `recording` is whether a backward can come: ``needs_input_grad`` is about the inputs, in no_grad mode too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, reduction: str, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, reduction: str, recording: bool, backend: str
+    ) -> Tensor:
         ops = _library.ops(backend)
         ctx.ignore_index, ctx.reduction, ctx.backend = ignore_index, reduction, backend
         if reduction == "none":
             ctx.save_for_backward(logits, target)
             return ops.cross_entropy_forward(logits, target, ignore_index)
+        if not (recording and ctx.needs_input_grad[0]):
+            losses = ops.cross_entropy_forward(logits, target, ignore_index)
+            return _loss.reduced(losses, target, ignore_index, reduction)
         weights = _loss.row_weights(target, ignore_index, reduction)
-        if not ctx.needs_input_grad[0]:
-            return _loss.reduced(ops.cross_entropy_forward(logits, target, ignore_index), weights)
         losses, grad_logits = ops.cross_entropy_backward(logits, target, weights, ignore_index)
-        ctx.inputs = logits, target, weights
-        _loss.keep_gradients(ctx, grad_logits)
-        return _loss.reduced(losses, weights)
+        _loss.keep(ctx, (logits, target, weights), (grad_logits,))
+        return _loss.reduced(losses, target, ignore_index, reduction)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, *rest = ctx.saved_tensors
-        ops = _library.ops(ctx.backend)
+        saved = ctx.saved_tensors
+        logits, target = saved[:2]
         if ctx.reduction == "none":
-            _, grad_logits = ops.cross_entropy_backward(logits, target, grad_out, ctx.ignore_index)
-            return grad_logits, None, None, None, None
-        kept = _loss.take_gradients(ctx)
-        if kept is None:
-            _, grad_logits = ops.cross_entropy_backward(logits, target, rest[0] * grad_out, ctx.ignore_index)
+            row_weight = grad_out
+        elif (gradients := _loss.take(ctx, saved, 3, grad_out)) is not None:
+            return gradients[0], None, None, None, None, None
         else:
-            grad_logits = kept[0] if _loss.is_one(grad_out) else kept[0] * grad_out.to(kept[0].dtype)
-        return grad_logits, None, None, None, None
+            row_weight = saved[2] * grad_out
+        _, grad_logits = _library.ops(ctx.backend).cross_entropy_backward(logits, target, row_weight, ctx.ignore_index)
+        return grad_logits, None, None, None, None, None
 
 
 def _fake_forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -31,7 +31,8 @@ float cross_entropy_row(const T* x, const float* bias, int64_t n, int64_t target
     total.add(keep(exp(at(j, lanes) - Vec(highest)), lanes, 0.f), k);
   });
   const float sum = total.total(), chosen = static_cast<float>(x[target]) + (bias ? bias[target] : 0.f);
-  const float loss = std::log(sum) - (chosen - highest);
+  // In double: a small loss is the difference of two larger numbers.
+  const double loss = std::log(static_cast<double>(sum)) + (static_cast<double>(highest) - chosen);
   if (gradient) {
     const Vec factor(row_weight / sum);
     const float at_target = row_weight * (std::exp(chosen - highest) / sum - 1.f);
@@ -40,7 +41,7 @@ float cross_entropy_row(const T* x, const float* bias, int64_t n, int64_t target
     });
     gradient[target] = static_cast<T>(at_target);
   }
-  return loss;
+  return static_cast<float>(loss);
 }
 
 // Rows [0, rows) of logits; losses of ignored rows are 0, and so are their gradients.

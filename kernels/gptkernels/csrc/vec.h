@@ -147,8 +147,19 @@ ALWAYS_INLINE Vec larger(Vec v, Vec most) {
 #endif
 }
 
-// The smaller in each lane; `cap` where v is NaN.
+// The smaller in each lane; NaN where v is.
 ALWAYS_INLINE Vec smaller(Vec v, Vec cap) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_min_ps(cap, v);  // the second operand where either is NaN
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_min_ps(cap, v);
+#else
+  return Vec::blendv(v, cap, v > cap);
+#endif
+}
+
+// The smaller in each lane, and `cap` where v is NaN: a cap of -inf hides whatever is there.
+ALWAYS_INLINE Vec capped(Vec v, Vec cap) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_min_ps(v, cap);
 #elif defined(CPU_CAPABILITY_AVX2)

@@ -54,7 +54,7 @@ def linear_cross_entropy(
     """
     _loss.validate("x", x, target, reduction)
     _check.floating("weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted is (classes, {x.shape[-1]})")
     _check.same_device("weight", weight, "x", x)
     if bias is not None:
@@ -73,14 +73,17 @@ def linear_cross_entropy(
     if name == "reference":
         weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
         return reference.linear_cross_entropy(x, weight, target, bias, ignore_index, reduction)
-    return LinearCrossEntropyFunction.apply(x, weight, target, bias, ignore_index, reduction, name)
+    return LinearCrossEntropyFunction.apply(
+        x, weight, target, bias, ignore_index, reduction, torch.is_grad_enabled(), name
+    )
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """Autograd around the fused kernels: keeps the finished gradients; the inputs serve a second backward.
 
     The weight comes as the model holds it, and is cast here: its gradient then goes from float32 straight to its own
-    dtype, without a stop at autocast's.
+    dtype, without a stop at autocast's. `recording` is whether a backward can come: ``needs_input_grad`` is about the
+    inputs, in no_grad mode too.
     """
 
     @staticmethod
@@ -92,45 +95,44 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         bias: Tensor | None,
         ignore_index: int,
         reduction: str,
+        recording: bool,
         backend: str,
     ) -> Tensor:
         ctx.ignore_index, ctx.reduction, ctx.backend = ignore_index, reduction, backend
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         cast_weight, cast_bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
         ops = _library.ops(backend)
-        weights = None if reduction == "none" else _loss.row_weights(target, ignore_index, reduction)
-        if weights is None or not any(needs):
+        if reduction == "none" or not (recording and any(needs)):
             ctx.save_for_backward(x, weight, target, bias)
             losses = ops.linear_cross_entropy_forward(x, cast_weight, cast_bias, target, ignore_index)
-            return losses if weights is None else _loss.reduced(losses, weights)
+            return losses if reduction == "none" else _loss.reduced(losses, target, ignore_index, reduction)
+        weights = _loss.row_weights(target, ignore_index, reduction)
         losses, *gradients = ops.linear_cross_entropy_backward(
             x, cast_weight, cast_bias, target, weights, ignore_index, *needs
         )
-        ctx.inputs = x, weight, target, bias, weights
-        _loss.keep_gradients(ctx, *gradients)
-        return _loss.reduced(losses, weights)
+        _loss.keep(ctx, (x, weight, target, bias, weights), tuple(gradients))
+        return _loss.reduced(losses, target, ignore_index, reduction)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, target, bias, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x, weight, target, bias = saved[:4]
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        kept = None if ctx.reduction == "none" else _loss.take_gradients(ctx)
-        if kept is None:
-            row_weight = grad_out if ctx.reduction == "none" else rest[0] * grad_out
-            cast_bias = bias if bias is None else bias.to(x.dtype)
-            _, *kept = _library.ops(ctx.backend).linear_cross_entropy_backward(
-                x, weight.to(x.dtype), cast_bias, target, row_weight, ctx.ignore_index, *needs
+        gradients = None if ctx.reduction == "none" else _loss.take(ctx, saved, 5, grad_out)
+        if gradients is None:
+            row_weight = grad_out if ctx.reduction == "none" else saved[4] * grad_out
+            cast_weight, cast_bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+            _, *gradients = _library.ops(ctx.backend).linear_cross_entropy_backward(
+                x, cast_weight, cast_bias, target, row_weight, ctx.ignore_index, *needs
             )
-        elif not _loss.is_one(grad_out):
-            kept = [gradient * grad_out.to(gradient.dtype) for gradient in kept]
-        grad_x, grad_weight, grad_bias = kept
+        grad_x, grad_weight, grad_bias = gradients
         return (
             grad_x if needs[0] else None,
-            grad_weight.to(ctx.dtypes[0]) if needs[1] else None,
+            grad_weight.to(weight.dtype) if needs[1] else None,
             None,
-            grad_bias.to(ctx.dtypes[1]) if needs[2] else None,
+            grad_bias.to(bias.dtype) if needs[2] else None,
+            None,
             None,
             None,
             None,

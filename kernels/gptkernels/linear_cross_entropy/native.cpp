@@ -65,15 +65,19 @@ void add_grad_weight(const T* gradient, const T* x, int64_t stride_x, int64_t ro
 // grad_bias (classes) += the column sums of gradient (rows, classes), columns shared among the threads.
 template <typename T>
 void add_grad_bias(const T* gradient, int64_t rows, int64_t classes, float* grad_bias) {
-  constexpr int64_t kColumns = 256;
+  constexpr int64_t kColumns = 256, kRows = 16;  // partial sums of a few rows: their rounding does not grow with the rows
   at::parallel_for(0, ceil_div(classes, kColumns), 1, [&](int64_t begin, int64_t end) {
+    alignas(64) float part[kColumns];
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t start = c * kColumns;
-      for (int64_t i = 0; i < rows; ++i)
-        sweep(std::min(kColumns, classes - start), [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
-          float* sum = grad_bias + start + j;
-          store(sum, load(sum, lanes) + load(gradient + i * classes + start + j, lanes), lanes);
-        });
+      const int64_t start = c * kColumns, count = std::min(kColumns, classes - start);
+      for (int64_t first = 0; first < rows; first += kRows) {
+        std::fill_n(part, kColumns, 0.f);
+        for (int64_t i = first; i < std::min(first + kRows, rows); ++i)
+          sweep(count, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+            store(part + j, load(part + j, lanes) + load(gradient + i * classes + start + j, lanes), lanes);
+          });
+        for (int64_t j = 0; j < count; ++j) grad_bias[start + j] += part[j];
+      }
     }
   });
 }
