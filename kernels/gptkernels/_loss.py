@@ -1,4 +1,4 @@
-"""What cross_entropy and linear_cross_entropy share: argument checks, row weights, and how a finished gradient is handed on."""
+"""What cross_entropy and linear_cross_entropy share: checks, row weights, and how a finished gradient is handed on."""
 
 from __future__ import annotations
 

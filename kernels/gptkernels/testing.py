@@ -149,6 +149,7 @@ def check_op(
     spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: torch.device | str = "cpu", seed: int = 0
 ) -> None:
     """Holds one case of one operation, forward and backward, against the float64 error budget, on poisoned memory."""
+
     def drawn(seed: int) -> tuple[Inputs, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
         inputs = spec.make_inputs(case, dtype, torch.device(device), seed)
         grad_out = random_grads(spec.reference(**inputs.tensors, **inputs.options), seed + 1)

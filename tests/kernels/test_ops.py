@@ -5,27 +5,41 @@ from __future__ import annotations
 import gptkernels
 import pytest
 import torch
-from gptkernels.testing import SPECS, Case, OpSpec, assert_within_budget, check_op, run
+from gptkernels.backend import FUSED as FUSED_OPS
+from gptkernels.testing import SPECS, Case, OpSpec, assert_within_budget, check_op, outputs, random_grads, run
 
 # The reference is what the budget is measured with; every other backend that can run here is held to it.
 FUSED = [name for name in gptkernels.available_backends() if name != "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS for case in spec.cases]
 # One representative case an op, for the checks that are about the registration and not about shapes.
-FIRST_REAL_CASE = {"layer_norm": "33x17", "softmax": "33x17", "attention": "B2-H3-T37-D64-causal"}
-REPRESENTATIVE = [
-    pytest.param(spec, next((c for c in spec.cases if c.name == FIRST_REAL_CASE[spec.name]), spec.cases[0]), id=spec.name)
+FIRST_REAL_CASE = {"attention": "B2-H3-T37-D64-causal", "linear_cross_entropy": "33-C16-V17-bias-sum"}
+
+
+def representative(spec: OpSpec) -> Case:
+    return next(case for case in spec.cases if case.name == FIRST_REAL_CASE.get(spec.name, "33x17"))
+
+
+REPRESENTATIVE = [pytest.param(spec, representative(spec), id=spec.name) for spec in SPECS]
+# A backend with the ops that it has.
+FUSED_CASES = [
+    pytest.param(spec, case, name, id=f"{spec.name}-{case.name}-{name}")
     for spec in SPECS
-]  # fmt: skip
+    for case in spec.cases
+    for name in FUSED
+    if name in FUSED_OPS[spec.name]
+]
+FUSED_REPRESENTATIVE = [p for p in FUSED_CASES if p.values[1] is representative(p.values[0])]
 
 
-def test_a_fused_backend_is_under_test():
+def test_fused_backends_are_under_test(device: str):
     assert "triton" in FUSED
+    assert ("native" in FUSED) == (device == "cpu")
+    assert {spec.name for spec in SPECS} == set(FUSED_OPS)
 
 
-@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("spec", "case"), CASES)
+@pytest.mark.parametrize(("spec", "case", "backend"), FUSED_CASES)
 def test_within_the_error_budget(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str):
     check_op(spec, case, dtype, backend, device)
 
@@ -43,24 +57,22 @@ def test_reference_gradients(spec: OpSpec, case: Case):
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize(("spec", "case"), REPRESENTATIVE)
+@pytest.mark.parametrize(("spec", "case", "backend"), FUSED_REPRESENTATIVE)
 def test_same_bits_on_every_run(spec: OpSpec, case: Case, backend: str, device: str):
     inputs = spec.make_inputs(case, torch.float32, torch.device(device), 3)
-    grad_out = torch.randn_like(spec.reference(**inputs.tensors, **inputs.options))
+    grad_out = random_grads(spec.reference(**inputs.tensors, **inputs.options), 0)
     runs = [run(lambda **kw: spec.function(**kw, backend=backend), inputs, grad_out) for _ in range(3)]
     for name in runs[0]:
         assert all(torch.equal(runs[0][name], other[name]) for other in runs[1:]), name
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize(("spec", "case"), REPRESENTATIVE)
+@pytest.mark.parametrize(("spec", "case", "backend"), FUSED_REPRESENTATIVE)
 def test_compiled_equals_eager(spec: OpSpec, case: Case, backend: str, device: str):
     inputs = spec.make_inputs(case, torch.float32, torch.device(device), 4)
-    grad_out = torch.randn_like(spec.reference(**inputs.tensors, **inputs.options))
+    grad_out = random_grads(spec.reference(**inputs.tensors, **inputs.options), 0)
 
-    def function(**kwargs: object) -> torch.Tensor:
-        return spec.function(**kwargs, backend=backend) * 2.0
+    def function(**kwargs: object) -> tuple[torch.Tensor, ...]:
+        return tuple(out * 2.0 for out in outputs(spec.function(**kwargs, backend=backend)))
 
     eager = run(function, inputs, grad_out)
     torch._dynamo.reset()
@@ -69,36 +81,59 @@ def test_compiled_equals_eager(spec: OpSpec, case: Case, backend: str, device: s
         assert torch.equal(eager[name], compiled[name]), name
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize(("spec", "case"), REPRESENTATIVE)
+@pytest.mark.parametrize(("spec", "case", "backend"), FUSED_REPRESENTATIVE)
 def test_double_backward_is_an_error(spec: OpSpec, case: Case, backend: str, device: str):
     leaves = spec.make_inputs(case, torch.float32, torch.device(device), 5).mapped(lambda t: t.requires_grad_())
     first = next(iter(leaves.differentiable().values()))
-    out = spec.function(**leaves.tensors, **leaves.options, backend=backend)
-    (grad,) = torch.autograd.grad(out.square().sum(), first, create_graph=True)
+    outs = outputs(spec.function(**leaves.tensors, **leaves.options, backend=backend))
+    (grad,) = torch.autograd.grad(sum(out.square().sum() for out in outs), first, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize(("spec", "case"), REPRESENTATIVE)
-def test_explicit_backend_refuses_float64_and_auto_takes_the_reference(spec: OpSpec, case: Case, device: str):
-    inputs = spec.make_inputs(case, torch.float64, torch.device(device), 6)
+@pytest.mark.parametrize(("spec", "case", "backend"), FUSED_REPRESENTATIVE)
+def test_explicit_backend_refuses_float64_and_auto_takes_the_reference(
+    spec: OpSpec, case: Case, backend: str, device: str
+):
+    inputs = spec.make_inputs(case, torch.float64, torch.device(device), 6).mapped(lambda t: t.double())
     with pytest.raises(TypeError, match=r"float32, bfloat16 or float16; got torch\.float64"):
-        spec.function(**inputs.tensors, **inputs.options, backend="triton")
-    actual = spec.function(**inputs.tensors, **inputs.options)
-    exact = spec.reference(**inputs.tensors, **inputs.options)
-    assert_within_budget(spec.name, actual, exact, exact)
+        spec.function(**inputs.tensors, **inputs.options, backend=backend)
+    actual = outputs(spec.function(**inputs.tensors, **inputs.options))
+    exact = outputs(spec.reference(**inputs.tensors, **inputs.options))
+    for ours, theirs in zip(actual, exact):
+        assert_within_budget(spec.name, ours, theirs, theirs)
 
 
-def _op_calls(device: str):
-    """One call of every registered op, with the arguments that the public functions pass."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the thread count is the CPU's")
+@pytest.mark.parametrize("case_of", ["one thread", "five threads"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_native_gives_the_same_bits_whatever_the_thread_count(spec: OpSpec, case_of: str):
+    """Cases with several blocks of rows, heads or classes, so that there is something to divide."""
+    threads = {"one thread": 1, "five threads": 5}[case_of]
+    previous = torch.get_num_threads()
+    for case in spec.cases[-6:]:
+        inputs = spec.make_inputs(case, torch.bfloat16, torch.device("cpu"), 7)
+        grad_out = random_grads(spec.reference(**inputs.tensors, **inputs.options), 0)
+        results = []
+        for count in (previous, threads):
+            torch.set_num_threads(count)
+            try:
+                results.append(run(lambda **kw: spec.function(**kw, backend="native"), inputs, grad_out))
+            finally:
+                torch.set_num_threads(previous)
+        for name, value in results[0].items():
+            assert torch.equal(value, results[1][name]), f"{case.name}: {name}"
+
+
+def _op_calls(device: str, ops):
+    """One call and more of every registered op, with the arguments that the public functions pass."""
     x = torch.randn(5, 33, device=device)
     w, b = torch.randn(33, device=device), torch.randn(33, device=device)
-    statistics = torch.randn(5, device=device), torch.rand(5, device=device)
+    mean, rstd = torch.randn(5, device=device), torch.rand(5, device=device)
     yield "layer_norm_forward", (x, w, b, 1e-5)
     yield "layer_norm_forward", (x.bfloat16(), None, None, 1e-5)
-    yield "layer_norm_backward", (x, x, w, *statistics, True, True)
-    yield "layer_norm_backward", (x, x, None, *statistics, False, False)
+    yield "layer_norm_backward", (x, x, w, mean, rstd, True, True)
+    yield "layer_norm_backward", (x, x, None, mean, rstd, False, False)
     y = x.softmax(-1)
     yield "softmax_forward", (x, -1, 0.5, False)
     yield "softmax_forward", (x.T, 0, 0.5, False)
@@ -108,15 +143,40 @@ def _op_calls(device: str):
     lengths = torch.tensor([23, 7], device=device)
     mask = torch.rand(2, 23, device=device) > 0.3
     yield "attention_forward", (q, k, v, None, None, True, 0.25)
-    out, lse = torch.ops.gptkernels_triton.attention_forward(q, k, v, lengths, mask, False, 0.25)
+    yield "attention_forward", (q[:, :, :2], k, v, None, None, True, 0.25)
+    out, lse = ops.attention_forward(q, k, v, lengths, mask, False, 0.25)
     yield "attention_forward", (q, k, v, lengths, mask, False, 0.25)
     yield "attention_backward", (q, q, k, v, out, lse, lengths, mask, False, 0.25)
+    half = x.bfloat16()
+    for name, statistics, parameters in (("layer", (mean, rstd), (w, b)), ("rms", (rstd,), (w,))):
+        needs = (True,) * len(parameters)
+        yield f"add_{name}_norm_forward", (half, x, *parameters, 1e-5)
+        yield f"add_{name}_norm_backward", (half, x, x, w, *statistics, *needs, True)
+        yield f"add_{name}_norm_backward", (x, None, x, w, *statistics, *needs, True)
+    yield "rms_norm_forward", (half, None, 1e-5)
+    yield "rms_norm_backward", (x, x, w, rstd, True)
+    yield "gelu_forward", (half, b, True)
+    yield "gelu_backward", (x, x, b, True, True)
+    yield "gelu_backward", (x, x, None, False, False)
+    yield "swiglu_forward", (x, x)
+    yield "swiglu_backward", (x, x, x)
+    target = torch.tensor([3, 0, -100, 32, 5], device=device)
+    yield "cross_entropy_forward", (x, target, -100)
+    yield "cross_entropy_backward", (x, target, rstd, -100)
+    classes = torch.randn(40, 33, device=device)
+    yield "linear_cross_entropy_forward", (x, classes, None, target, -100)
+    yield "linear_cross_entropy_backward", (x, classes, classes[:, 0], target, rstd, -100, True, True, True)
+    yield "linear_cross_entropy_backward", (x, classes, None, target, rstd, -100, True, False, False)
 
 
-def test_opcheck(device: str):
+@pytest.mark.parametrize("backend", FUSED)
+def test_opcheck(backend: str, device: str):
     called = set()
-    for name, args in _op_calls(device):
-        torch.library.opcheck(getattr(torch.ops.gptkernels_triton, name), args)
-        called.add(name)
-    registered = {f"{spec.name}_{direction}" for spec in SPECS for direction in ("forward", "backward")}
-    assert called == registered
+    ops = getattr(torch.ops, f"gptkernels_{backend}")
+    gptkernels.softmax(torch.zeros(1, device=device), backend=backend)  # makes the backend ready
+    mine = {f"{op}_{way}" for op, backends in FUSED_OPS.items() if backend in backends for way in ("forward", "backward")}
+    for name, args in _op_calls(device, ops):
+        if name in mine:
+            torch.library.opcheck(getattr(ops, name), args)
+            called.add(name)
+    assert called == mine

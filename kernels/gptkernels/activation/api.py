@@ -14,7 +14,7 @@ from gptkernels.activation import reference
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, backend: str | None = None) -> Tensor:
-    """``z * Phi(z)`` of ``z = x + bias``, Phi the normal distribution function: a linear layer's bias and its activation.
+    """``z * Phi(z)`` of ``z = x + bias``, Phi the normal distribution function: a layer's bias and its activation.
 
     Sum and activation are computed in float32 whatever the dtype, in one pass; so is the gradient of `bias`, which is
     summed in a fixed order.

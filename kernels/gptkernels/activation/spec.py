@@ -51,13 +51,17 @@ def _swiglu_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: i
 def _gelu_cost(case: Case, dtype: torch.dtype) -> Cost:
     elements = math.prod(case.parameters["shape"])
     moved = elements * dtype.itemsize
-    return Cost(forward_flops=12 * elements, backward_flops=20 * elements, forward_bytes=2 * moved, backward_bytes=3 * moved)
+    return Cost(
+        forward_flops=12 * elements, backward_flops=20 * elements, forward_bytes=2 * moved, backward_bytes=3 * moved
+    )
 
 
 def _swiglu_cost(case: Case, dtype: torch.dtype) -> Cost:
     elements = math.prod(case.parameters["shape"])
     moved = elements * dtype.itemsize
-    return Cost(forward_flops=6 * elements, backward_flops=14 * elements, forward_bytes=3 * moved, backward_bytes=5 * moved)
+    return Cost(
+        forward_flops=6 * elements, backward_flops=14 * elements, forward_bytes=3 * moved, backward_bytes=5 * moved
+    )
 
 
 GELU_SPEC = OpSpec(

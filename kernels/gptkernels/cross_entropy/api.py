@@ -23,8 +23,8 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy in nats: ``log(sum(exp(logits))) - logits[target]``, over the last dimension.
 
-    Computed in float32 whatever the dtype. When the logits need a gradient, it is computed in the same pass as the loss, and
-    backward only hands it over.
+    Computed in float32 whatever the dtype. When the logits need a gradient, it is computed in the same pass as the
+    loss, and backward only hands it over.
 
     Args:
         logits: ``(..., V)``, floating point; any layout, a last dimension of stride 1 is read in place.
@@ -42,8 +42,8 @@ def cross_entropy(
         IndexError: a target that is no class (on a GPU PyTorch reports it as a device assertion).
         BackendUnavailableError: an explicit backend that cannot run here.
 
-    Source: the gradient ``softmax - onehot`` is textbook (Bishop, "Pattern Recognition and Machine Learning", 4.3.4); to
-    form it with the loss is from Hsu et al., "Liger Kernel", arXiv 2410.10989. The derivation is in ``MATH.md``.
+    Source: the gradient ``softmax - onehot`` is textbook (Bishop, "Pattern Recognition and Machine Learning", 4.3.4);
+    to form it with the loss is from Hsu et al., "Liger Kernel", arXiv 2410.10989. The derivation is in ``MATH.md``.
     """
     _loss.validate("logits", logits, target, reduction)
     name = _backend.choose("cross_entropy", logits, backend)

@@ -24,7 +24,9 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int
     *lead, classes = p["shape"]
     # Logits of a trained model: a spread of a few units, far from zero.
     if p["layout"] == "slice":
-        logits = (4 * torch.randn(*lead, classes + 5, generator=generator) + 20.0).to(device, dtype)[..., 2 : 2 + classes]
+        logits = (4 * torch.randn(*lead, classes + 5, generator=generator) + 20.0).to(device, dtype)[
+            ..., 2 : 2 + classes
+        ]
     elif p["layout"] == "transposed":
         logits = (4 * torch.randn(classes, *lead, generator=generator) + 20.0).to(device, dtype).movedim(0, -1)
     else:

@@ -63,7 +63,8 @@ def add_layer_norm(
 
     Args:
         x: ``(..., N)``, a branch's output.
-        residual: the stream, of x's shape; x's dtype or float32. The statistics are those of the sum rounded to its dtype.
+        residual: the stream, of x's shape; x's dtype or float32. The statistics are those of the sum rounded to its
+            dtype.
         weight, bias, eps, backend: as `layer_norm`.
 
     Returns:
@@ -184,9 +185,7 @@ def _fake_add_backward(
     need_bias: bool,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_residual, grad_weight, grad_bias = _fake_backward(
-        grad_out, summed, weight, mean, rstd, need_weight, need_bias
-    )
+    grad_residual, grad_weight, grad_bias = _fake_backward(grad_out, summed, weight, mean, rstd, need_weight, need_bias)
     own = need_x and grad_out.dtype != summed.dtype
     return grad_residual, grad_out.new_empty(summed.shape if own else (0,)), grad_weight, grad_bias
 

@@ -131,7 +131,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             grad_x if needs[0] else None,
             grad_weight.to(weight.dtype) if needs[1] else None,
             None,
-            grad_bias.to(bias.dtype) if needs[2] else None,
+            grad_bias.to(bias.dtype) if needs[2] and bias is not None else None,
             None,
             None,
             None,

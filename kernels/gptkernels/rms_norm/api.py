@@ -1,4 +1,4 @@
-"""RMS normalisation, alone and after a residual sum: the public functions, their checks and their autograd.Functions."""
+"""RMS normalisation, alone and after a residual sum: the public functions, their checks and autograd.Functions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def add_rms_norm(
 
     Args:
         x: ``(..., N)``, a branch's output.
-        residual: the stream, of x's shape; x's dtype or float32. The statistics are those of the sum rounded to its dtype.
+        residual: the stream, of x's shape; x's dtype or float32. The statistics are those of the sum rounded to its
+            dtype.
         weight, eps, backend: as `rms_norm`.
 
     Returns:
@@ -111,7 +112,13 @@ class AddRMSNormFunction(torch.autograd.Function):
         )
         # Of one dtype, the two inputs share one gradient.
         grad_x = grad_residual if ctx.dtype == summed.dtype else grad_x
-        return grad_x if need_x else None, grad_residual, grad_weight.to(weight.dtype) if need_weight else None, None, None
+        return (
+            grad_x if need_x else None,
+            grad_residual,
+            grad_weight.to(weight.dtype) if need_weight else None,
+            None,
+            None,
+        )
 
 
 def _fake_forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
