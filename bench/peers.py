@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gptkernels.testing import OpSpec
+from gptkernels._spec import OpSpec, Output
 from torch import Tensor
 
-Contender = Callable[..., Tensor]
+Contender = Callable[..., Output]
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -71,11 +71,14 @@ def peers(spec: OpSpec, device: str, compiled: bool) -> dict[str, Contender]:
     """
     composed = {"layer_norm": _layer_norm_composed, "softmax": _softmax_composed, "attention": _attention_composed}
     fused = {"layer_norm": _layer_norm, "softmax": _softmax, "attention": spec.reference}
-    found: dict[str, Contender] = {"eager": fused[spec.name], "composed": composed[spec.name]}
+    # Where PyTorch has no fused op, the reference is what people write.
+    found: dict[str, Contender] = {"eager": fused.get(spec.name, spec.reference)}
+    if spec.name in composed:
+        found["composed"] = composed[spec.name]
     if spec.name == "attention" and device == "cuda":
         kinds = torch.nn.attention.SDPBackend
         for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
             found[f"sdpa {name.split('_')[0].lower()}"] = _pinned(getattr(kinds, name), spec)
     if compiled:
-        found["compile"] = torch.compile(composed[spec.name])
+        found["compile"] = torch.compile(composed.get(spec.name, spec.reference))
     return found

@@ -117,6 +117,9 @@ class Generate:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU where there is one."""
 
+    tune_allocator: bool = True
+    """Keep freed memory in the process (see gptkernels.tune_allocator)."""
+
     def run(self) -> int:
         import gptkernels
         import torch
@@ -125,6 +128,8 @@ class Generate:
         from gptcore.models import GPT
         from gptcore.tokenizer import get_tokenizer
 
+        if self.tune_allocator:
+            gptkernels.tune_allocator()
         with gptkernels.use_backend(self.kernels):
             pass
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,8 +167,16 @@ class Generate:
 class Train(TrainConfig):
     __doc__ = TrainConfig.__doc__
 
+    tune_allocator: bool = True
+    """Keep freed memory in the process: faster steps on a CPU (see gptkernels.tune_allocator)."""
+
     def run(self) -> int:
+        import gptkernels
+
         from gptcore.train import train
+
+        if self.tune_allocator:
+            gptkernels.tune_allocator()
 
         return 130 if train(self).interrupted else 0
 

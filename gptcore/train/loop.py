@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ class TrainResult:
     """What a model that only knows how often each token comes would score."""
     tokens_per_second: float
     """Median over the steps of this part."""
+    peak_memory: int
+    """Bytes: on a GPU the most that tensors took, on a CPU the most that the process has taken so far."""
     interrupted: bool
 
 
@@ -59,6 +62,18 @@ def _multiplies_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("sve_bf16"))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has taken at most: of the GPU's memory there, of the machine's on a CPU (0: not known)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def make_optimizer(model: GPT, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
@@ -271,13 +286,15 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
                     checkpoint(done)
         checkpoint(done)
     interrupted = done < config.steps
+    memory = peak_memory(device)
     speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
     if interrupted:
         console.print(f"interrupted: step {done} is saved; gptcore train --resume goes on from it", markup=False)
     else:
         console.print(
             f"validation loss {val_loss:.3f} nats per token, unigram entropy {report.unigram_entropy:.3f}; "
-            f"{speed:,.0f} tokens/s; {config.out}/loss.png",
+            f"{speed:,.0f} tokens/s, peak memory {memory / 2**20:,.0f} MiB; {config.out}/loss.png",
             markup=False,
         )
-    return TrainResult(done, math.nan if interrupted else val_loss, report.unigram_entropy, speed, interrupted)
+    val_loss = math.nan if interrupted else val_loss
+    return TrainResult(done, val_loss, report.unigram_entropy, speed, memory, interrupted)

@@ -81,7 +81,7 @@ def _why_not(op: str | None, backend: str, device_type: str, device_index: int) 
     if backend == "reference":
         return None
     if op is not None and backend not in FUSED[op]:
-        return f"{op} has no {backend} kernel yet; use 'auto' or 'reference'"
+        return f"no {backend} kernel yet for {', '.join(name for name in FUSED if backend not in FUSED[name])}: reference"
     if backend == "native":
         if device_type != "cpu":
             return f"the native kernels run on the CPU and the tensors are on {device_type!r}; use 'auto' or 'reference'"
@@ -121,7 +121,8 @@ def _index(device: torch.device) -> int:
 def choose(op: str, x: Tensor, backend: str | None) -> str:
     """The backend that runs `op` on a tensor like `x`.
 
-    `backend` is the caller's argument: None means the choice made by `use_backend`, "auto" the fastest that can run.
+    `backend` is the caller's argument: None means the choice made by `use_backend`, "auto" the fastest that can run. An
+    operation for which the chosen backend has no kernel (see `report`) takes the reference.
 
     Raises:
         ValueError: `backend` is not a known name.
@@ -138,9 +139,11 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
                         return candidate
                     warnings.warn(f"auto takes the reference: {failure}", RuntimeWarning, stacklevel=3)
         return "reference"
-    if reason := _why_not(op, name, device_type, device_index) or _start(name):
+    if reason := _why_not(None, name, device_type, device_index) or _start(name):
         raise BackendUnavailableError(f"backend {name!r} cannot run {op} on device {device_type!r}: {reason}")
-    if name != "reference" and x.dtype not in FUSED_DTYPES:
+    if name not in FUSED[op]:
+        return "reference"  # the backend runs here and has no kernel for this: report() says so
+    if x.dtype not in FUSED_DTYPES:
         raise TypeError(
             f"backend {name!r} computes {op} in float32, bfloat16 or float16; got {x.dtype} (use 'reference')"
         )

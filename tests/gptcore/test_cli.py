@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptcore.cli import main
 
@@ -29,8 +30,9 @@ def test_from_text_to_text(capsys, tmp_path: Path):
     common = ("train", "--data", data, "--out", out, *size, "--sample-tokens", 5, "--sample-prompt", "the cat")
     status, shown, _ = gptcore(capsys, *common, "--steps", 60, "--eval-interval", 30)
     assert status == 0
-    assert "auto -> reference" in shown
-    assert "native not used" in shown
+    assert ("auto -> native" in shown) == (not torch.cuda.is_available())
+    assert "triton not used" in shown
+    assert "peak memory" in shown
     assert "validation loss" in shown
     assert "unigram entropy" in shown
     status, _, error = gptcore(capsys, *common, "--steps", 60)
@@ -51,7 +53,7 @@ def test_info_says_what_runs_where_and_why_not(capsys):
     for op in ("layer_norm", "softmax", "attention"):
         assert op in shown
     assert "auto -> " in shown
-    assert "native CPU kernels are not part of this version" in shown
+    assert "native kernels: " in shown
 
 
 @pytest.mark.parametrize("verb", ["info", "prepare", "train", "generate"])
@@ -65,7 +67,7 @@ def test_help_has_examples(capsys, verb: str):
     ("match", "arguments"),
     [
         ("there is no such folder", ("generate", "--model", "./nowhere", "hello")),
-        ("native CPU kernels are not part", ("generate", "--model", "./nowhere", "--kernels", "native", "hello")),
+        ("there is no such folder", ("generate", "--model", "./nowhere", "--kernels", "reference", "hello")),
         ("nowhere", ("prepare", "nowhere/", "--out", "x")),
         ("nowhere", ("train", "--data", "nowhere", "--out", "x")),
     ],

@@ -16,6 +16,9 @@ from gptcore.weights import WeightsError, from_huggingface, save_huggingface, to
 CONFIG = GPTConfig(vocab_size=61, context=24, n_layer=2, n_head=2, width=32, kernels="reference")
 
 
+KERNELS = ["reference", *(["triton"] if torch.cuda.is_available() else ["triton", "native"])]
+
+
 def make(seed: int = 0, **changes) -> GPT:
     torch.manual_seed(seed)
     model = GPT(dataclasses.replace(CONFIG, **changes))
@@ -50,7 +53,7 @@ def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, parameters)))
 
 
-@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("attention_impl", ["fused", "explicit"])
 def test_logits_and_gradients_are_hugging_faces(gpt2, kernels: str, attention_impl: str, device: str):
     plain, folder = gpt2
@@ -88,9 +91,9 @@ def test_weights_move_both_ways_bit_by_bit(gpt2, tmp_path):
 def test_save_and_load(tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
-    loaded = GPT.from_pretrained(tmp_path, kernels="auto")
-    assert loaded.config == dataclasses.replace(model.config, kernels="auto")
-    assert torch.equal(loaded(tokens(2, 9)), model(tokens(2, 9)))
+    loaded = GPT.from_pretrained(tmp_path, kernels="reference")
+    assert loaded.config == dataclasses.replace(model.config, kernels="reference")
+    assert torch.equal(loaded(tokens(2, 9)), make(kernels="reference")(tokens(2, 9)))
     loaded.to(torch.float64)
     assert "lm_head.weight" not in loaded.state_dict()
 
@@ -122,7 +125,22 @@ def test_the_flag_reaches_every_op(attention_impl: str, device: str):
     assert counter.calls == {}
 
 
-@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="native kernels run on the CPU")
+@pytest.mark.parametrize("attention_impl", ["fused", "explicit"])
+def test_on_a_cpu_auto_takes_every_native_op(attention_impl: str):
+    """Residual and norm together, bias and GELU together, the loss without logits."""
+    model = make(kernels="auto", attention_impl=attention_impl)
+    with Counter() as counter:
+        model.loss(tokens(1, 9), tokens(1, 9)).backward()
+    inner = {"fused": "attention", "explicit": "softmax"}[attention_impl]
+    layers = CONFIG.n_layer
+    expected = {"layer_norm": 1, "add_layer_norm": 2 * layers, inner: layers, "gelu": layers}
+    calls = {f"gptkernels_native.{op}_{way}.default": n for op, n in expected.items() for way in ("forward", "backward")}
+    # The loss and its gradients are one call.
+    assert counter.calls == calls | {"gptkernels_native.linear_cross_entropy_backward.default": 1}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("attention_impl", ["fused", "explicit"])
 def test_a_cache_changes_nothing(kernels: str, attention_impl: str, device: str):
     model = make(kernels=kernels, attention_impl=attention_impl).to(device)
@@ -231,13 +249,6 @@ def test_presets_are_gpt2s_sizes():
 def test_bad_input(error: type[Exception], match: str, call):
     with pytest.raises(error, match=match):
         call()
-
-
-def test_native_is_an_error_until_it_exists():
-    from gptkernels import BackendUnavailableError
-
-    with pytest.raises(BackendUnavailableError, match="native CPU kernels are not part of this version"):
-        make(kernels="native")(tokens(1, 3))
 
 
 def damage(folder, kind: str) -> None:

@@ -13,7 +13,8 @@ from gptkernels.testing import Case, assert_within_budget, check_op, poisoned_me
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = list(available_backends())
+FUSED = [name for name in BACKENDS if name != "reference"]
 
 
 def qkv(*shape: int, kv: tuple[int, ...] | None = None, seed: int = 0, device: str = "cpu", dtype=torch.float32):

@@ -11,7 +11,8 @@ from gptkernels.testing import Case, check_op, poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = list(available_backends())
+FUSED = [name for name in BACKENDS if name != "reference"]
 
 
 def test_reference_is_the_formula():

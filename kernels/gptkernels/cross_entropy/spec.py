@@ -59,6 +59,8 @@ SPEC = OpSpec(
         _case(33, 17),
         _case(33, 17, reduction="sum"),
         _case(33, 17, reduction="none"),
+        _case(0, 9, reduction="sum"),
+        _case(0, 9, reduction="none"),
         _case(2, 3, 65),
         _case(9, 1023, ignored=0.5),
         _case(9, 1023, ignored=0.5, reduction="sum"),

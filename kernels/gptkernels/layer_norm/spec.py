@@ -130,6 +130,7 @@ ADD_SPEC = OpSpec(
         _case(3, 1),
         _case(5, 2),
         _case(33, 17),
+        _case(0, 9),
         _case(2, 3, 65),
         _case(70, 100),
         _case(9, 768, residual_dtype=torch.float32),

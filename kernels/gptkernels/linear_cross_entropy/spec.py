@@ -66,6 +66,7 @@ SPEC = OpSpec(
         _case((33,), 16, 17),
         _case((33,), 16, 17, bias=True, reduction="sum"),
         _case((33,), 16, 17, bias=True, reduction="none"),
+        _case((0,), 16, 17, bias=True, reduction="sum"),
         _case((2, 3), 64, 65),
         _case((70,), 96, 300, ignored=0.5),
         _case((9,), 33, 1000, ignored=0.5, bias=True, reduction="none"),
