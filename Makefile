@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= runs/demo
 
-.PHONY: help demo test lint bench compile-report clean
+.PHONY: help demo test lint bench bench-cpu sanitize compile-report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -17,13 +17,14 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY) ## train a small GPT on Python's own documentation, then generate from it
+demo: $(READY) ## train a small GPT on Python's own documentation, generate from it, and show what the flag buys
 	$(BIN)/gptcore info
 	$(BIN)/gptcore prepare python-docs --out data/python-docs --vocab-size 4096
 	rm -rf $(RUN)
 	$(BIN)/gptcore train --data data/python-docs --out $(RUN) --preset mini
 	$(BIN)/gptcore generate --model $(RUN) --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 1 "The function returns"
 	@echo "loss curve: $(RUN)/loss.png"
+	$(BIN)/python -m bench.flag --data data/python-docs
 
 test: $(READY) lint ## lint, types, and every test (kernels run in Triton's interpreter where there is no GPU)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
@@ -35,6 +36,12 @@ lint: $(READY) ## ruff (lint and format) and the type checker
 
 bench: $(READY) ## time every op and a training step beside PyTorch's own
 	$(BIN)/python -m pytest bench --benchmark-only -q
+
+bench-cpu: $(READY) ## the native kernels against PyTorch on this CPU: the table of the README, about ten minutes
+	$(BIN)/python -m bench.cpu --save
+
+sanitize: $(READY) ## the native kernels over every op's cases under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m bench.sanitize
 
 compile-report: $(READY) ## compile every Triton kernel for an H100 (no GPU needed); registers, spills, shared memory
 	$(BIN)/python -m gptkernels.compile_report --target sm_90

@@ -57,7 +57,7 @@ def _attention_composed(query: Tensor, key: Tensor, value: Tensor, is_causal: bo
 
 
 def _pinned(backend: Any, spec: OpSpec) -> Contender:
-    def attention(**kwargs: Any) -> Tensor:
+    def attention(**kwargs: Any) -> Output:
         with torch.nn.attention.sdpa_kernel(backend):
             return spec.reference(**kwargs)
 

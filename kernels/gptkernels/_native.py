@@ -25,7 +25,17 @@ import torch
 
 PACKAGE = Path(__file__).parent
 PREBUILT = PACKAGE / "_prebuilt"
-FLAGS = ("-std=c++20", "-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-pragmas")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,13 @@ def _capability(name: str) -> tuple[str, ...]:
     return f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"
 
 
-_AVX512 = ("-mavx2", "-mfma", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), *_capability("AVX512"))
+_AVX512 = (
+    "-mavx2",
+    "-mfma",
+    "-mf16c",
+    *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
+    *_capability("AVX512"),
+)
 _AVX512_NEEDS = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 
 # Best first.
@@ -58,7 +74,9 @@ LEVELS = (
     Level("portable", _capability("DEFAULT"), ()),
 )
 # The AMX code with its tiles in software, for tests on machines without them; never chosen.
-EMULATED_AMX = Level("amx_emulated", (*_AVX512, "-mavx512bf16", "-DGPTKERNELS_EMULATE_AMX"), (*_AVX512_NEEDS, "avx512_bf16"))
+EMULATED_AMX = Level(
+    "amx_emulated", (*_AVX512, "-mavx512bf16", "-DGPTKERNELS_EMULATE_AMX"), (*_AVX512_NEEDS, "avx512_bf16")
+)
 
 _loaded: Level | None = None
 _failure: str | None = None
@@ -142,7 +160,10 @@ def _missing() -> str | None:
         return f"the native CPU kernels are built on Linux only; this is {sys.platform}"
     if _compiler() is None:
         wanted = os.environ.get("CXX", "c++")
-        return f"there is no C++ compiler ({wanted} is not on PATH): install one (apt install g++, dnf install gcc-c++) or set CXX"
+        return (
+            f"there is no C++ compiler ({wanted} is not on PATH): "
+            "install one (apt install g++, dnf install gcc-c++) or set CXX"
+        )
     if _ninja() is None:
         return "ninja is not installed (pip install ninja)"
     return None

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 Output = Tensor | tuple[Tensor, ...]
 """What an operation returns."""
 

@@ -30,4 +30,5 @@ def tune_allocator() -> bool:
         return False
     limit = 2**31 - 1
     settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: limit, _TOP_PAD: 64 << 20, _ARENA_MAX: 1}
-    return all([libc.mallopt(parameter, value) == 1 for parameter, value in settings.items()])
+    accepted = [libc.mallopt(parameter, value) == 1 for parameter, value in settings.items()]
+    return all(accepted)

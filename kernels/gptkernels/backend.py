@@ -76,22 +76,27 @@ def _gpu_too_old(index: int) -> str | None:
     return f"{torch.cuda.get_device_name(index)} has compute capability {found}; 8.0 and newer are supported"
 
 
+def _no_kernel(op: str | None, backend: str) -> str | None:
+    missing = [name for name, backends in FUSED.items() if backend not in backends]
+    return None if op not in missing else f"no {backend} kernel yet for {', '.join(missing)}: reference"
+
+
 def _why_not(op: str | None, backend: str, device_type: str, device_index: int) -> str | None:
     """None when `backend` can run `op` (None: any operation) on that device, else the reason why not."""
     if backend == "reference":
         return None
-    if op is not None and backend not in FUSED[op]:
-        return f"no {backend} kernel yet for {', '.join(name for name in FUSED if backend not in FUSED[name])}: reference"
     if backend == "native":
         if device_type != "cpu":
-            return f"the native kernels run on the CPU and the tensors are on {device_type!r}; use 'auto' or 'reference'"
-        return _native.why_not()
+            return (
+                f"the native kernels run on the CPU and the tensors are on {device_type!r}; use 'auto' or 'reference'"
+            )
+        return _native.why_not() or _no_kernel(op, backend)
     if missing := _triton_missing():
         return missing
     if device_type == "cuda":
-        return _gpu_too_old(device_index)
+        return _gpu_too_old(device_index) or _no_kernel(op, backend)
     if device_type == "cpu" and interpreting():
-        return None
+        return _no_kernel(op, backend)
     where = "there is no GPU here" if not torch.cuda.is_available() else f"the tensors are on {device_type!r}"
     return (
         f"Triton kernels need a CUDA or ROCm device and {where}; use 'auto' or 'reference' "

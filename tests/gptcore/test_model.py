@@ -135,7 +135,9 @@ def test_on_a_cpu_auto_takes_every_native_op(attention_impl: str):
     inner = {"fused": "attention", "explicit": "softmax"}[attention_impl]
     layers = CONFIG.n_layer
     expected = {"layer_norm": 1, "add_layer_norm": 2 * layers, inner: layers, "gelu": layers}
-    calls = {f"gptkernels_native.{op}_{way}.default": n for op, n in expected.items() for way in ("forward", "backward")}
+    calls = {
+        f"gptkernels_native.{op}_{way}.default": n for op, n in expected.items() for way in ("forward", "backward")
+    }
     # The loss and its gradients are one call.
     assert counter.calls == calls | {"gptkernels_native.linear_cross_entropy_backward.default": 1}
 

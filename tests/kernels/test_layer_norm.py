@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gptkernels import layer_norm
+from gptkernels import available_backends, layer_norm
 from gptkernels.layer_norm import reference
 from gptkernels.layer_norm.spec import SPEC
 from gptkernels.testing import Case, check_op, poisoned_memory
@@ -22,12 +22,13 @@ def test_reference_is_the_formula():
     torch.testing.assert_close(reference.layer_norm(x, w, b, 0.1), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("columns", [100, 20_000], ids=["block", "loop"])
-def test_a_mean_far_above_the_spread(columns: int, device: str):
+def test_a_mean_far_above_the_spread(columns: int, device: str, backend: str):
     """E[x^2] - E[x]^2 would lose every digit here: a mean of 10,000 and a spread of 0.1."""
     x = 10_000 + 0.1 * torch.randn(4, columns, generator=torch.Generator().manual_seed(1)).to(device)
     exact = torch.nn.functional.layer_norm(x.double(), (columns,))
-    out = layer_norm(x, backend="triton")
+    out = layer_norm(x, backend=backend)
     # What remains is the rounding of the mean itself: at most one float32 unit of 10,000 (9.8e-4), against a spread of 0.1.
     assert float((out - exact).abs().max()) < 1e-2
     assert float(out.std()) == pytest.approx(1.0, abs=1e-2)
@@ -65,38 +66,41 @@ def test_autocast_keeps_the_dtype_of_x(backend: str, device: str):
         assert layer_norm(x.float(), torch.ones(33, device=device), backend=backend).dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("columns", [65, 20_000], ids=["block", "loop"])
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
 )
-def test_only_the_gradients_that_are_needed(columns: int, wanted: tuple[bool, ...], device: str):
+def test_only_the_gradients_that_are_needed(columns: int, wanted: tuple[bool, ...], device: str, backend: str):
     tensors = [torch.randn(7, columns, device=device), *torch.randn(2, columns, device=device)]
     leaves = [t.clone().requires_grad_(need) for t, need in zip(tensors, wanted)]
     everything = [t.clone().requires_grad_() for t in tensors]
     grad_out = torch.randn(7, columns, device=device)
-    layer_norm(*leaves, backend="triton").backward(grad_out)
-    layer_norm(*everything, backend="triton").backward(grad_out)
+    layer_norm(*leaves, backend=backend).backward(grad_out)
+    layer_norm(*everything, backend=backend).backward(grad_out)
     for leaf, full, need in zip(leaves, everything, wanted):
         assert (leaf.grad is not None) == need
         if need:
             torch.testing.assert_close(leaf.grad, full.grad, rtol=1e-6, atol=1e-5)
 
 
-def test_weight_gradient_of_many_rows_is_summed_in_float32(device: str):
+@pytest.mark.parametrize("backend", FUSED)
+def test_weight_gradient_of_many_rows_is_summed_in_float32(device: str, backend: str):
     """4,000 equal bf16 contributions: a bf16 accumulator would stop growing at 256."""
     x = torch.tensor([[1.0, -1.0]], device=device).bfloat16().repeat(4000, 1)
     weight = torch.ones(2, device=device, requires_grad=True)
     bias = torch.zeros(2, device=device, requires_grad=True)
-    layer_norm(x, weight, bias, backend="triton").backward(torch.ones_like(x))
+    layer_norm(x, weight, bias, backend=backend).backward(torch.ones_like(x))
     torch.testing.assert_close(bias.grad, torch.full((2,), 4000.0, device=device), rtol=0, atol=0)
     torch.testing.assert_close(weight.grad, torch.tensor([4000.0, -4000.0], device=device), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 0, 5)])
-def test_empty(shape: tuple[int, ...], device: str):
+def test_empty(shape: tuple[int, ...], device: str, backend: str):
     x = torch.empty(shape, device=device, requires_grad=True)
     w = torch.ones(shape[-1], device=device, requires_grad=True)
-    out = layer_norm(x, w, w.detach(), backend="triton")
+    out = layer_norm(x, w, w.detach(), backend=backend)
     out.sum().backward()
     assert out.shape == x.shape
     assert x.grad is not None
@@ -104,6 +108,7 @@ def test_empty(shape: tuple[int, ...], device: str):
     assert (w.grad == 0).all()
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @settings(max_examples=25, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
@@ -113,9 +118,9 @@ def test_empty(shape: tuple[int, ...], device: str):
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
 )
-def test_any_shape_within_the_error_budget(shape, weight, bias, layout, dtype, seed, device):
+def test_any_shape_within_the_error_budget(shape, weight, bias, layout, dtype, seed, device, backend: str):
     parameters = {"shape": shape, "weight": weight, "bias": bias, "parameter_dtype": torch.float32, "layout": layout}
-    check_op(SPEC, Case("drawn", parameters), dtype, "triton", device, seed)
+    check_op(SPEC, Case("drawn", parameters), dtype, backend, device, seed)
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,14 @@ from gptkernels import _native
 everything = _native.sources()
 _native.sources = lambda: {n: p for n, p in everything.items() if n.startswith(("csrc/", "softmax", "rms_norm"))}
 """
-USE = SMALL + """
+USE = (
+    SMALL
+    + """
 x = torch.randn(9, 33)
 assert torch.allclose(gptkernels.softmax(x, backend="native"), torch.softmax(x, -1))
 print("right")
 """
+)
 
 
 def start(code: str, cache: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -95,12 +98,15 @@ def test_a_compiler_that_fails_warns_once_and_takes_the_reference(tmp_path: Path
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo no room on disk >&2; exit 1;; esac\n")
     broken.chmod(0o755)
-    code = SMALL + """
+    code = (
+        SMALL
+        + """
 import warnings
 warnings.simplefilter("always")
 x = torch.randn(3, 8)
 for _ in range(3): assert torch.equal(gptkernels.softmax(x), gptkernels.softmax(x, backend="reference"))
 """
+    )
     _, err = finish(start(code, tmp_path, CXX=str(broken)))
     assert err.count("auto takes the reference: the native CPU kernels could not be built") == 1
     assert list((tmp_path / "gptkernels").glob("building-*")) == []
@@ -176,7 +182,9 @@ faults()
 print(done, plain, faults())
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     done, plain, tuned = shown.split()
     if done == "False":
         pytest.skip("no glibc here")

@@ -174,7 +174,9 @@ def test_opcheck(backend: str, device: str):
     called = set()
     ops = getattr(torch.ops, f"gptkernels_{backend}")
     gptkernels.softmax(torch.zeros(1, device=device), backend=backend)  # makes the backend ready
-    mine = {f"{op}_{way}" for op, backends in FUSED_OPS.items() if backend in backends for way in ("forward", "backward")}
+    mine = {
+        f"{op}_{way}" for op, backends in FUSED_OPS.items() if backend in backends for way in ("forward", "backward")
+    }
     for name, args in _op_calls(device, ops):
         if name in mine:
             torch.library.opcheck(getattr(ops, name), args)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from gptkernels import softmax
+from gptkernels import available_backends, softmax
 from gptkernels.softmax import reference
 from gptkernels.softmax.spec import SPEC
 from gptkernels.testing import Case, assert_within_budget, check_op, poisoned_memory
@@ -94,11 +94,12 @@ def test_causal_does_not_read_the_future(device: str):
         assert (grads[0].masked_select(future) == 0).all()
 
 
-def test_common_rounding_of_the_output_leaves_the_gradient(device: str):
+@pytest.mark.parametrize("backend", FUSED)
+def test_common_rounding_of_the_output_leaves_the_gradient(device: str, backend: str):
     """In bfloat16 the saved output sums to 1 only within 1e-3; a gradient that is large and equal must still give none."""
     torch.manual_seed(0)
     x = torch.randn(8, 500, device=device, dtype=torch.bfloat16, requires_grad=True)
-    y = softmax(x, backend="triton")
+    y = softmax(x, backend=backend)
     (grad,) = torch.autograd.grad(y, x, torch.full_like(y, 1024.0))
     plain_y = torch.softmax(x, -1)
     (plain,) = torch.autograd.grad(plain_y, x, torch.full_like(y, 1024.0))
@@ -106,15 +107,17 @@ def test_common_rounding_of_the_output_leaves_the_gradient(device: str):
     assert float(plain.abs().max()) > float(grad.abs().max())
 
 
-def test_an_expanded_gradient(device: str):
+@pytest.mark.parametrize("backend", FUSED)
+def test_an_expanded_gradient(device: str, backend: str):
     """The gradient of a sum has stride 0."""
     x = torch.randn(4, 50, device=device, requires_grad=True)
     weights = torch.randn(50, device=device)
     (expected,) = torch.autograd.grad(x.softmax(-1), x, weights.expand(4, 50))
-    (actual,) = torch.autograd.grad(softmax(x, backend="triton"), x, weights.expand(4, 50))
+    (actual,) = torch.autograd.grad(softmax(x, backend=backend), x, weights.expand(4, 50))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @settings(max_examples=25, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 20), min_size=1, max_size=4),
@@ -124,17 +127,18 @@ def test_an_expanded_gradient(device: str):
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
 )
-def test_any_shape_within_the_error_budget(shape, dim, scale, causal, dtype, seed, device):
+def test_any_shape_within_the_error_budget(shape, dim, scale, causal, dtype, seed, device, backend: str):
     causal = causal and len(shape) > 1
     dim = -1 if causal else dim % len(shape)
     parameters = {"shape": shape, "dim": dim, "scale": scale, "causal": causal, "layout": "contiguous"}
-    check_op(SPEC, Case("drawn", parameters), dtype, "triton", device, seed)
+    check_op(SPEC, Case("drawn", parameters), dtype, backend, device, seed)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.gpu
-def test_more_than_2_to_the_31_elements():
+def test_more_than_2_to_the_31_elements(backend: str):
     x = torch.randn(70_000, 32_768, device="cuda", dtype=torch.bfloat16)
-    y = softmax(x, backend="triton")
+    y = softmax(x, backend=backend)
     last = x[-2:].float().softmax(-1)
     assert_within_budget("last rows", y[-2:], x[-2:].softmax(-1), last.double())
 

@@ -118,7 +118,7 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | N
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: saves the inputs, the output and each row's float32 log-sum-exp (in the backend's base)."""
+    """Autograd around the fused kernels: saves inputs, output and each row's float32 log-sum-exp, in the backend's base."""
 
     @staticmethod
     def forward(

@@ -261,8 +261,9 @@ struct Backward {
     const int64_t count = std::min(kBackwardKeys, key.tokens - start), offset = seen.keys - seen.queries;
     const T *k = key.at<T>(b, kv, start), *v = value.at<T>(b, kv, start);
     const float* caps = seen.caps_of(b);
-    copy_rows(k, key.row(), count, head_dim, s.key.get(), kBackwardKeys, s.depth);
-    copy_rows(v, value.row(), count, head_dim, s.value.get(), kBackwardKeys, s.depth);
+    const int64_t real = std::clamp<int64_t>(keys - start, 0, count);  // what lies behind the length is not read
+    copy_rows(k, key.row(), real, head_dim, s.key.get(), kBackwardKeys, s.depth);
+    copy_rows(v, value.row(), real, head_dim, s.value.get(), kBackwardKeys, s.depth);
     for (int64_t d = 0; d < s.rows; ++d)
       for (int64_t j = 0; j < kBackwardKeys; ++j) s.key_columns[d * kBackwardKeys + j] = d < s.depth ? s.key[j * s.depth + d] : C(0.f);
     std::memset(s.grad_key.get(), 0, kBackwardKeys * s.width * sizeof(float));

@@ -1,0 +1,65 @@
+"""What the flag buys on this machine: the same short training run by ``--kernels reference`` and by ``auto``.
+
+``python -m bench.flag --data data/python-docs``; each run is a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+KERNELS = ("reference", "auto")
+
+
+def _run(data: Path, kernels: str, steps: int, preset: str) -> dict[str, Any]:
+    import gptkernels
+
+    from gptcore.train import TrainConfig, train
+
+    gptkernels.tune_allocator()
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(
+            data=data, out=Path(folder) / "run", preset=preset, kernels=kernels, steps=steps, sample_tokens=0
+        )  # fmt: skip
+        result = train(config, progress=False)
+    return {"tokens_per_second": result.tokens_per_second, "peak": result.peak_memory, "val_loss": result.val_loss}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.flag",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m bench.flag --data data/python-docs --steps 60 --preset small",
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder that gptcore prepare made")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
+    parser.add_argument("--preset", default="mini", help="size of the model (default: mini)")
+    parser.add_argument("--kernels", choices=KERNELS, help=argparse.SUPPRESS)  # one run, for the parent
+    options = parser.parse_args(arguments)
+    if options.kernels:
+        print(json.dumps(_run(options.data, options.kernels, options.steps, options.preset)))
+        return 0
+    rows: dict[str, dict[str, Any]] = {}
+    for kernels in KERNELS:
+        print(f"{options.steps} steps with --kernels {kernels} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "bench.flag", "--kernels", kernels, "--data", str(options.data)]
+        command += ["--steps", str(options.steps), "--preset", options.preset]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows[kernels] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{'--kernels':<12}{'tokens/s':>12}{'peak memory, MiB':>20}{'validation loss':>18}")
+    for kernels, row in rows.items():
+        print(f"{kernels:<12}{row['tokens_per_second']:>12,.0f}{row['peak'] / 2**20:>20,.0f}{row['val_loss']:>18.4f}")
+    plain, fast = (rows[kernels] for kernels in KERNELS)
+    speed, memory = fast["tokens_per_second"] / plain["tokens_per_second"], fast["peak"] / plain["peak"]
+    print(f"what the flag bought here: {speed:.2f}x the speed, {memory:.2f}x the memory of the whole process")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
