@@ -19,9 +19,14 @@ struct NormForward {
 };
 
 template <bool centred, bool add, typename T, typename R>
-void norm_row(const NormForward<T, R>& a, int64_t i, float* row) {
+void norm_row(const NormForward<T, R>& a, int64_t i, float* buffer) {
   const int64_t n = a.columns;
   const T* x = a.x + i * a.stride_x;
+  // The row as floats: what was normalised, where it is float already, else a copy.
+  constexpr bool copied = !std::is_same_v<std::conditional_t<add, R, T>, float>;
+  const float* row = buffer;
+  if constexpr (!copied && add) row = a.summed + i * n;
+  else if constexpr (!copied) row = x;
   Sum first, square;
   sweep(n, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
     Vec v = load(x + j, lanes);
@@ -31,7 +36,7 @@ void norm_row(const NormForward<T, R>& a, int64_t i, float* row) {
       store(summed, v, lanes);
       if constexpr (!std::is_same_v<R, float>) v = load(summed, lanes);  // what the stream, and the backward, will see
     }
-    store(row + j, v, lanes);
+    if constexpr (copied) store(buffer + j, v, lanes);
     if constexpr (centred) first.add(v, k);
     else square.add(v, v, k);
   });

@@ -16,11 +16,14 @@ bool nothing_to_sum(float top, const T* x, int64_t n) {
 }
 
 template <typename T>
-void forward_row(const T* x, T* out, float* row, int64_t kept, int64_t n, float scale) {
+void forward_row(const T* x, T* out, float* buffer, int64_t kept, int64_t n, float scale) {
+  // Rows of float need no copy: the exponentials are held where the result will be.
+  float* row = buffer;
+  if constexpr (std::is_same_v<T, float>) row = out;
   Vec top[4] = {Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity)};
   sweep(kept, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
     const Vec v = keep(load(x + j, lanes), lanes, -kInfinity);
-    store(row + j, v, lanes);
+    if constexpr (!std::is_same_v<T, float>) store(row + j, v, lanes);
     top[k] = larger(v, top[k]);
   });
   const float highest = max(larger(larger(top[0], top[1]), larger(top[2], top[3])));
@@ -30,7 +33,10 @@ void forward_row(const T* x, T* out, float* row, int64_t kept, int64_t n, float 
   }
   Sum total;
   sweep(kept, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
-    const Vec e = keep(exp((load(row + j, lanes) - Vec(highest)) * Vec(scale)), lanes, 0.f);
+    Vec v;
+    if constexpr (std::is_same_v<T, float>) v = load(x + j, lanes);
+    else v = load(row + j, lanes);
+    const Vec e = keep(exp((v - Vec(highest)) * Vec(scale)), lanes, 0.f);
     store(row + j, e, lanes);
     total.add(e, k);
   });
