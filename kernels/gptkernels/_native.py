@@ -140,7 +140,8 @@ def _key(level: Level, flags: tuple[str, ...]) -> str:
 
 def prebuilt(level: Level) -> Path:
     """Where an ahead-of-time build of `level` lies, made for this version of PyTorch (their binaries do not mix)."""
-    return PREBUILT / f"native-{level.name}-torch{torch.__version__.split('+')[0]}.so"
+    version = torch.__version__.split("+")[0].replace(".", "_")
+    return PREBUILT / f"native_{level.name}_torch{version}.so"
 
 
 def why_not() -> str | None:
@@ -218,6 +219,12 @@ def _compile(level: Level, flags: tuple[str, ...], folder: Path, name: str) -> P
     return library
 
 
+def _best() -> Level:
+    """The best level that lies ready from an ahead-of-time build, else the best that can be compiled."""
+    ready = [level for level in supported() if prebuilt(level).exists()]
+    return (ready or supported())[0]
+
+
 def _load_or_compile(level: Level, extra_flags: tuple[str, ...]) -> None:
     ready = prebuilt(level)
     if ready.exists() and not extra_flags:
@@ -258,7 +265,7 @@ def load(level: Level | None = None, extra_flags: tuple[str, ...] = ()) -> str |
     """
     global _loaded, _failure
     if _loaded is None and _failure is None and (_failure := why_not()) is None:
-        chosen = level or supported()[0]
+        chosen = level or _best()
         try:
             _load_or_compile(chosen, extra_flags)
             _loaded = chosen
