@@ -10,6 +10,7 @@ compiled at first use, and installing needs neither PyTorch nor a compiler.
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def prebuilt() -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location("_native", Path(__file__).parent / "kernels/gptkernels/_native.py")
     assert spec is not None
     assert spec.loader is not None
-    native = importlib.util.module_from_spec(spec)
+    native = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclass looks for itself
     spec.loader.exec_module(native)
     root = Path(__file__).parent
     sources = [str(path.relative_to(root)) for name, path in native.sources().items() if name.endswith(".cpp")]
