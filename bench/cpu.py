@@ -276,7 +276,8 @@ def _decoding() -> Iterator[Row]:
 
     config = GPTConfig.preset("gpt2-124m", kernels="native")
     ours = GPT(config).to(BF16).eval()
-    theirs = GPT2LMHeadModel(GPT2Config(**config_to_huggingface(config))).to(BF16).eval()
+    theirs: Any = GPT2LMHeadModel(GPT2Config(**config_to_huggingface(config)))
+    theirs = theirs.to(BF16).eval()
     prompt, new = torch.randint(0, 50257, (1, 32)), 48
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 50256}
     attend = torch.ones_like(prompt)
@@ -305,7 +306,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
 
 def _peak_of_loss(name: str) -> int:
     """Bytes by which one loss with its gradients raises this process's memory at most (Linux)."""
-    calls = dict(zip(("peer", "ours"), _loss_calls()))
+    peer, ours = _loss_calls()
     gptkernels.softmax(torch.zeros(1), backend="native")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
 
@@ -313,7 +314,7 @@ def _peak_of_loss(name: str) -> int:
         return int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024
 
     before = held("VmRSS:")
-    calls[name]()
+    (peer if name == "peer" else ours)()
     return held("VmHWM:") - before
 
 
@@ -374,6 +375,17 @@ def table(saved: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def section(saved: dict[str, Any]) -> str:
+    """What the README shows of a saved result: on what it was measured, and the table."""
+    m = saved["machine"]
+    products = " and ".join(f"{rate:,.0f} in {dtype}" for dtype, rate in m["product_gflop_per_s"].items())
+    return (
+        f"{m['cpu']}, {m['instructions']}, {m['threads']} threads, PyTorch {m['torch']}, Python {m['python']}, commit "
+        f"{m['commit']}, {m['date']}; its ceilings: a copy at {m['copy_gb_per_s']:.0f} GB/s, matrix products at {products} "
+        f"GFLOP/s.\n\n{table(saved)}"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cpu",
@@ -390,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(options.groups) - set(GROUPS):
         parser.error(f"groups: got {', '.join(sorted(unknown))}; accepted are {', '.join(GROUPS)}")
     if options.show:
-        print(table(json.loads(options.show.read_text())))
+        print(section(json.loads(options.show.read_text())))
         return 0
     if options.child in ("peer", "ours"):
         print(json.dumps([_peak_of_loss(options.child)]))
@@ -412,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
         saved[allocator] = {"rows": rows}
     if "loss" in chosen:
         saved["memory"] = {name: _child("--child", name)[0][0] for name in ("peer", "ours")}
-    print(f"{saved['machine']}\n\n{table(saved)}")
+    print(section(saved))
     if options.save:
         RESULTS.mkdir(exist_ok=True)
         name = "-".join(saved["machine"]["cpu"].lower().split()) + "-" + saved["machine"]["instructions"]

@@ -13,10 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-KERNELS = ("reference", "auto")
+from gptcore.config import Kernels
+
+KERNELS: tuple[Kernels, ...] = ("reference", "auto")
 
 
-def _run(data: Path, kernels: str, steps: int, preset: str) -> dict[str, Any]:
+def _run(data: Path, kernels: Kernels, steps: int, preset: str) -> dict[str, Any]:
     import gptkernels
 
     from gptcore.train import TrainConfig, train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -35,3 +36,10 @@ def test_links_lead_somewhere(file: str):
     path = ROOT / file
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_the_cpu_table_is_made_from_the_saved_result():
+    from bench.cpu import RESULTS, section
+
+    shown = README.split("<!-- cpu -->\n")[1].split("\n<!-- /cpu -->")[0]
+    assert shown in [section(json.loads(file.read_text())) for file in RESULTS.glob("*.json")]
