@@ -46,4 +46,4 @@ def stream(x: Tensor, residual: Tensor) -> None:
     shape("residual", residual, tuple(x.shape))
     same_device("residual", residual, "x", x)
     if residual.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"residual: got dtype {residual.dtype}; accepted are x's dtype, {x.dtype}, and torch.float32")
+        raise TypeError(f"residual: got dtype {residual.dtype}; accepted is x's dtype, {x.dtype}, or torch.float32")

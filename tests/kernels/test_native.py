@@ -248,3 +248,26 @@ def test_available_and_reported():
     assert all("native" in names for names in backend.FUSED.values())
     gptkernels.softmax(torch.zeros(1), backend="native")
     assert f"native kernels: {_native.loaded()}" in str(gptkernels.report())
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_activations_at_the_ends(approximate: str):
+    """Where exponentials overflow or vanish; infinities and NaN as in PyTorch."""
+    inf = float("inf")
+    x = torch.tensor([-inf, -1e30, -1e4, -88.0, -20.0, -0.0, 20.0, 88.0, 1e4, 1e30, inf, float("nan")])
+    functional = torch.nn.functional
+    ours = gptkernels.gelu(x, approximate=approximate, backend="native")
+    torch.testing.assert_close(ours, functional.gelu(x, approximate=approximate), equal_nan=True)
+    up = torch.ones_like(x)
+    ours = gptkernels.swiglu(x, up, backend="native")
+    torch.testing.assert_close(ours, functional.silu(x), rtol=1e-5, atol=1e-30, equal_nan=True)
+    finite = x[2:9].clone().requires_grad_()
+    for mine, plain in (
+        (
+            gptkernels.gelu(finite, approximate=approximate, backend="native"),
+            functional.gelu(finite, approximate=approximate),
+        ),
+        (gptkernels.swiglu(finite, up[2:9], backend="native"), functional.silu(finite)),
+    ):
+        gradients = [torch.autograd.grad(out.sum(), finite)[0] for out in (mine, plain)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)

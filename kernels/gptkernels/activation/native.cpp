@@ -8,20 +8,20 @@ namespace {
 // with e = exp(-2u) that is 1 / (1 + e), and its complement e / (1 + e), so that neither is a difference of near equals.
 template <bool tanh>
 struct Gelu {
-  static ALWAYS_INLINE Vec power(Vec x, Vec square) {
-    const Vec u = x * fmadd(square, Vec(-0.0713548162726f), Vec(-1.59576912160573f));  // -2u
-    return exp(smaller(u, Vec(87.f)));                                                 // finite: its reciprocal is not 0
+  static ALWAYS_INLINE Vec exponent(Vec x, Vec square) {  // -2u
+    return x * fmadd(square, Vec(-0.0713548162726f), Vec(-1.59576912160573f));
   }
   static ALWAYS_INLINE Vec normal_cdf(Vec x) { return fmadd((x * Vec(0.70710678118654752f)).erf(), Vec(0.5f), Vec(0.5f)); }
 
   static ALWAYS_INLINE Vec value(Vec x) {
-    if constexpr (tanh) return x / (Vec(1.f) + power(x, x * x));
+    if constexpr (tanh) return x / (Vec(1.f) + exp(exponent(x, x * x)));
     else return x * normal_cdf(x);
   }
   static ALWAYS_INLINE Vec slope(Vec x) {
     const Vec square = x * x;
     if constexpr (tanh) {
-      const Vec e = power(x, square), s = Vec(1.f) / (Vec(1.f) + e);
+      const Vec e = exp(smaller(exponent(x, square), Vec(87.f)));  // finite: its reciprocal is not 0
+      const Vec s = Vec(1.f) / (Vec(1.f) + e);
       const Vec inner = fmadd(square, Vec(0.2140644488178f), Vec(1.59576912160573f));  // d(2u)/dx
       return s * fmadd(x * inner, e * s, Vec(1.f));
     } else {
@@ -105,9 +105,6 @@ std::tuple<Tensor, Tensor> gelu_backward(
   return {grad_x, grad_bias};
 }
 
-// exp(-x), finite; 1 / (1 + e) is the logistic function and e / (1 + e) its complement.
-ALWAYS_INLINE Vec power(Vec x) { return exp(smaller(Vec(0.f) - x, Vec(87.f))); }
-
 Tensor swiglu_forward(const Tensor& gate, const Tensor& up) {
   Tensor out = at::empty(gate.sizes(), gate.options());
   if (gate.numel() == 0) return out;
@@ -121,7 +118,7 @@ Tensor swiglu_forward(const Tensor& gate, const Tensor& up) {
         T* y = out.data_ptr<T>() + i * n;
         sweep(n, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
           const Vec v = load(g + j, lanes);
-          store(y + j, v / (Vec(1.f) + power(v)) * load(u + j, lanes), lanes);
+          store(y + j, v / (Vec(1.f) + exp(Vec(0.f) - v)) * load(u + j, lanes), lanes);
         });
       }
     });
@@ -142,7 +139,9 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_out, const Tensor&
         const T* dy = outs.data<T>() + i * outs.stride;
         T *dg = grad_gate.data_ptr<T>() + i * n, *du = grad_up.data_ptr<T>() + i * n;
         sweep(n, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
-          const Vec v = load(g + j, lanes), d = load(dy + j, lanes), e = power(v), s = Vec(1.f) / (Vec(1.f) + e);
+          const Vec v = load(g + j, lanes), d = load(dy + j, lanes);
+          // With e = exp(-v), finite: 1 / (1 + e) is the logistic function and e / (1 + e) its complement.
+          const Vec e = exp(smaller(Vec(0.f) - v, Vec(87.f))), s = Vec(1.f) / (Vec(1.f) + e);
           store(dg + j, d * load(u + j, lanes) * s * fmadd(v, e * s, Vec(1.f)), lanes);
           store(du + j, d * v * s, lanes);
         });
