@@ -257,7 +257,9 @@ def test_activations_at_the_ends(approximate: str):
     x = torch.tensor([-inf, -1e30, -1e4, -88.0, -20.0, -0.0, 20.0, 88.0, 1e4, 1e30, inf, float("nan")])
     functional = torch.nn.functional
     ours = gptkernels.gelu(x, approximate=approximate, backend="native")
-    torch.testing.assert_close(ours, functional.gelu(x, approximate=approximate), equal_nan=True)
+    plain = functional.gelu(x, approximate=approximate)
+    plain[10] = inf  # PyTorch's exact form gives NaN there on some CPUs
+    torch.testing.assert_close(ours, plain, equal_nan=True)
     up = torch.ones_like(x)
     ours = gptkernels.swiglu(x, up, backend="native")
     torch.testing.assert_close(ours, functional.silu(x), rtol=1e-5, atol=1e-30, equal_nan=True)
