@@ -8,6 +8,7 @@ its own. A row whose numbers disagree with the peer's is an error and not timed.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -26,9 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import ceilings
+from gptcore.train.loop import multiplies_bf16
 
 RESULTS = Path(__file__).parent / "results"
 BF16, FP32 = torch.bfloat16, torch.float32
+MIN_ROUNDS, MAX_SECONDS = 3, 60.0  # of a row: no more rounds than fit, but a median
+# Training and its loss in the precision that this machine trains in: without bfloat16 products, float32.
+TRAINED_IN = BF16 if multiplies_bf16(torch.device("cpu")) else FP32
 
 
 @dataclass
@@ -53,12 +58,19 @@ class Row:
             torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance, msg=self.name)
         contenders = {**self.peers, "ours": self.ours}
         times: dict[str, list[float]] = {name: [] for name in contenders}
+        rounds, began = self.rounds, math.inf
         for turn in range(self.rounds + 2):
             for name, call in contenders.items():
                 start = time.perf_counter()
                 call()
                 if turn >= 2:
                     times[name].append(time.perf_counter() - start)
+            if turn == 1:  # warm; what takes long is repeated less
+                began = time.perf_counter()
+            elif turn == 2:
+                rounds = min(rounds, max(MIN_ROUNDS, int(MAX_SECONDS / (time.perf_counter() - began))))
+            if turn - 1 >= rounds:
+                break
         self.medians = {name: statistics.median(values) for name, values in times.items()}
         bandwidth, rate = ceilings(self.dtype)
         seconds = self.medians["ours"]
@@ -209,8 +221,8 @@ def _gelu() -> Iterator[Row]:
 
 
 def _loss_calls() -> tuple[Callable[[], Any], Callable[[], Any]]:
-    x = torch.randn(1024, 768).to(BF16).requires_grad_()
-    weight = (torch.randn(50257, 768) / 28).to(BF16).requires_grad_()
+    x = torch.randn(1024, 768).to(TRAINED_IN).requires_grad_()
+    weight = (torch.randn(50257, 768) / 28).to(TRAINED_IN).requires_grad_()
     target = torch.randint(0, 50257, (1024,))
 
     def peer() -> Any:
@@ -227,10 +239,11 @@ def _loss_calls() -> tuple[Callable[[], Any], Callable[[], Any]]:
 def _loss() -> Iterator[Row]:
     peer, ours = _loss_calls()
     yield Row(
-        "linear_cross_entropy bf16, 1024 tokens, width 768, vocabulary 50257: forward + backward",
+        f"linear_cross_entropy {_short(TRAINED_IN)}, 1024 tokens, width 768, vocabulary 50257: forward + backward",
         3.0,
         {"F.linear, F.cross_entropy": peer},
         ours,
+        TRAINED_IN,
         flops=6.0 * 1024 * 768 * 50257,
         rounds=5,
         check=lambda: (ours()[0], peer()[0]),
@@ -247,7 +260,7 @@ def _training() -> Iterator[Row]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step() -> float:
-            with torch.autocast("cpu", BF16):
+            with torch.autocast("cpu", BF16, enabled=TRAINED_IN == BF16):
                 loss = loss_of(tokens[0], tokens[1])
             loss.backward()
             optimizer.step()
@@ -259,10 +272,11 @@ def _training() -> Iterator[Row]:
     tokens = torch.randint(0, 50257, (2, 2, 512))
     model = GPT(GPTConfig.preset("gpt2-124m"))
     yield Row(
-        "GPT-2 124M training step, bf16 autocast, B2 T512",
+        f"GPT-2 124M training step, {_short(TRAINED_IN)}{' autocast' if TRAINED_IN == BF16 else ''}, B2 T512",
         1.5,
         {"eager": stepper("reference"), "torch.compile": stepper("reference", compiled=True)},
         stepper("native"),
+        TRAINED_IN,
         flops=1024 * model.flops_per_token(512),
         rounds=4,
     )
@@ -280,11 +294,15 @@ def _decoding() -> Iterator[Row]:
     theirs = theirs.to(BF16).eval()
     prompt, new = torch.randint(0, 50257, (1, 32)), 48
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 50256}
-    attend = torch.ones_like(prompt)
+    options["attention_mask"] = torch.ones_like(prompt)
+    peers = {"Hugging Face generate": lambda: theirs.generate(prompt, **options)}
+    if TRAINED_IN == FP32:  # without bfloat16 products the best that PyTorch does is float32
+        wide = copy.deepcopy(theirs).float()
+        peers["Hugging Face generate, fp32"] = lambda: wide.generate(prompt, **options)
     yield Row(
         f"decoding with a cache, GPT-2 124M bf16, one sequence, 32 + {new} tokens",
         2.0,
-        {"Hugging Face generate": lambda: theirs.generate(prompt, attention_mask=attend, **options)},
+        peers,
         lambda: ours.generate(prompt, new, temperature=0.0),
         moved=new * 2.0 * ours.num_parameters(),
         rounds=4,

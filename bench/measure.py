@@ -42,18 +42,26 @@ def _best(function: Callable[[], Any]) -> float:
     return min(times)
 
 
+def _product_rate(dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a square matrix product."""
+    a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _best(lambda: torch.matmul(a, b, out=out))
+
+
 @cache
 def ceilings(dtype: torch.dtype) -> tuple[float, float]:
-    """``(bytes/s of a large copy, FLOP/s of a large matrix product)`` on this machine, measured once."""
-    size = 8192 if device() == "cuda" else 2048
-    a = torch.randn(size, size, device=device()).to(dtype)
-    b = torch.randn(size, size, device=device()).to(dtype)
-    out = torch.empty_like(a)
+    """``(bytes/s of a large copy, FLOP/s of a large matrix product)`` on this machine, measured once.
+
+    On a CPU for which PyTorch has no fast product of a 16-bit `dtype`, float32's is the ceiling: it computes the same.
+    """
     source = torch.empty((2**30 if device() == "cuda" else 2**27) // 4, device=device()).zero_()
     target = torch.zeros_like(source)
-    copy = _best(lambda: target.copy_(source))
-    product = _best(lambda: torch.matmul(a, b, out=out))
-    return 2 * source.nbytes / copy, 2 * size**3 / product
+    bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source))
+    if device() == "cuda":
+        return bandwidth, _product_rate(dtype, 8192)
+    slow = _product_rate(dtype, 256) < 0.5 * _product_rate(torch.float32, 256)
+    return bandwidth, _product_rate(torch.float32 if slow else dtype, 2048)
 
 
 def affordable(spec: OpSpec, dtype: torch.dtype) -> list[Case]:

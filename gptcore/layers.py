@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
-from gptkernels import add_layer_norm, causal_attention, gelu, layer_norm, softmax
+from gptkernels import add_layer_norm, causal_attention, gelu, layer_norm, linear, softmax
 from torch import Tensor, nn
 
 from gptcore.config import GPTConfig
@@ -61,6 +60,17 @@ class LayerNorm(nn.Module):
         return add_layer_norm(branch, stream, self.weight, self.bias, self.eps, backend=self.backend)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` on `gptkernels.linear`."""
+
+    def __init__(self, config: GPTConfig, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.backend = backend(config)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias, backend=self.backend)
+
+
 class SelfAttention(nn.Module):
     """Causal self-attention over the heads of one packed projection, read in place."""
 
@@ -70,8 +80,8 @@ class SelfAttention(nn.Module):
         self.n_head, self.head_dim = config.n_head, config.head_dim
         self.explicit = config.attention_impl == "explicit"
         self.backend = backend(config)
-        self.c_attn = nn.Linear(config.width, 3 * config.width)
-        self.c_proj = nn.Linear(config.width, config.width)
+        self.c_attn = Linear(config, config.width, 3 * config.width)
+        self.c_proj = Linear(config, config.width, config.width)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor | None]:
         """``(B, T, C) -> (B, T, C)``, and with explicit attention its weights ``(B, H, T, keys)``."""
@@ -96,12 +106,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.width, 4 * config.width)
-        self.c_proj = nn.Linear(4 * config.width, config.width)
+        self.c_fc = Linear(config, config.width, 4 * config.width)
+        self.c_proj = Linear(config, 4 * config.width, config.width)
         self.backend = backend(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias, backend=self.backend))
+        hidden = linear(x, self.c_fc.weight, backend=self.backend)
+        return self.c_proj(gelu(hidden, self.c_fc.bias, backend=self.backend))
 
 
 class Block(nn.Module):

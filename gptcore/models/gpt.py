@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from gptkernels import linear_cross_entropy
+from gptkernels import linear, linear_cross_entropy
 from torch import Tensor, nn
 
 from gptcore.config import GPTConfig
@@ -66,13 +65,13 @@ class GPT(nn.Module):
                 'accepted is "explicit"'
             )
         x, weights = self._features(tokens, cache)
-        logits = F.linear(x, self.wte.weight)
+        logits = linear(x, self.wte.weight, backend=backend(self.config))
         return (logits, weights) if return_attention else logits
 
     def next_logits(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits ``(B, vocab_size)`` after the last of `tokens` ``(B, T)`` alone: what generation needs."""
         x, _ = self._features(tokens, cache)
-        return F.linear(x[:, -1], self.wte.weight)
+        return linear(x[:, -1], self.wte.weight, backend=backend(self.config))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, computed in float32; the fused kernels never hold all logits.

@@ -56,7 +56,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _multiplies_bf16(device: torch.device) -> bool:
+def multiplies_bf16(device: torch.device) -> bool:
     """Whether the hardware has bfloat16 products: without them autocast only costs."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -207,7 +207,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         next(tokens.windows(config.model(tokenizer.vocab_size).context))  # long enough for one sequence
     with gptkernels.use_backend(config.kernels):  # an explicit choice that cannot run is an error here, not at step 1
         pass
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and _multiplies_bf16(device))
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and multiplies_bf16(device))
     torch.manual_seed(config.seed)
     model = GPT(config.model(tokenizer.vocab_size)).to(device)
     optimizer = make_optimizer(model, config, device)

@@ -17,6 +17,7 @@ from gptkernels.backend import (
 )
 from gptkernels.cross_entropy import cross_entropy
 from gptkernels.layer_norm import add_layer_norm, layer_norm
+from gptkernels.linear import linear
 from gptkernels.linear_cross_entropy import linear_cross_entropy
 from gptkernels.rms_norm import add_rms_norm, rms_norm
 from gptkernels.softmax import softmax
@@ -31,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "report",
     "rms_norm",

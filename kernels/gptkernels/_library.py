@@ -48,3 +48,25 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], module: str | 
 def ops(backend: str) -> Any:
     """The namespace that holds `backend`'s ops."""
     return getattr(torch.ops, f"gptkernels_{backend}")
+
+
+class _Unrecorded:
+    """Takes what a Function's forward keeps for a backward that will not come."""
+
+    needs_input_grad = (False,) * 16
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``; where nothing is recorded its forward alone, without apply's 20 us a call.
+
+    A decoding step makes a hundred of these calls.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function.apply(*args)
+    return function.forward(_Unrecorded(), *args)

@@ -257,6 +257,12 @@ def _load_or_compile(level: Level, extra_flags: tuple[str, ...]) -> None:
         raise
 
 
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own matrix products of `dtype` are fast on this CPU; the extension must be loaded."""
+    return torch.ops.gptkernels_native.multiplies(dtype)
+
+
 def load(level: Level | None = None, extra_flags: tuple[str, ...] = ()) -> str | None:
     """Loads the extension, compiling it when it is nowhere ready; a reason why not instead of an exception.
 
@@ -272,3 +278,7 @@ def load(level: Level | None = None, extra_flags: tuple[str, ...] = ()) -> str |
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             _failure = f"the native CPU kernels could not be built or loaded: {error}"
     return _failure
+
+
+# torch.compiler.assume_constant_result does just this, but imports the compiler: seconds, at `import gptkernels`.
+multiplies._dynamo_marked_constant = True  # type: ignore[attr-defined]

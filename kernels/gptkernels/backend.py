@@ -30,6 +30,7 @@ FUSED: dict[str, tuple[str, ...]] = {
     "add_rms_norm": ("native",),
     "softmax": ("triton", "native"),
     "attention": ("triton", "native"),
+    "linear": ("native",),
     "gelu": ("native",),
     "swiglu": ("native",),
     "cross_entropy": ("native",),
@@ -77,8 +78,10 @@ def _gpu_too_old(index: int) -> str | None:
 
 
 def _no_kernel(op: str | None, backend: str) -> str | None:
+    if op is None or backend in FUSED[op]:
+        return None
     missing = [name for name, backends in FUSED.items() if backend not in backends]
-    return None if op not in missing else f"no {backend} kernel yet for {', '.join(missing)}: reference"
+    return f"no {backend} kernel yet for {', '.join(missing)}: reference"
 
 
 def _why_not(op: str | None, backend: str, device_type: str, device_index: int) -> str | None:

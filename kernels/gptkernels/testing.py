@@ -17,6 +17,7 @@ from gptkernels.activation.spec import GELU_SPEC, SWIGLU_SPEC
 from gptkernels.attention.spec import SPEC as ATTENTION
 from gptkernels.cross_entropy.spec import SPEC as CROSS_ENTROPY
 from gptkernels.layer_norm import spec as layer_norm
+from gptkernels.linear.spec import SPEC as LINEAR
 from gptkernels.linear_cross_entropy.spec import SPEC as LINEAR_CROSS_ENTROPY
 from gptkernels.rms_norm import spec as rms_norm
 from gptkernels.softmax.spec import SPEC as SOFTMAX
@@ -42,6 +43,7 @@ SPECS: tuple[OpSpec, ...] = (
     rms_norm.ADD_SPEC,
     SOFTMAX,
     ATTENTION,
+    LINEAR,
     GELU_SPEC,
     SWIGLU_SPEC,
     CROSS_ENTROPY,

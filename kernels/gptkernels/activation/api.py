@@ -41,7 +41,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, ba
     name = _backend.choose("gelu", x, backend)
     if name == "reference":
         return reference.gelu(x, bias, approximate)
-    return GELUFunction.apply(x, bias, approximate == "tanh", name)
+    return _library.apply(GELUFunction, x, bias, approximate == "tanh", name)
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -69,7 +69,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     name = _backend.choose("swiglu", gate, backend)
     if name == "reference":
         return reference.swiglu(gate, up)
-    return SwiGLUFunction.apply(gate, up, name)
+    return _library.apply(SwiGLUFunction, gate, up, name)
 
 
 class GELUFunction(torch.autograd.Function):

@@ -80,7 +80,7 @@ def attention(
         return reference.attention(
             query, key, value, is_causal=is_causal, scale=scale, key_lengths=key_lengths, key_mask=key_mask
         )
-    return AttentionFunction.apply(query, key, value, key_lengths, key_mask, is_causal, scale, name)
+    return _library.apply(AttentionFunction, query, key, value, key_lengths, key_mask, is_causal, scale, name)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:

@@ -49,7 +49,7 @@ def cross_entropy(
     name = _backend.choose("cross_entropy", logits, backend)
     if name == "reference":
         return reference.cross_entropy(logits, target, ignore_index, reduction)
-    return CrossEntropyFunction.apply(logits, target, ignore_index, reduction, torch.is_grad_enabled(), name)
+    return _library.apply(CrossEntropyFunction, logits, target, ignore_index, reduction, torch.is_grad_enabled(), name)
 
 
 class CrossEntropyFunction(torch.autograd.Function):

@@ -111,6 +111,21 @@ ALWAYS_INLINE void store(T* p, Vec v, All) {
 #endif
   }
 }
+#if defined(CPU_CAPABILITY_AVX2)
+ALWAYS_INLINE float sum(Vec v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+// NaN lanes are passed over, as the processor's own maximum does: callers look for NaN elsewhere.
+ALWAYS_INLINE float max(Vec v) {
+  // The second operand is taken where either is NaN: one that starts at -inf and only takes what is larger is never NaN.
+  __m256 known = _mm256_max_ps(v, _mm256_set1_ps(-kInfinity));
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(known), _mm256_extractf128_ps(known, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+#else
 ALWAYS_INLINE float sum(Vec v) {
   alignas(64) float lanes[kLanes];
   v.store(lanes);
@@ -126,6 +141,7 @@ ALWAYS_INLINE float max(Vec v) {
   for (int64_t i = 1; i < kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
   return result;
 }
+#endif
 
 #endif
 

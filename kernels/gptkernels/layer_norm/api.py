@@ -47,7 +47,7 @@ def layer_norm(
     name = _backend.choose("layer_norm", x, backend)
     if name == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    return LayerNormFunction.apply(x, weight, bias, eps, name)
+    return _library.apply(LayerNormFunction, x, weight, bias, eps, name)
 
 
 def add_layer_norm(
@@ -79,7 +79,7 @@ def add_layer_norm(
     if name == "reference":  # without a kernel for both, the norm alone may still have one
         summed = (x + residual).to(residual.dtype)
         return layer_norm(summed, weight, bias, eps, backend=backend).to(x.dtype), summed
-    return AddLayerNormFunction.apply(x, residual, weight, bias, eps, name)
+    return _library.apply(AddLayerNormFunction, x, residual, weight, bias, eps, name)
 
 
 class LayerNormFunction(torch.autograd.Function):

@@ -73,8 +73,8 @@ def linear_cross_entropy(
     if name == "reference":
         weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
         return reference.linear_cross_entropy(x, weight, target, bias, ignore_index, reduction)
-    return LinearCrossEntropyFunction.apply(
-        x, weight, target, bias, ignore_index, reduction, torch.is_grad_enabled(), name
+    return _library.apply(
+        LinearCrossEntropyFunction, x, weight, target, bias, ignore_index, reduction, torch.is_grad_enabled(), name
     )
 
 

@@ -40,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, back
     name = _backend.choose("rms_norm", x, backend)
     if name == "reference":
         return reference.rms_norm(x, weight, eps)
-    return RMSNormFunction.apply(x, weight, eps, name)
+    return _library.apply(RMSNormFunction, x, weight, eps, name)
 
 
 def add_rms_norm(
@@ -65,7 +65,7 @@ def add_rms_norm(
     name = _backend.choose("add_rms_norm", x, backend)
     if name == "reference":
         return reference.add_rms_norm(x, residual, weight, eps)
-    return AddRMSNormFunction.apply(x, residual, weight, eps, name)
+    return _library.apply(AddRMSNormFunction, x, residual, weight, eps, name)
 
 
 class RMSNormFunction(torch.autograd.Function):

@@ -57,7 +57,7 @@ def softmax(
     name = _backend.choose("softmax", x, backend)
     if name == "reference":
         return reference.softmax(x, dim, scale=scale, causal=causal)
-    return SoftmaxFunction.apply(x, dim, scale, causal, name)
+    return _library.apply(SoftmaxFunction, x, dim, scale, causal, name)
 
 
 class SoftmaxFunction(torch.autograd.Function):

@@ -1,0 +1,116 @@
+"""A linear layer: the public function, its checks and its autograd.Function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptkernels import _check, _library, _native
+from gptkernels import backend as _backend
+from gptkernels.linear import reference
+
+FEW_ROWS = 8
+"""Up to here reading the weight is most of the work, and the native kernel reads it once, at the speed of memory."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """``x @ weight^T + bias``, with PyTorch's own product wherever that is the fast one.
+
+    The native kernels take over on a CPU where it is not: for the few rows of a decoding step, which are bound by reading
+    the weight, and for 16-bit dtypes on a CPU that has no instructions to multiply them (PyTorch's loops are then a
+    hundred times slower than float32's). Sums are float32 whatever the dtype, and there the weight's and the bias's
+    gradients are too until they are rounded once. Under autocast x, weight and bias are cast to autocast's dtype.
+
+    Args:
+        x: ``(..., K)``, floating point; any layout.
+        weight: ``(N, K)``, of x's dtype but under autocast; any layout, read in place where one of its strides is 1.
+        bias: ``(N,)`` or None for 0; likewise.
+        backend: overrides `use_backend` for this call.
+
+    Returns:
+        ``(..., N)`` in x's dtype (autocast's, under autocast).
+
+    Raises:
+        ValueError: a shape that does not fit, or tensors on different devices.
+        TypeError: tensors that are not floating point or, without autocast, of different dtypes.
+        BackendUnavailableError: an explicit backend that cannot run here.
+
+    The derivation is in ``MATH.md``.
+    """
+    _check.floating("x", x)
+    _check.floating("weight", weight)
+    if x.dim() == 0:
+        raise ValueError("x: got a tensor without dimensions; accepted is (..., K)")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted is (N, {x.shape[-1]})")
+    _check.same_device("weight", weight, "x", x)
+    if bias is not None:
+        _check.floating("bias", bias)
+        _check.shape("bias", bias, (weight.shape[0],))
+        _check.same_device("bias", bias, "x", x)
+    dtype = x.dtype
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type) if dtype != torch.float64 else dtype
+    else:
+        _check.same_dtype("weight", weight, "x", x)
+        if bias is not None:
+            _check.same_dtype("bias", bias, "x", x)
+    name = _backend.choose("linear", x, backend)
+    if name == "reference" or (x.numel() > FEW_ROWS * x.shape[-1] and _native.multiplies(dtype)):
+        return reference.linear(x, weight, bias)
+    return _library.apply(LinearFunction, x.to(dtype), weight, bias, name)
+
+
+class LinearFunction(torch.autograd.Function):
+    """Autograd around the native products: saves x and the weight in the dtype that was multiplied.
+
+    The weight comes as the model holds it, and is cast here: its gradient then goes from float32 straight to its own
+    dtype, without a stop at autocast's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast)
+        ctx.dtypes, ctx.backend = (weight.dtype, None if bias is None else bias.dtype), backend
+        return _library.ops(backend).linear_forward(x, cast, bias if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grad_x, grad_weight, grad_bias = _library.ops(ctx.backend).linear_backward(grad_out, x, weight, *needs)
+        return (
+            grad_x if needs[0] else None,
+            grad_weight.to(ctx.dtypes[0]) if needs[1] else None,
+            grad_bias.to(ctx.dtypes[1]) if needs[2] else None,
+            None,
+        )
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32),
+        x.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32),
+    )
+
+
+_library.register("linear_forward", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", fake=_fake_forward)
+_library.register(
+    "linear_backward",
+    "(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    fake=_fake_backward,
+)
