@@ -132,6 +132,7 @@ def test_the_public_names_are_the_documented_ones():
         "cross_entropy",
         "gelu",
         "layer_norm",
+        "linear",
         "linear_cross_entropy",
         "report",
         "rms_norm",

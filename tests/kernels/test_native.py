@@ -151,6 +151,7 @@ import sys, torch
 from gptkernels import _native
 level = next(l for l in (_native.EMULATED_AMX, *_native.LEVELS) if l.name == sys.argv[1])
 assert (reason := _native.load(level)) is None, reason
+_native.multiplies = lambda dtype: False  # our products, also where PyTorch's would be taken
 from gptkernels.testing import SPECS, check_op
 count = 0
 for spec in SPECS:

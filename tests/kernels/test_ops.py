@@ -13,7 +13,11 @@ FUSED = [name for name in gptkernels.available_backends() if name != "reference"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS for case in spec.cases]
 # One representative case an op, for the checks that are about the registration and not about shapes.
-FIRST_REAL_CASE = {"attention": "B2-H3-T37-D64-causal", "linear_cross_entropy": "33-C16-V17-bias-sum"}
+FIRST_REAL_CASE = {
+    "attention": "B2-H3-T37-D64-causal",
+    "linear": "7x40-N64",
+    "linear_cross_entropy": "33-C16-V17-bias-sum",
+}
 
 
 def representative(spec: OpSpec) -> Case:
@@ -155,6 +159,14 @@ def _op_calls(device: str, ops):
         yield f"add_{name}_norm_backward", (x, None, x, w, *statistics, *needs, True)
     yield "rms_norm_forward", (half, None, 1e-5)
     yield "rms_norm_backward", (x, x, w, rstd, True)
+    for dtype in (torch.float32, torch.bfloat16):
+        few, many, matrix = (
+            torch.randn(*shape, device=device, dtype=dtype) for shape in ((2, 3, 33), (20, 33), (7, 33))
+        )
+        yield "linear_forward", (few, matrix, matrix[:, 0])
+        yield "linear_forward", (many, matrix, None)
+        yield "linear_backward", (torch.randn(20, 7, device=device, dtype=dtype), many, matrix, True, True, True)
+        yield "linear_backward", (torch.randn(20, 7, device=device, dtype=dtype), many, matrix, False, True, False)
     yield "gelu_forward", (half, b, True)
     yield "gelu_backward", (x, x, b, True, True)
     yield "gelu_backward", (x, x, None, False, False)

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <fstream>
 #include <memory>
 #include <new>
 #include <optional>
@@ -71,6 +72,21 @@ struct Parameter {
 };
 
 inline Tensor empty_floats(at::IntArrayRef shape) { return at::empty(shape, at::kFloat); }
+
+// Bytes of the last cache that this CPU's cores share, as Linux knows it (sysconf is wrong on AMD's); 32 MiB where unknown.
+inline int64_t last_cache() {
+  int64_t kibibytes = 0;
+  std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kibibytes;
+  return (kibibytes > 0 ? kibibytes : 32768) << 10;
+}
+
+// Whether a result's rows are better written past the caches: when it fills a good part of the last one, whoever comes next
+// finds little of it there anyway.
+inline bool goes_past_caches(const Tensor& out) {
+  static const int64_t most = last_cache() / 4;
+  const int64_t bytes = out.numel() * out.element_size(), row = out.dim() ? out.size(-1) * out.element_size() : 0;
+  return bytes >= most && row % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
+}
 
 // Uninitialised memory, aligned for any vector.
 template <typename T>

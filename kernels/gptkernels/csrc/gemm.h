@@ -164,15 +164,14 @@ using GemmScope = tiles::Scope;
 struct GemmScope {};
 #endif
 
-// kRows rows by one panel in vector registers.
+// kRows rows by one panel in vector registers. What C holds is added last: sums of sums err less than one long sum.
 template <bool accumulate, int kRows>
 ALWAYS_INLINE void register_block(
     int64_t depth, const float* a, int64_t lda, const float* b, int64_t row, float* c, int64_t ldc) {
   Vec sums[kRows][2];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    sums[r][0] = accumulate ? load(c + r * ldc) : Vec(0.f);
-    sums[r][1] = accumulate ? load(c + r * ldc + kLanes) : Vec(0.f);
+    sums[r][0] = sums[r][1] = Vec(0.f);
   }
   for (int64_t k = 0; k < depth; ++k) {
     const Vec b0 = load(b + k * row), b1 = load(b + k * row + kLanes);
@@ -185,6 +184,10 @@ ALWAYS_INLINE void register_block(
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+    if constexpr (accumulate) {
+      sums[r][0] = load(c + r * ldc) + sums[r][0];
+      sums[r][1] = load(c + r * ldc + kLanes) + sums[r][1];
+    }
     store(c + r * ldc, sums[r][0]);
     store(c + r * ldc + kLanes, sums[r][1]);
   }
@@ -197,8 +200,7 @@ ALWAYS_INLINE void register_block(
   __m512 sums[kRows][2];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    sums[r][0] = accumulate ? _mm512_loadu_ps(c + r * ldc) : _mm512_setzero_ps();
-    sums[r][1] = accumulate ? _mm512_loadu_ps(c + r * ldc + 16) : _mm512_setzero_ps();
+    sums[r][0] = sums[r][1] = _mm512_setzero_ps();
   }
   for (int64_t k = 0; k < depth; k += 2) {
     const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + k / 2 * row);
@@ -214,6 +216,10 @@ ALWAYS_INLINE void register_block(
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+    if constexpr (accumulate) {
+      sums[r][0] = _mm512_add_ps(_mm512_loadu_ps(c + r * ldc), sums[r][0]);
+      sums[r][1] = _mm512_add_ps(_mm512_loadu_ps(c + r * ldc + 16), sums[r][1]);
+    }
     _mm512_storeu_ps(c + r * ldc, sums[r][0]);
     _mm512_storeu_ps(c + r * ldc + 16, sums[r][1]);
   }

@@ -16,27 +16,34 @@ struct NormForward {
   float *mean, *rstd;  // mean: null for RMSNorm
   int64_t columns, stride_x, stride_residual;
   float eps;
+  bool past;  // out and summed go past the caches
 };
 
 template <bool centred, bool add, typename T, typename R>
 void norm_row(const NormForward<T, R>& a, int64_t i, float* buffer) {
   const int64_t n = a.columns;
+  const float *weight = a.weight, *bias = a.bias;
+  const bool past = a.past;
   const T* x = a.x + i * a.stride_x;
-  // The row as floats: what was normalised, where it is float already, else a copy.
-  constexpr bool copied = !std::is_same_v<std::conditional_t<add, R, T>, float>;
+  const R* residual = add ? a.residual + i * a.stride_residual : nullptr;
+  R* summed = add ? a.summed + i * n : nullptr;
+  // The row as floats: what was normalised, where that is float and in reach, else a copy.
+  constexpr bool is_float = std::is_same_v<std::conditional_t<add, R, T>, float>;
+  const bool copied = !is_float || (add && past);
   const float* row = buffer;
-  if constexpr (!copied && add) row = a.summed + i * n;
-  else if constexpr (!copied) row = x;
+  if constexpr (is_float && add) row = copied ? buffer : summed;
+  else if constexpr (is_float) row = x;
   Sum first, square;
   sweep(n, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
     Vec v = load(x + j, lanes);
+    __builtin_prefetch(x + a.stride_x + j);  // the next row, while this one is gone over again and again
     if constexpr (add) {
-      v = v + load(a.residual + i * a.stride_residual + j, lanes);
-      R* summed = a.summed + i * n + j;
-      store(summed, v, lanes);
-      if constexpr (!std::is_same_v<R, float>) v = load(summed, lanes);  // what the stream, and the backward, will see
+      v = v + load(residual + j, lanes);
+      __builtin_prefetch(residual + a.stride_residual + j);
+      put(summed + j, v, lanes, past);
+      if constexpr (!std::is_same_v<R, float>) v = rounded<R>(v);  // what the stream, and the backward, will see
     }
-    if constexpr (copied) store(buffer + j, v, lanes);
+    if (copied) store(buffer + j, v, lanes);
     if constexpr (centred) first.add(v, k);
     else square.add(v, v, k);
   });
@@ -64,8 +71,8 @@ void norm_row(const NormForward<T, R>& a, int64_t i, float* buffer) {
     Vec y = load(row + j, lanes);
     if constexpr (centred) y = y - Vec(mean);
     y = y * Vec(rstd);
-    const Vec w = a.weight ? load(a.weight + j, lanes) : Vec(1.f), b = a.bias ? load(a.bias + j, lanes) : Vec(0.f);
-    store(out + j, fmadd(y, w, b), lanes);
+    const Vec w = weight ? load(weight + j, lanes) : Vec(1.f), b = bias ? load(bias + j, lanes) : Vec(0.f);
+    put(out + j, fmadd(y, w, b), lanes, past);
   });
 }
 
@@ -91,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
         rows.data<T>(), residual ? residual_rows.data<R>() : nullptr, w.data, b.data,
         out.data_ptr<T>(), residual ? summed.data_ptr<R>() : nullptr,
         centred ? mean.data_ptr<float>() : nullptr, rstd.data_ptr<float>(),
-        rows.columns, rows.stride, residual_rows.stride, static_cast<float>(eps)};
+        rows.columns, rows.stride, residual_rows.stride, static_cast<float>(eps),
+        goes_past_caches(out) && (!residual || goes_past_caches(summed))};
     const int64_t grain = std::max<int64_t>(1, 8192 / rows.columns);
     at::parallel_for(0, rows.rows, grain, [&](int64_t begin, int64_t end) {
       Scratch<float> row(rows.columns);
@@ -99,6 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
         if (residual) norm_row<centred, true>(a, i, row);
         else norm_row<centred, false>(a, i, row);
       }
+      if (a.past) drain();
     });
   });
   return {out, summed, mean, rstd};
@@ -113,12 +122,18 @@ struct NormBackward {
   R* grad_x;
   T* grad_branch;  // null where grad_x serves both
   int64_t columns, stride_out, stride_x, stride_summed;
+  bool past;  // the gradients go past the caches
 };
 
 // `count` rows from i on, together: the sums for weight and bias are then loaded and stored once for all of them.
+constexpr int kTogether = kLanes == 16 ? 4 : 2;  // as many as the registers hold, 32 with AVX-512 and else 16
+
 template <bool centred, int count, typename T, typename R>
 void norm_rows_backward(const NormBackward<T, R>& a, int64_t i, float* grad_weight, float* grad_bias) {
-  const int64_t n = a.columns;
+  // In locals: a store of a vector may alias the fields of `a`, which would be loaded again after each.
+  const int64_t n = a.columns, ahead_out = count * a.stride_out, ahead_x = count * a.stride_x;
+  const float* weight = a.weight;
+  const bool past = a.past;
   float mean[count], rstd[count];
   const T* grad_out[count];
   const R* x[count];
@@ -129,11 +144,12 @@ void norm_rows_backward(const NormBackward<T, R>& a, int64_t i, float* grad_weig
   Vec along[count], total[count];
   for (int r = 0; r < count; ++r) along[r] = Vec(0.f), total[r] = Vec(0.f);
   sweep(n, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
-    const Vec w = a.weight ? load(a.weight + j, lanes) : Vec(1.f);
+    const Vec w = weight ? load(weight + j, lanes) : Vec(1.f);
     Vec dw(0.f), db(0.f);
 #pragma GCC unroll 4
     for (int r = 0; r < count; ++r) {
       const Vec dy = load(grad_out[r] + j, lanes);
+      __builtin_prefetch(grad_out[r] + ahead_out + j), __builtin_prefetch(x[r] + ahead_x + j);
       Vec xhat = (load(x[r] + j, lanes) - Vec(mean[r])) * Vec(rstd[r]);
       const Vec g = dy * w;  // 0 beyond a tail, and with it every sum
       along[r] = fmadd(g, xhat, along[r]);
@@ -147,15 +163,17 @@ void norm_rows_backward(const NormBackward<T, R>& a, int64_t i, float* grad_weig
   for (int r = 0; r < count; ++r) {
     const Vec c1(sum(along[r]) / n), c2(sum(total[r]) / n);
     R* grad_x = a.grad_x + (i + r) * n;
+    T* grad_branch = a.grad_branch ? a.grad_branch + (i + r) * n : nullptr;
+    const R* grad_summed = a.grad_summed ? a.grad_summed + (i + r) * a.stride_summed : nullptr;
     sweep(n, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
-      const Vec w = a.weight ? load(a.weight + j, lanes) : Vec(1.f);
+      const Vec w = weight ? load(weight + j, lanes) : Vec(1.f);
       const Vec xhat = (load(x[r] + j, lanes) - Vec(mean[r])) * Vec(rstd[r]);
       Vec g = load(grad_out[r] + j, lanes) * w - xhat * c1;
       if constexpr (centred) g = g - c2;
       g = g * Vec(rstd[r]);
-      if (a.grad_summed) g = g + load(a.grad_summed + (i + r) * a.stride_summed + j, lanes);
-      store(grad_x + j, g, lanes);
-      if (a.grad_branch) store(a.grad_branch + (i + r) * n + j, g, lanes);
+      if (grad_summed) g = g + load(grad_summed + j, lanes);
+      put(grad_x + j, g, lanes, past);
+      if (grad_branch) put(grad_branch + j, g, lanes, past);
     });
   }
 }
@@ -185,16 +203,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
         out_rows.data<T>(), rows.data<R>(), grad_summed ? summed_rows.data<R>() : nullptr, w.data,
         centred ? means.const_data_ptr<float>() : nullptr, deviations.const_data_ptr<float>(),
         grad_x.data_ptr<R>(), branch ? grad_branch.data_ptr<T>() : nullptr,
-        n, out_rows.stride, rows.stride, summed_rows.stride};
+        n, out_rows.stride, rows.stride, summed_rows.stride,
+        goes_past_caches(grad_x) && (!branch || goes_past_caches(grad_branch))};
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         float* dw = need_weight ? sums + block * width : nullptr;
         float* db = need_bias ? sums + block * width + (need_weight ? n : 0) : nullptr;
         int64_t i = block * per_block;
         const int64_t last = std::min(i + per_block, rows.rows);
-        for (; i + 4 <= last; i += 4) norm_rows_backward<centred, 4>(a, i, dw, db);
+        for (; i + kTogether <= last; i += kTogether) norm_rows_backward<centred, kTogether>(a, i, dw, db);
         for (; i < last; ++i) norm_rows_backward<centred, 1>(a, i, dw, db);
       }
+      if (a.past) drain();
     });
   });
   if (need_weight) add_blocks(sums, blocks, width, n, grad_weight.data_ptr<float>());

@@ -150,6 +150,50 @@ ALWAYS_INLINE Vec load(const T* p) { return load(p, All{}); }
 template <typename T>
 ALWAYS_INLINE void store(T* p, Vec v) { store(p, v, All{}); }
 
+// Past the caches, from a vector's boundary on: for results too large to be found there again. A line written whole is not
+// read first. `drain` makes them visible to other threads.
+#if defined(CPU_CAPABILITY_AVX512)
+ALWAYS_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+template <typename T>
+ALWAYS_INLINE void stream(T* p, Vec v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v)); }
+inline void drain() { _mm_sfence(); }
+#elif defined(CPU_CAPABILITY_AVX2)
+ALWAYS_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+ALWAYS_INLINE void stream(BFloat16* p, Vec v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), at::vec::cvtfp32_bf16(static_cast<__m256>(v))); }
+ALWAYS_INLINE void stream(Half* p, Vec v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), at::vec::cvtfp32_fp16(static_cast<__m256>(v))); }
+inline void drain() { _mm_sfence(); }
+#else
+template <typename T>
+ALWAYS_INLINE void stream(T* p, Vec v) { store(p, v); }
+inline void drain() {}
+#endif
+
+// A store, or where the result goes `past` the caches a stream; a tail is always stored.
+template <typename T>
+ALWAYS_INLINE void put(T* p, Vec v, All, bool past) {
+  if (past) stream(p, v);
+  else store(p, v, All{});
+}
+template <typename T>
+ALWAYS_INLINE void put(T* p, Vec v, int64_t count, bool) { store(p, v, count); }
+
+template <typename T>
+inline void put_zeros(T* p, int64_t count, bool past) {
+  if (past)
+    for (; count > 0 && reinterpret_cast<uintptr_t>(p) % 64 != 0; --count) *p++ = T(0.f);
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) put(p + j, Vec(0.f), All{}, past);
+  for (; j < count; ++j) p[j] = T(0.f);
+}
+
+// As it will be read again after it was stored as T.
+template <typename T>
+ALWAYS_INLINE Vec rounded(Vec v) {
+  alignas(64) T lanes[kLanes];
+  store(lanes, v, All{});
+  return load(lanes, All{});
+}
+
 ALWAYS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return at::vec::fmadd(a, b, c); }
 
 // The larger in each lane; a NaN in `v` is passed over.
@@ -189,6 +233,17 @@ ALWAYS_INLINE Vec capped(Vec v, Vec cap) {
 ALWAYS_INLINE Vec keep(Vec v, All, float) { return v; }
 ALWAYS_INLINE Vec keep(Vec v, int64_t count, float fill) { return Vec::set(Vec(fill), v, count); }
 
+#if defined(CPU_CAPABILITY_AVX2)
+// y 2^n for whole n from -250 to 250: two factors 2^(n/2), each a normal number where the result overflows or is subnormal.
+ALWAYS_INLINE __m256 scale(__m256 y, __m256 n) {
+  const __m256i whole = _mm256_cvtps_epi32(n), bias = _mm256_set1_epi32(127);
+  const __m256i half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
+  const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+  return _mm256_mul_ps(_mm256_mul_ps(y, first), second);
+}
+#endif
+
 // 2^x to about one unit in the last place; 0 for -inf, inf above 128, NaN for NaN.
 // 2^n 2^f with n the nearest integer and a polynomial for f in [-1/2, 1/2]: minimax, relative error 2e-9 before rounding.
 ALWAYS_INLINE Vec exp2(Vec x) {
@@ -205,7 +260,6 @@ ALWAYS_INLINE Vec exp2(Vec x) {
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(y, n);
 #elif defined(CPU_CAPABILITY_AVX2)
-  // Two factors 2^(n/2): each stays a normal number where the result overflows or is subnormal.
   __m256 t = _mm256_max_ps(_mm256_set1_ps(-160.f), _mm256_min_ps(_mm256_set1_ps(160.f), x));
   __m256 n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m256 f = _mm256_sub_ps(t, n);
@@ -216,11 +270,7 @@ ALWAYS_INLINE Vec exp2(Vec x) {
   y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(2.40226477e-1f));
   y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(6.93147182e-1f));
   y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(1.0f));
-  __m256i whole = _mm256_cvtps_epi32(n);
-  __m256i half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half), bias = _mm256_set1_epi32(127);
-  __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-  __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
-  return _mm256_mul_ps(_mm256_mul_ps(y, first), second);
+  return scale(y, n);
 #else
   alignas(64) float lanes[kLanes];
   x.store(lanes);
@@ -260,7 +310,7 @@ ALWAYS_INLINE Vec exp(Vec x) {
   y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(4.9999994e-1f));
   y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f));
   y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f));
-  return _mm256_mul_ps(y, exp2(Vec(n)));
+  return scale(y, n);
 #else
   return x.exp();
 #endif

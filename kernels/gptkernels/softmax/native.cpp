@@ -15,20 +15,22 @@ bool nothing_to_sum(float top, const T* x, int64_t n) {
   return top == -kInfinity && std::none_of(x, x + n, [](T v) { return std::isnan(static_cast<float>(v)); });
 }
 
+// The row `ahead` of x is fetched meanwhile.
 template <typename T>
-void forward_row(const T* x, T* out, float* buffer, int64_t kept, int64_t n, float scale) {
-  // Rows of float need no copy: the exponentials are held where the result will be.
+void forward_row(const T* x, int64_t ahead, T* out, float* buffer, int64_t kept, int64_t n, float scale, bool past) {
+  // Rows of float need no copy: the exponentials are held where the result will be, if that stays in reach.
   float* row = buffer;
-  if constexpr (std::is_same_v<T, float>) row = out;
+  if constexpr (std::is_same_v<T, float>) row = past ? buffer : out;
   Vec top[4] = {Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity)};
   sweep(kept, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
     const Vec v = keep(load(x + j, lanes), lanes, -kInfinity);
+    __builtin_prefetch(x + ahead + j);
     if constexpr (!std::is_same_v<T, float>) store(row + j, v, lanes);
     top[k] = larger(v, top[k]);
   });
   const float highest = max(larger(larger(top[0], top[1]), larger(top[2], top[3])));
   if (nothing_to_sum(highest, x, kept)) {
-    std::fill(out, out + n, T(0.f));
+    put_zeros(out, n, past);
     return;
   }
   Sum total;
@@ -42,15 +44,18 @@ void forward_row(const T* x, T* out, float* buffer, int64_t kept, int64_t n, flo
   });
   const Vec inverse(1.f / total.total());
   sweep(kept, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
-    store(out + j, load(row + j, lanes) * inverse, lanes);
+    put(out + j, load(row + j, lanes) * inverse, lanes, past);
   });
-  std::fill(out + kept, out + n, T(0.f));
+  put_zeros(out + kept, n - kept, past);
 }
 
+// The rows `ahead_out` of grad_out and `ahead_y` of y are fetched meanwhile.
 template <typename T>
-void backward_row(const T* grad_out, const T* y, T* grad_x, int64_t kept, int64_t n, float scale) {
+void backward_row(const T* grad_out, int64_t ahead_out, const T* y, int64_t ahead_y, T* grad_x, int64_t kept, int64_t n,
+                  float scale, bool past) {
   Sum along;
   sweep(kept, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
+    __builtin_prefetch(grad_out + ahead_out + j), __builtin_prefetch(y + ahead_y + j);
     along.add(load(grad_out + j, lanes), load(y + j, lanes), k);
   });
   float mean = along.total();
@@ -62,9 +67,9 @@ void backward_row(const T* grad_out, const T* y, T* grad_x, int64_t kept, int64_
   });
   mean += rest.total();
   sweep(kept, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
-    store(grad_x + j, load(y + j, lanes) * (load(grad_out + j, lanes) - Vec(mean)) * Vec(scale), lanes);
+    put(grad_x + j, load(y + j, lanes) * (load(grad_out + j, lanes) - Vec(mean)) * Vec(scale), lanes, past);
   });
-  std::fill(grad_x + kept, grad_x + n, T(0.f));
+  put_zeros(grad_x + kept, n - kept, past);
 }
 
 // Another dimension than the last: (outer, n, inner) in memory, up to kColumns neighbouring inner columns at a time.
@@ -145,11 +150,13 @@ Tensor softmax_forward(const Tensor& x, int64_t dim, double scale, bool causal) 
     if (dim == x.dim() - 1) {
       const Rows rows(x);
       const int64_t n = rows.columns, queries = causal ? x.size(-2) : 1;
+      const bool past = goes_past_caches(out);
       at::parallel_for(0, rows.rows, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
         Scratch<float> row(n);
         for (int64_t i = begin; i < end; ++i)
-          forward_row(rows.data<T>() + i * rows.stride, y + i * n, row.get(), kept_columns(causal, i, queries, n), n,
-                      static_cast<float>(scale));
+          forward_row(rows.data<T>() + i * rows.stride, rows.stride, y + i * n, row.get(), kept_columns(causal, i, queries, n), n,
+                      static_cast<float>(scale), past);
+        if (past) drain();
       });
       return;
     }
@@ -175,10 +182,12 @@ Tensor softmax_backward(const Tensor& grad_out, const Tensor& out, int64_t dim, 
     if (dim == out.dim() - 1) {
       const Rows y(out), g(grad_out);
       const int64_t n = y.columns, queries = causal ? out.size(-2) : 1;
+      const bool past = goes_past_caches(grad_x);
       at::parallel_for(0, y.rows, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-          backward_row(g.data<T>() + i * g.stride, y.data<T>() + i * y.stride, gradient + i * n,
-                       kept_columns(causal, i, queries, n), n, static_cast<float>(scale));
+          backward_row(g.data<T>() + i * g.stride, g.stride, y.data<T>() + i * y.stride, y.stride, gradient + i * n,
+                       kept_columns(causal, i, queries, n), n, static_cast<float>(scale), past);
+        if (past) drain();
       });
       return;
     }
