@@ -238,7 +238,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
                 loss = loss_of(x.to(device), y.to(device)) / config.accumulate
             loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if config.clip and norm > config.clip:  # most steps need no pass over the gradients
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
         return total, norm
 
     def record(step: int, **values: float) -> None:

@@ -13,6 +13,7 @@ import gptkernels
 import pytest
 import torch
 from gptkernels import _native, backend
+from gptkernels.testing import outputs, poisoned_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the native kernels are built on Linux")
 
@@ -274,3 +275,33 @@ def test_activations_at_the_ends(approximate: str):
     ):
         gradients = [torch.autograd.grad(out.sum(), finite)[0] for out in (mine, plain)]
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+ROWWISE = {
+    "layer_norm": lambda x, w: gptkernels.layer_norm(x, w, w, backend="native"),
+    "add_layer_norm": lambda x, w: gptkernels.add_layer_norm(x, 0.5 * x, w, w, backend="native"),
+    "add_layer_norm, float32 stream": lambda x, w: gptkernels.add_layer_norm(x, x.float(), w, w, backend="native"),
+    "add_rms_norm": lambda x, w: gptkernels.add_rms_norm(x, 0.5 * x, w, backend="native"),
+    "softmax": lambda x, w: gptkernels.softmax(x, scale=0.5, backend="native"),
+    "causal softmax": lambda x, w: gptkernels.softmax(x, causal=True, backend="native"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ROWWISE)
+def test_results_written_past_the_caches_are_those_of_smaller_calls(name: str, dtype: torch.dtype):
+    """More than 32 MiB, every result goes past the caches; slices of the same rows do not."""
+    blocks = (36 << 20) // (512 * 1024 * dtype.itemsize)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(blocks, 512, 1024, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(1024, generator=generator)
+
+    def run(x: torch.Tensor) -> list[torch.Tensor]:
+        with poisoned_memory():
+            outs = outputs(ROWWISE[name](x, weight))
+            return [*outs, torch.autograd.grad(outs, x, [out.detach() for out in outs])[0]]
+
+    whole = run(x)
+    for block in range(0, blocks, 5):
+        for all_of_it, part in zip(whole, run(x[block : block + 1])):
+            assert torch.equal(all_of_it[block : block + 1], part)

@@ -83,7 +83,7 @@ inline int64_t last_cache() {
 // Whether a result's rows are better written past the caches: when it fills a good part of the last one, whoever comes next
 // finds little of it there anyway.
 inline bool goes_past_caches(const Tensor& out) {
-  static const int64_t most = last_cache() / 4;
+  static const int64_t most = std::min<int64_t>(last_cache() / 4, 32 << 20);
   const int64_t bytes = out.numel() * out.element_size(), row = out.dim() ? out.size(-1) * out.element_size() : 0;
   return bytes >= most && row % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0;
 }
