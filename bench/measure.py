@@ -75,6 +75,13 @@ def affordable(spec: OpSpec, dtype: torch.dtype) -> list[Case]:
     return ordered if device() == "cuda" else [c for i, c in enumerate(ordered) if i == 0 or price(c) <= 1]
 
 
+def rounds_within(run: Callable[[], Any], seconds: float) -> int:
+    """How often to time `run`, 2 to 8 times: a peer may take seconds (bfloat16 on a CPU without products of it)."""
+    start = time.perf_counter()
+    run()
+    return min(8, max(2, int(seconds / max(time.perf_counter() - start, 1e-9))))
+
+
 def own_backends() -> list[str]:
     """Our backends that can be timed here: the interpreter proves numbers, its time means nothing."""
     return [n for n in gptkernels.available_backends() if n != "triton" or device() == "cuda"]

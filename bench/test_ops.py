@@ -8,7 +8,7 @@ import pytest
 import torch
 from gptkernels.testing import SPECS, Case, OpSpec, assert_within_budget, outputs, random_grads
 
-from bench.measure import affordable, ceilings, device, own_backends, waiting
+from bench.measure import affordable, ceilings, device, own_backends, rounds_within, waiting
 from bench.peers import peers
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -55,7 +55,7 @@ def test_op(benchmark, spec: OpSpec, case: Case, dtype: torch.dtype, direction: 
     short = str(dtype).removeprefix("torch.")
     benchmark.group = f"{spec.name} {case.name} {short} {direction}"
     run = waiting(forward if direction == "forward" else backward)
-    benchmark.pedantic(run, rounds=8 if device() == "cpu" else 50, warmup_rounds=2)
+    benchmark.pedantic(run, rounds=rounds_within(run, 4.0) if device() == "cpu" else 50, warmup_rounds=1)
     seconds = benchmark.stats.stats.median
     bandwidth, rate = ceilings(dtype)
     benchmark.extra_info.update(
