@@ -10,7 +10,7 @@
 namespace gptkernels {
 
 // Whether PyTorch multiplies matrices of T fast here: float always; 16-bit types where oneDNN has the instructions for it.
-// Elsewhere PyTorch's loops reach a hundredth of what float does.
+// Elsewhere PyTorch's loops reach a tenth to a hundredth of what float does.
 template <typename T>
 bool torch_multiplies() {
 #if defined(CPU_CAPABILITY_AVX512)

@@ -13,15 +13,15 @@ from gptkernels import backend as _backend
 from gptkernels.linear import reference
 
 FEW_ROWS = 8
-"""Up to here reading the weight is most of the work, and the native kernel reads it once, at the speed of memory."""
+"""Up to here reading the weight is most of the work, and the native kernel reads it once."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """``x @ weight^T + bias``, with PyTorch's own product wherever that is the fast one.
 
     The native kernels take over on a CPU where it is not: for the few rows of a decoding step, which are bound by reading
-    the weight, and for 16-bit dtypes on a CPU that has no instructions to multiply them (PyTorch's loops are then a
-    hundred times slower than float32's). Sums are float32 whatever the dtype, and there the weight's and the bias's
+    the weight, and for 16-bit dtypes on a CPU that has no instructions to multiply them (PyTorch's loops are then ten
+    to a hundred times slower than float32's). Sums are float32 whatever the dtype, and there the weight's and the bias's
     gradients are too until they are rounded once. Under autocast x, weight and bias are cast to autocast's dtype.
 
     Args:
