@@ -14,7 +14,6 @@ SPEC = next(spec for spec in SPECS if spec.name == "linear")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU's products")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SPEC.cases, ids=lambda case: case.name)
 def test_our_products_are_within_the_budget(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
@@ -32,8 +31,8 @@ def test_many_float32_rows_are_pytorchs_own_product():
     assert "LinearFunction" in str(few.grad_fn)
 
 
-def test_a_row_does_not_depend_on_its_neighbours_or_the_threads():
-    """The same sum whatever other rows of the weight are computed with it: slices of the output are equal to the bit."""
+def test_few_rows_give_the_same_bits_whatever_the_thread_count():
+    """Large enough to be shared, and with an odd row left over where rows of the weight go in pairs."""
     x = torch.randn(4, 3072, dtype=torch.bfloat16)
     weight = torch.randn(101, 3072, dtype=torch.bfloat16)
     whole = gptkernels.linear(x, weight, backend="native")
