@@ -47,3 +47,11 @@ def stream(x: Tensor, residual: Tensor) -> None:
     same_device("residual", residual, "x", x)
     if residual.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"residual: got dtype {residual.dtype}; accepted is x's dtype, {x.dtype}, or torch.float32")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts an operand like `x` to; None where it is off, or leaves `x` alone (float64)."""
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

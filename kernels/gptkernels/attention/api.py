@@ -68,10 +68,7 @@ def attention(
         scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
     elif not 0.0 < scale < math.inf:
         raise ValueError(f"scale: got {scale}; accepted are positive finite numbers, or None for 1 / sqrt(head_dim)")
-    device_type = query.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    if autocast and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    if (dtype := _check.autocast_dtype(query)) is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check.same_dtype("key", key, "query", query)
     _check.same_dtype("value", value, "query", query)

@@ -125,9 +125,9 @@ struct NormBackward {
   bool past;  // the gradients go past the caches
 };
 
-// `count` rows from i on, together: the sums for weight and bias are then loaded and stored once for all of them.
-constexpr int kTogether = kLanes == 16 ? 4 : 2;  // as many as the registers hold, 32 with AVX-512 and else 16
+constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows whose sums the registers hold, 32 with AVX-512 and else 16
 
+// `count` rows from i on, together: the sums for weight and bias are then loaded and stored once for all of them.
 template <bool centred, int count, typename T, typename R>
 void norm_rows_backward(const NormBackward<T, R>& a, int64_t i, float* grad_weight, float* grad_bias) {
   // In locals: a store of a vector may alias the fields of `a`, which would be loaded again after each.

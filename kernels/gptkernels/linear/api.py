@@ -51,11 +51,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         _check.floating("bias", bias)
         _check.shape("bias", bias, (weight.shape[0],))
         _check.same_device("bias", bias, "x", x)
-    dtype = x.dtype
-    device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type) if dtype != torch.float64 else dtype
-    else:
+    dtype = _check.autocast_dtype(x)
+    if dtype is None:
+        dtype = x.dtype
         _check.same_dtype("weight", weight, "x", x)
         if bias is not None:
             _check.same_dtype("bias", bias, "x", x)

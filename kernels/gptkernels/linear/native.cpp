@@ -79,15 +79,11 @@ void few_rows(const float* x, const T* weight, int64_t stride_w, const float* bi
   });
 }
 
-Tensor with_last(const Tensor& like, int64_t last) {
-  std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
-  shape.back() = last;
-  return at::empty(shape, like.options());
-}
-
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const int64_t n = weight.size(0), depth = weight.size(1);
-  Tensor out = with_last(x, n);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = n;
+  Tensor out = at::empty(shape, x.options());
   if (out.numel() == 0) return out;
   const int64_t m = out.numel() / n;
   const Parameter b(bias);

@@ -61,10 +61,8 @@ def linear_cross_entropy(
         _check.floating("bias", bias)
         _check.shape("bias", bias, (weight.shape[0],))
         _check.same_device("bias", bias, "x", x)
-    device_type = x.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    if (dtype := _check.autocast_dtype(x)) is not None:
+        x = x.to(dtype)
     else:
         _check.same_dtype("weight", weight, "x", x)
         if bias is not None:
