@@ -190,7 +190,7 @@ class GPT(nn.Module):
         if ids.dim() != 2:
             raise ValueError(f"{name}: got shape {tuple(ids.shape)}; accepted is (batch, tokens)")
         # Nothing to look at where there are no values: on other devices (it would wait), under the compiler and torch.func.
-        valueless = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(ids)
+        valueless = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(ids)  # type: ignore[attr-defined]
         if valueless or type(ids) is not Tensor or ids.device.type != "cpu" or ids.numel() == 0:
             return
         wrong = (ids < 0) | (ids >= self.config.vocab_size)
