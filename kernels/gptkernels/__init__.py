@@ -8,7 +8,7 @@
 
 from gptkernels.activation import gelu, swiglu
 from gptkernels.allocator import tune_allocator
-from gptkernels.attention import attention, causal_attention
+from gptkernels.attention import attention, attention_dropout_mask, attention_varlen, causal_attention
 from gptkernels.backend import (
     BackendUnavailableError,
     available_backends,
@@ -27,6 +27,8 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_dropout_mask",
+    "attention_varlen",
     "available_backends",
     "causal_attention",
     "cross_entropy",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptkernels._spec import Case, Cost, Inputs, OpSpec, Output
 from gptkernels.activation.spec import GELU_SPEC, SWIGLU_SPEC
-from gptkernels.attention.spec import SPEC as ATTENTION
+from gptkernels.attention import spec as attention
 from gptkernels.cross_entropy.spec import SPEC as CROSS_ENTROPY
 from gptkernels.layer_norm import spec as layer_norm
 from gptkernels.linear.spec import SPEC as LINEAR
@@ -42,7 +42,8 @@ SPECS: tuple[OpSpec, ...] = (
     rms_norm.SPEC,
     rms_norm.ADD_SPEC,
     SOFTMAX,
-    ATTENTION,
+    attention.SPEC,
+    attention.VARLEN_SPEC,
     LINEAR,
     GELU_SPEC,
     SWIGLU_SPEC,

@@ -127,6 +127,8 @@ def test_the_public_names_are_the_documented_ones():
         "add_layer_norm",
         "add_rms_norm",
         "attention",
+        "attention_dropout_mask",
+        "attention_varlen",
         "available_backends",
         "causal_attention",
         "cross_entropy",
