@@ -30,6 +30,7 @@ FUSED: dict[str, tuple[str, ...]] = {
     "add_rms_norm": ("native",),
     "softmax": ("triton", "native"),
     "attention": ("triton", "native"),
+    "rotary": ("triton", "native"),
     "linear": ("native",),
     "gelu": ("native",),
     "swiglu": ("native",),

@@ -15,6 +15,7 @@ CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPE
 # One representative case an op, for the checks that are about the registration and not about shapes.
 FIRST_REAL_CASE = {
     "attention": "B2-H3-T37-D64-causal",
+    "rotary": "B2-H3-T19-D64",
     "linear": "7x40-N64",
     "linear_cross_entropy": "33-C16-V17-bias-sum",
 }
@@ -151,6 +152,10 @@ def _op_calls(device: str, ops):
     out, lse = ops.attention_forward(q, k, v, lengths, mask, False, 0.25)
     yield "attention_forward", (q, k, v, lengths, mask, False, 0.25)
     yield "attention_backward", (q, q, k, v, out, lse, lengths, mask, False, 0.25)
+    angles = torch.randn(19, 5, device=device)
+    for way in ("forward", "backward"):
+        yield f"rotary_{way}", (q, angles, angles, False)
+        yield f"rotary_{way}", (k.bfloat16(), mask.new_zeros(2, 23, 5).float(), mask.new_ones(2, 23, 5).float(), True)
     half = x.bfloat16()
     for name, statistics, parameters in (("layer", (mean, rstd), (w, b)), ("rms", (rstd,), (w,))):
         needs = (True,) * len(parameters)
