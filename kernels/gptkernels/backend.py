@@ -33,7 +33,7 @@ FUSED: dict[str, tuple[str, ...]] = {
     "linear": ("native",),
     "gelu": ("native",),
     "swiglu": ("native",),
-    "cross_entropy": ("native",),
+    "cross_entropy": ("triton", "native"),
     "linear_cross_entropy": ("native",),
 }
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
