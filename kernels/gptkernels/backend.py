@@ -35,8 +35,8 @@ FUSED: dict[str, tuple[str, ...]] = {
     "linear": ("native",),
     "gelu": ("triton", "native"),
     "swiglu": ("triton", "native"),
-    "cross_entropy": ("native",),
-    "linear_cross_entropy": ("native",),
+    "cross_entropy": ("triton", "native"),
+    "linear_cross_entropy": ("triton", "native"),
 }
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # "auto" takes the first of these that can run, and reference when none can.
