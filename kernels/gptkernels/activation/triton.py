@@ -33,7 +33,7 @@ LINEAR_LOG2 = tl.constexpr(-math.log2(math.e) * math.sqrt(8 / math.pi))
 CUBIC_LOG2 = tl.constexpr(-math.log2(math.e) * math.sqrt(8 / math.pi) * 0.044715)
 HALF_LOG2 = tl.constexpr(-0.5 * math.log2(math.e))
 DENSITY_0 = tl.constexpr(1 / math.sqrt(2 * math.pi))  # of the standard normal, at 0
-# The normal tail over exp(-z^2 / 2), as a polynomial in 1 / (1 + TAIL_SCALE |z|); how they were found is in MATH.md.
+# The normal tail over exp(-z^2 / 2), as a polynomial in 1 / (1 + TAIL_SCALE |z|): fitted as MATH.md says.
 TAIL_SCALE = tl.constexpr(0.278)
 TAIL_1 = tl.constexpr(0.11713025967974411)
 TAIL_2 = tl.constexpr(0.05675662422252564)
