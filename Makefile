@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 RUN ?= runs/demo
 # What the targets for GPUs run: an environment with a PyTorch for CUDA (.venv holds the CPU's).
 GPU_PYTHON ?= python3
+TARGET ?= sm_90
 
 .PHONY: help demo test lint bench bench-cpu gpu-test bench-gpu sanitize compile-report clean
 
@@ -51,8 +52,8 @@ bench-gpu: ## on a machine with a GPU: every Triton kernel and a training step a
 sanitize: $(READY) ## the native kernels over every op's cases under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m bench.sanitize
 
-compile-report: $(READY) ## compile every Triton kernel for an H100 (no GPU needed); registers, spills, shared memory
-	$(BIN)/python -m gptkernels.compile_report --target sm_90
+compile-report: $(READY) ## compile every Triton kernel for a GPU that need not be there (TARGET=sm_90; sm_80, gfx942, ..., all)
+	$(BIN)/python -m gptkernels.compile_report --target $(TARGET)
 
 clean: ## remove the virtual environment and everything made by runs
 	rm -rf $(VENV) runs data build dist *.egg-info .pytest_cache .ruff_cache
