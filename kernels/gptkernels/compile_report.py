@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from gptkernels._spec import Case, OpSpec
 from gptkernels.backend import interpreting
@@ -193,11 +194,19 @@ def _recorded(target: Target) -> Iterator[list[tuple[Any, ...]]]:
         yield recorded
 
 
+class _Literals(TorchFunctionMode):
+    """Tensors of given numbers keep them: specs read lengths back."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu"} | kwargs if func is torch.tensor else kwargs))
+
+
 def _run_without_data(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     """The operation as in inference, then forward and backward, on meta tensors."""
     from gptkernels.testing import outputs
 
-    with torch.device("meta"):  # what the spec draws has no data either: no time, no memory
+    with torch.device("meta"), _Literals():  # what the spec draws has no data either: no time, no memory
         inputs = spec.make_inputs(case, dtype, torch.device("meta"), 0)
         with torch.no_grad():
             spec.function(**inputs.tensors, **inputs.options, backend="triton")

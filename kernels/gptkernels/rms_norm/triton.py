@@ -14,6 +14,7 @@ from gptkernels._triton import FP_FUSION, on_device, row_tile, rows_and_stride, 
 
 # The longest row that one program holds in registers: forward 32 float32 a thread; backward 16 of each of x, dy, weight
 # and dw.
+# Half of it where a 16-bit branch meets a float32 stream: their layouts differ, and a thread needs more.
 FORWARD_BLOCK = 32768
 BACKWARD_BLOCK = 8192
 # Columns that one program of the long-row kernels takes at a time.
@@ -178,8 +179,9 @@ def _forward(
     weight = weight if weight is None else weight.contiguous()
     tensors = (x, residual, weight, out, summed, rstd)
     flags = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None}
+    mixed = residual is not None and residual.dtype != x.dtype
     with on_device(x):
-        if columns <= FORWARD_BLOCK:
+        if columns <= FORWARD_BLOCK >> mixed:
             constants = whole_rows(x, columns, 16)
             _forward_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
                 *tensors, rows, columns, stride, stride_residual, eps, **flags, **constants, **FP_FUSION
@@ -222,7 +224,7 @@ def add_rms_norm_backward(
     if grad_summed is not None:
         grad_summed, _, _, stride_dsummed = rows_and_stride(grad_summed)
     weight = weight if weight is None else weight.contiguous()
-    whole = columns <= BACKWARD_BLOCK
+    whole = columns <= BACKWARD_BLOCK >> (grad_out.dtype != summed.dtype)
     tile = whole_rows(summed, columns, 8) if whole else row_tile(rows, columns)
     read = [t for t in (summed, grad_out, grad_summed) if t is not None]
     grid, constants = share_rows(tile, rows, columns, read)
