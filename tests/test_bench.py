@@ -17,6 +17,7 @@ SMALL = {
     "softmax": "2x5x64-causal",
     "attention": "B2-H3-T37-D64-causal",
     "rotary": "B2-H3-T19-D64",
+    "attention_varlen": "T37+1+20-H2-D16",
     "linear": "7x40-N64",
     "linear_cross_entropy": "33-C16-V17-bias-sum",
 }
