@@ -21,6 +21,7 @@ from gptkernels.linear import linear
 from gptkernels.linear_cross_entropy import linear_cross_entropy
 from gptkernels.rms_norm import add_rms_norm, rms_norm
 from gptkernels.softmax import softmax
+from gptkernels.swap import replace_modules, restore_modules
 
 __all__ = [
     "BackendUnavailableError",
@@ -36,7 +37,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "replace_modules",
     "report",
+    "restore_modules",
     "rms_norm",
     "softmax",
     "swiglu",
