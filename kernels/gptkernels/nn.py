@@ -109,7 +109,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class _LinearCrossEntropyLoss(nn.Module):
-    """What `LinearCrossEntropyLoss` is made of where PyTorch (before 2.13) has no module of that name."""
+    """What `LinearCrossEntropyLoss` is made of where PyTorch has no module of that name (2.13 does)."""
 
     weight: Tensor | None
 
@@ -158,7 +158,7 @@ else:
 
 
 class LinearCrossEntropyLoss(_LinearCrossEntropyTwin):
-    """`torch.nn.LinearCrossEntropyLoss` (PyTorch 2.13) on `gptkernels.linear_cross_entropy`: the logits are never all held.
+    """`torch.nn.LinearCrossEntropyLoss` on `gptkernels.linear_cross_entropy`: the logits are never all held.
 
     Fused for class indices without class weights, label smoothing and `out_features`, the rest is PyTorch's own. Beside
     ``(N, in_features)`` it takes ``(..., in_features)`` with targets ``(...)``. `options`, which size the chunks of
