@@ -15,6 +15,7 @@ from bench.report import main, read, table
 SMALL = {
     "softmax": "2x5x64-causal",
     "attention": "B2-H3-T37-D64-causal",
+    "rotary": "B2-H3-T19-D64",
     "linear": "7x40-N64",
     "linear_cross_entropy": "33-C16-V17-bias-sum",
 }

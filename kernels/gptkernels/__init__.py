@@ -20,6 +20,7 @@ from gptkernels.layer_norm import add_layer_norm, layer_norm
 from gptkernels.linear import linear
 from gptkernels.linear_cross_entropy import linear_cross_entropy
 from gptkernels.rms_norm import add_rms_norm, rms_norm
+from gptkernels.rotary import rotary
 from gptkernels.softmax import softmax
 from gptkernels.swap import replace_modules, restore_modules
 
@@ -41,6 +42,7 @@ __all__ = [
     "report",
     "restore_modules",
     "rms_norm",
+    "rotary",
     "softmax",
     "swiglu",
     "tune_allocator",

@@ -31,6 +31,7 @@ FUSED: dict[str, tuple[str, ...]] = {
     "softmax": ("triton", "native"),
     "attention": ("triton", "native"),
     "attention_varlen": ("triton", "native"),
+    "rotary": ("triton", "native"),
     "linear": ("native",),
     "gelu": ("native",),
     "swiglu": ("native",),

@@ -20,6 +20,7 @@ from gptkernels.layer_norm import spec as layer_norm
 from gptkernels.linear.spec import SPEC as LINEAR
 from gptkernels.linear_cross_entropy.spec import SPEC as LINEAR_CROSS_ENTROPY
 from gptkernels.rms_norm import spec as rms_norm
+from gptkernels.rotary.spec import SPEC as ROTARY
 from gptkernels.softmax.spec import SPEC as SOFTMAX
 
 __all__ = [
@@ -44,6 +45,7 @@ SPECS: tuple[OpSpec, ...] = (
     SOFTMAX,
     attention.SPEC,
     attention.VARLEN_SPEC,
+    ROTARY,
     LINEAR,
     GELU_SPEC,
     SWIGLU_SPEC,

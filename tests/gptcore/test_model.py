@@ -11,6 +11,7 @@ from gptkernels.testing import assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptcore import GPT, GPTConfig
+from gptcore.layers import SelfAttention
 from gptcore.weights import WeightsError, from_huggingface, save_huggingface, to_huggingface
 
 CONFIG = GPTConfig(vocab_size=61, context=24, n_layer=2, n_head=2, width=32, kernels="reference")
@@ -208,6 +209,21 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), make()(x))
+
+
+@pytest.mark.parametrize("attention_impl", ["fused", "explicit"])
+def test_dropout_reaches_the_attention_weights(attention_impl: str):
+    config = GPTConfig.preset("tiny", dropout=0.5, attention_impl=attention_impl)
+    layer, x = SelfAttention(config, 0), torch.randn(2, 9, config.width)
+    torch.manual_seed(1)
+    draws = torch.stack([layer(x)[0] for _ in range(200)])
+    layer.eval()
+    plain = layer(x)[0]
+    assert torch.equal(plain, layer(x)[0])
+    # The first token sees itself alone: its one weight is dropped or doubled, all heads' at different times.
+    assert len(draws[:, 0, 0].unique(dim=0)) > 4
+    spread = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - plain).abs() <= 5 * spread).all()  # the expectation is what comes out without dropout
 
 
 def test_initial_weights_follow_gpt2():

@@ -138,6 +138,7 @@ def test_the_public_names_are_the_documented_ones():
         "linear_cross_entropy",
         "report",
         "rms_norm",
+        "rotary",
         "softmax",
         "swiglu",
         "tune_allocator",

@@ -16,6 +16,7 @@ CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPE
 FIRST_REAL_CASE = {
     "attention": "B2-H3-T37-D64-causal",
     "attention_varlen": "T40+9:25-H2-D16-dropout_p0.4-return_lseTrue",
+    "rotary": "B2-H3-T19-D64",
     "linear": "7x40-N64",
     "linear_cross_entropy": "33-C16-V17-bias-sum",
 }
@@ -158,6 +159,10 @@ def _op_calls(device: str, ops):
         yield "attention_forward", (*inputs, *options)
         yield "attention_backward", (out, lse, *inputs, out, lse, *options)
         yield "attention_backward", (out, None, *inputs, out, lse, *options)
+    angles = torch.randn(19, 5, device=device)
+    for way in ("forward", "backward"):
+        yield f"rotary_{way}", (q, angles, angles, False)
+        yield f"rotary_{way}", (k.bfloat16(), mask.new_zeros(2, 23, 5).float(), mask.new_ones(2, 23, 5).float(), True)
     half = x.bfloat16()
     for name, statistics, parameters in (("layer", (mean, rstd), (w, b)), ("rms", (rstd,), (w,))):
         needs = (True,) * len(parameters)

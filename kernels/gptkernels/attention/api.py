@@ -225,7 +225,7 @@ def _validate_lengths(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor, ma
             if ends[0] != 0 or ends[-1] != total or min(lengths, default=0) < 0:
                 raise ValueError(f"{name}: got {ends}; accepted are lengths added up from 0 to the {total} tokens")
             if max(lengths, default=0) > most:
-                longest = name.replace("cu_", "max_")
+                longest = name.replace("cu_seqlens", "max_seqlen")
                 raise ValueError(f"{longest}: got {most}; accepted is at least the longest sequence, {max(lengths)}")
     if len(cu_q) != len(cu_k):
         raise ValueError(

@@ -59,14 +59,15 @@ def _dkdv_loop(
             if HAS_WINDOW:
                 pt = tl.where(keys[:, None] > queries[None, :] + diagonal - window, pt, 0.0)
         do = load_tile(do_pointers, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
-        dpt = tl.dot(v, tl.trans(do), input_precision="ieee")  # (N, M)
-        delta = tl.load(DELTA + queries, mask=inside, other=0.0)
         if HAS_DROPOUT:  # dv is rescaled when it is stored
             keep = tl.trans(kept(seed, head, queries, start_n, threshold, BLOCK_M, BLOCK_N))
             dv = tl.dot(tl.where(keep, pt, 0.0).to(do.dtype), do, dv, input_precision="ieee")
-            dpt = tl.where(keep, dpt * rescale, 0.0)
         else:
             dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")
+        delta = tl.load(DELTA + queries, mask=inside, other=0.0)
+        dpt = tl.dot(v, tl.trans(do), input_precision="ieee")  # (N, M)
+        if HAS_DROPOUT:
+            dpt = tl.where(keep, dpt * rescale, 0.0)
         dst = pt * (dpt - delta[None, :])
         dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
         q_pointers += BLOCK_M * stride_qt
