@@ -256,16 +256,23 @@ FUNCTIONS: dict[type, str] = {
 """By what a module's class was exchanged for, the function that it now calls."""
 
 
-def restore_modules(model: nn.Module) -> SwapReport:
-    """Gives every module of `model` that `replace_modules` (or an integration) changed its own class back, in place.
+def on_restore(module: nn.Module, undo: Callable[[nn.Module], str]) -> None:
+    """Has `restore_modules` call `undo`, which can be pickled and says what it undid, for what no class can express."""
+    module._gptkernels_undo = undo  # type: ignore[assignment]
 
-    The objects were the same all the time, so nothing else is to be undone.
+
+def restore_modules(model: nn.Module) -> SwapReport:
+    """Undoes `replace_modules`, and an integration's ``accelerate_model``, in place.
+
+    Every changed module gets its own class back. The objects were the same all the time, so that is all.
 
     Returns:
         What was restored; and what was left, because something else has changed its class since.
     """
     report = SwapReport("restored")
     for name, module in list(model.named_modules()):
+        if (undo := vars(module).pop("_gptkernels_undo", None)) is not None:
+            report.changed[name] = undo(module)
         if not isinstance(module, Swapped):
             continue
         if "original" in vars(type(module)):

@@ -4,17 +4,18 @@ Importing this registers the attention: ``from_pretrained(..., attn_implementati
 ``model.set_attn_implementation("gptkernels")`` then work. `accelerate_model` does that and the rest: norms, activations,
 rotary embeddings, gated MLPs and the loss.
 
->>> import torch
+>>> import torch, gptkernels
 >>> from transformers import GPT2Config, GPT2LMHeadModel
->>> from gptkernels.integrations.transformers import accelerate_model, restore_model
+>>> from gptkernels.integrations.transformers import accelerate_model
 >>> model = accelerate_model(GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=99)))
 >>> model(torch.arange(7)[None]).logits.shape
 torch.Size([1, 7, 99])
->>> model = restore_model(model)
+>>> report = gptkernels.restore_modules(model)  # as it was
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import types
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from gptkernels import attention, cross_entropy, gelu, replace_modules, restore_modules, swiglu
+from gptkernels import attention, cross_entropy, gelu, replace_modules, rotary, swiglu
 from gptkernels import swap as _swap
 
 try:
@@ -53,7 +54,7 @@ if "q_length" not in sdpa_mask.__code__.co_varnames:
         "cache positions; accepted are versions that make them from lengths (tested with 5.23.0)"
     )
 
-__all__ = ["accelerate_model", "restore_model"]
+__all__ = ["accelerate_model"]
 
 NAME = "gptkernels"
 MAX_HEAD_DIM = 256
@@ -349,13 +350,13 @@ class Rotary:
 
 
 def _fused_rotary(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    from gptkernels import rotary  # type: ignore[attr-defined]
-
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         head_dim = q.shape[-1]
-        same = cos.dtype == q.dtype == k.dtype or torch.is_autocast_enabled(q.device.type)
+        # Wider tables make a wider result, unless autocast narrows it again.
+        same = cos.dtype == q.dtype == k.dtype
+        same |= cos.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)
         if args or kwargs or not same or cos.ndim != 3 or q.ndim != 4 or not cos.shape[-1] == k.shape[-1] == head_dim:
             return theirs(q, k, cos, sin, *args, **kwargs)
         cos, sin = cos[..., : head_dim // 2], sin[..., : head_dim // 2]  # (B or 1, T, D / 2): the halves are equal
@@ -424,10 +425,6 @@ def _halves_are_equal(embedding: nn.Module) -> bool:
         return False
 
 
-def _attention_models(model: nn.Module) -> list[PreTrainedModel]:
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-
-
 def accelerate_model(model: Any) -> Any:
     """Puts a Hugging Face model on this library's kernels, in place; logits, loss and gradients stay what they are.
 
@@ -438,8 +435,8 @@ def accelerate_model(model: Any) -> Any:
     - The loss that causal and masked language models compute from `labels`, unless the model was given another.
 
     Every part that is not recognised, by asking it what it computes, is left as it is. Weights, state dict, config,
-    generation, saving, copying and pickling are untouched; `restore_model` undoes it, bit for bit. Calling it again changes
-    nothing.
+    generation, saving, copying and pickling are untouched; `gptkernels.restore_modules` undoes it, bit for bit. Calling it
+    again changes nothing.
 
     Args:
         model: a `transformers.PreTrainedModel`, or a module that holds one (PEFT's wrappers).
@@ -450,15 +447,19 @@ def accelerate_model(model: Any) -> Any:
     Raises:
         TypeError: a module without a `PreTrainedModel` in it.
     """
-    models = _attention_models(model) if isinstance(model, nn.Module) else []
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
     if not models:
         raise TypeError(f"model: got {type(model).__name__}; accepted is a transformers.PreTrainedModel")
-    for part in models:
-        if part.config._attn_implementation != NAME:
-            part._gptkernels_replaced_attention = part.config._attn_implementation  # type: ignore[assignment]
+    before = [(part, part.config._attn_implementation) for part in models]
     for part in models:  # an outer one sets its inner ones too
         if part.config._attn_implementation != NAME:
             part.set_attn_implementation(NAME)
+    for part, attention_before in before:
+        own_loss = getattr(part, "loss_type", None) in ("ForCausalLM", "ForMaskedLM") and part.loss_function in LOSSES
+        if own_loss:
+            part.loss_function = LOSSES[part.loss_function]
+        if own_loss or part.config._attn_implementation != attention_before:
+            _swap.on_restore(part, functools.partial(_restore, attention_before=attention_before))
     log.info("%s", replace_modules(model))
     turns = all(_halves_are_equal(m) for m in model.modules() if "RotaryEmbedding" in type(m).__name__)
     for module in list(model.modules()):
@@ -470,24 +471,12 @@ def accelerate_model(model: Any) -> Any:
             _swap.swap(module, BiasGELU)
         elif turns and _is_rotary_attention(module):
             _swap.swap(module, Rotary)
-    for part in models:
-        known = getattr(part, "loss_type", None) in ("ForCausalLM", "ForMaskedLM")
-        if known and part.loss_function in LOSSES:
-            part.loss_function = LOSSES[part.loss_function]
     return model
 
 
-def restore_model(model: Any) -> Any:
-    """Undoes `accelerate_model`, in place: the modules, the attention implementation and the loss are the original ones.
-
-    Returns:
-        `model` itself.
-    """
-    log.info("%s", restore_modules(model))
-    for part in _attention_models(model):
-        previous = vars(part).pop("_gptkernels_replaced_attention", None)
-        if previous is not None and part.config._attn_implementation == NAME:
-            part.config._attn_implementation = previous
-        if vars(part).get("_loss_function") in LOSSES.values():
-            del part._loss_function
-    return model
+def _restore(model: Any, attention_before: str | None) -> str:
+    if model.config._attn_implementation == NAME:
+        model.config._attn_implementation_internal = attention_before  # this config's alone, not its parts'
+    if vars(model).get("_loss_function") in LOSSES.values():
+        del model._loss_function
+    return "attention and loss"
