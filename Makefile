@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= runs/demo
+TARGET ?= sm_90
 
 .PHONY: help demo test lint bench bench-cpu sanitize compile-report clean
 
@@ -43,8 +44,8 @@ bench-cpu: $(READY) ## the native kernels against PyTorch on this CPU: the table
 sanitize: $(READY) ## the native kernels over every op's cases under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m bench.sanitize
 
-compile-report: $(READY) ## compile every Triton kernel for an H100 (no GPU needed); registers, spills, shared memory
-	$(BIN)/python -m gptkernels.compile_report --target sm_90
+compile-report: $(READY) ## compile every Triton kernel for a GPU that need not be there (TARGET=sm_90; sm_80, gfx942, ..., all)
+	$(BIN)/python -m gptkernels.compile_report --target $(TARGET)
 
 clean: ## remove the virtual environment and everything made by runs
 	rm -rf $(VENV) runs data build dist *.egg-info .pytest_cache .ruff_cache

@@ -53,7 +53,8 @@ class OpSpec:
     """Everything that tests and benches need to know of one operation.
 
     `make_inputs(case, dtype, device, seed)` draws the inputs on the CPU, so that every device gets the same numbers.
-    `reference` takes the same keyword arguments as `function`, without `backend`.
+    `reference` takes the same keyword arguments as `function`, without `backend`. `compile_cases` are for compile_report
+    alone, where tensors have no data: each variant of the Triton kernels once or twice, at the size that users run.
     """
 
     name: str
@@ -63,3 +64,4 @@ class OpSpec:
     cost: Callable[[Case, torch.dtype], Cost]
     cases: tuple[Case, ...]
     bench_cases: tuple[Case, ...]
+    compile_cases: tuple[Case, ...] = ()

@@ -1,219 +1,388 @@
-"""Compiles every Triton kernel for a GPU that need not be there, and reads its machine code.
+"""Compiles every Triton kernel for GPUs that need not be there, and reads its machine code.
 
-``python -m gptkernels.compile_report --target sm_90`` runs each operation's own launchers, forward and backward, over its
-bench cases with tensors that have no data; every launch is compiled instead of run. It prints registers, spill
-instructions, shared memory and matrix instructions of each kernel in the configuration that is shipped.
+``python -m gptkernels.compile_report --target sm_90`` runs each operation's own launchers, forward and backward, over the
+cases of its spec with tensors that have no data; Triton specialises every launch as it would on that GPU, and what it
+would run is compiled instead. It prints registers, spills, shared memory and matrix instructions of each kernel in the
+configuration that is shipped, and exits with 1 where one does not fit its target.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-# What a program may use on each target, bytes of shared memory (CUDA programming guide, table of compute capabilities).
-SHARED_MEMORY = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
+from gptkernels._spec import Case, OpSpec
+from gptkernels.backend import interpreting
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture, and the card that launchers configure themselves for."""
+
+    name: str
+    card: str
+    multiprocessors: int
+    shared_bytes: int  # that one program may use
+    backend: str = "cuda"
+    warp_size: int = 32
+    max_threads: int = 1024  # of one program
+
+    @property
+    def launcher_arch(self) -> str:
+        """What `_triton.architecture` calls it."""
+        return self.name if self.backend == "cuda" else self.backend
+
+
+# Shared memory: CUDA programming guide, table of compute capabilities; AMD's instruction set manuals, local data share.
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "A100", 108, 163 * 1024),
+        Target("sm_86", "A10, RTX 3090", 84, 99 * 1024),
+        Target("sm_89", "L40S, RTX 4090", 142, 99 * 1024),
+        Target("sm_90", "H100", 132, 227 * 1024),
+        Target("sm_100", "B200", 148, 227 * 1024),
+        Target("sm_120", "RTX 5090", 170, 99 * 1024),
+        Target("gfx90a", "MI250X", 110, 64 * 1024, backend="hip", warp_size=64),
+        Target("gfx942", "MI300X", 304, 64 * 1024, backend="hip", warp_size=64),
+    )
 }
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "i1",
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Matrix instructions as the disassemblers spell them.
+_MATRIX = {
+    "wgmma": r"\bHGMMA\b",
+    "tcgen05": r"\bUTC\w*MMA\b",
+    "mma": r"\bHMMA\b",
+    "mfma": r"\bv_mfma_\w+",
 }
+_DOT = re.compile(r"= tt\.dot .*: tensor<(\d+)x\d+x(?:bf16|f16)>")
 
 
 @dataclass(frozen=True)
 class Compiled:
     """One kernel in one configuration: what its machine code uses."""
 
+    op: str
     case: str
+    dtype: str
+    folder: str  # that the kernel stands in
     kernel: str
     target: str
     num_warps: int
-    registers: int
-    spills: int  # load and store instructions to local memory
-    shared_bytes: int
-    wgmma: int
-    mma: int
+    registers: int = 0
+    spills: int = 0  # NVIDIA: instructions on local memory; AMD: vector registers kept in scratch memory
+    shared_bytes: int = 0
+    matrix: dict[str, int] = field(default_factory=dict)  # instructions by kind
+    dots: int = 0  # matrix products of 16-bit operands in the kernel's source
+    dot_rows: int = 0  # the fewest rows that one of them has: fewer than 64 do not fill a warp group's instruction
+    error: str = ""  # why it does not compile
+
+    def faults(self) -> list[str]:
+        """Why it cannot run on its target, or not well; empty for a kernel that can."""
+        target = TARGETS[self.target]
+        faults = [self.error] if self.error else []
+        if self.spills:
+            faults.append(f"{self.spills} spills")
+        if self.shared_bytes > target.shared_bytes:
+            faults.append(f"more than {target.shared_bytes} bytes of shared memory")
+        if (threads := self.num_warps * target.warp_size) > target.max_threads:
+            faults.append(f"{threads} threads, more than {target.max_threads}")
+        if self.dots and not self.matrix:
+            faults.append("16-bit products without matrix instructions")
+        return faults
 
     def row(self) -> str:
-        return (
-            f"{self.case:<44} {self.kernel:<24} {self.num_warps:>5} {self.registers:>9} {self.spills:>6} "
-            f"{self.shared_bytes:>9} {self.wgmma:>6} {self.mma:>5}"
-        )
+        case = f"{self.op} {self.case} {self.dtype}"
+        matrix = ", ".join(f"{count} {kind}" for kind, count in self.matrix.items())
+        row = f"{self.target:<7} {case:<56} {self.kernel:<26} {self.num_warps:>5} {self.registers:>9} {self.spills:>6} "
+        row += f"{self.shared_bytes:>9}  {matrix}"
+        return f"{row}  <- {'; '.join(faults)}" if (faults := self.faults()) else row
 
 
 HEADER = (
-    f"{'case':<44} {'kernel':<24} {'warps':>5} {'registers':>9} {'spills':>6} {'shared B':>9} {'wgmma':>6} {'mma':>5}"
+    f"{'target':<7} {'case':<56} {'kernel':<26} {'warps':>5} {'registers':>9} {'spills':>6} {'shared B':>9}  matrix"
 )
 
 
-def _bound(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A launch's arguments by name, and its options (num_warps, ...)."""
-    values = dict(zip(fn.arg_names, args)) | {n: v for n, v in kwargs.items() if n in fn.arg_names}
-    return values, {n: v for n, v in kwargs.items() if n not in fn.arg_names}
+@dataclass(frozen=True)
+class Launch:
+    """What Triton would compile when the launchers run `case`; the last three are ``triton.compile``'s arguments."""
+
+    op: str
+    case: str
+    dtype: str
+    target: Target
+    source: Any
+    gpu: Any
+    options: dict[str, Any]
 
 
-def _source(fn: Any, values: dict[str, Any]) -> Any:
-    """What Triton would specialise this launch on: types, constants, and divisibility by 16."""
-    from triton.compiler import ASTSource
+class _Driver:
+    """Stands in for the driver of a GPU that is not there; Triton asks it what to specialise a launch for."""
 
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for position, parameter in enumerate(fn.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(position,)] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = "*" + _TYPES[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+    def __init__(self, gpu: Any) -> None:
+        self.gpu = gpu
+
+    def get_current_target(self) -> Any:
+        return self.gpu
+
+    def get_current_device(self) -> Any:
+        return self  # what Triton keys its kernels by: each driver starts with none
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """``(resource usage, machine code)`` by the tools that the triton wheel carries."""
-    import triton.backends.nvidia as nvidia
+class _NotRun:
+    """A compiled kernel, to the code that launches it."""
 
-    tools = Path(nvidia.__path__[0]) / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage, code = (
-            subprocess.run([*command, str(file)], capture_output=True, text=True, check=True).stdout
-            for command in ([tools / "cuobjdump", "-res-usage"], [tools / "nvdisasm", "-c"])
-        )
-    return usage, code
+    function = packed_metadata = None
+
+    def launch_metadata(self, *args: Any) -> None:
+        pass
+
+    def run(self, x: int, y: int, z: int, *args: Any) -> None:
+        if max(y, z) > 65535:  # CUDA programming guide, table of technical specifications
+            raise ValueError(f"a launch's grid is {(x, y, z)}; the second and third dimension may be 65535 at most")
 
 
-def _launches(op: str, target: str, dtype: torch.dtype, cases: Any, spec: Any) -> dict[str, tuple[str, Any, Any, Any]]:
-    """Runs `op`'s launchers over `cases` on tensors without data; every distinct launch, by what it is compiled from."""
+@contextmanager
+def _recorded(target: Target) -> Iterator[list[tuple[Any, ...]]]:
+    """Within it, launchers given tensors without data configure themselves for `target`; ``triton.compile``'s arguments,
+    of each distinct launch, are added to the list."""
     import triton
+    from triton.backends.compiler import GPUTarget
 
     from gptkernels import _library, _triton, backend
 
-    found: dict[str, tuple[str, Any, Any, Any]] = {}
-    current = ""
+    arch = int(target.name.removeprefix("sm_")) if target.backend == "cuda" else target.name
+    driver = _Driver(GPUTarget(target.backend, arch, target.warp_size))
 
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        values, options = _bound(self, args, kwargs)
-        source = _source(self, values)
-        found.setdefault(source.hash() + json.dumps(options), (current, self, source, options))
+    recorded: list[tuple[Any, ...]] = []
+
+    def compile_later(source: Any, target: Any, options: dict[str, Any], **_: Any) -> _NotRun:
+        recorded.append((source, target, options))
+        return _NotRun()
 
     # Tensors without data would stop at the ops' fake implementations: call the launchers themselves.
     direct = SimpleNamespace(**{name: load() for name, load in _library.launchers.items()})
     with (
         mock.patch.object(_library, "ops", return_value=direct),
         mock.patch.object(backend, "_why_not", return_value=None),
-        mock.patch.object(triton.JITFunction, "run", record),
-        _triton.compiling_for(target),
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(triton.compiler, "compile", compile_later),
+        _triton.compiling_for(target.launcher_arch, target.multiprocessors),
     ):
-        for case in cases:
-            current = f"{op} {case.name} {_TYPES[dtype]}"
-            inputs = spec.make_inputs(case, dtype, torch.device("meta"), 0)
-            leaves = inputs.mapped(lambda t: t.requires_grad_(True))
-            out = spec.function(**leaves.tensors, **leaves.options, backend="triton")
-            torch.autograd.grad(out, list(leaves.differentiable().values()), torch.empty_like(out))
-    return found
+        yield recorded
 
 
-def compile_ops(target: str, ops: tuple[str, ...] = (), dtypes: tuple[str, ...] = ("bf16", "fp32")) -> list[Compiled]:
-    """Compiles the kernels that the bench cases of `ops` (empty: all) launch on `target`, e.g. "sm_90".
+class _Literals(TorchFunctionMode):
+    """Tensors of given numbers keep them: specs read lengths back."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu"} | kwargs if func is torch.tensor else kwargs))
+
+
+def _run_without_data(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    """The operation as in inference, then forward and backward, on meta tensors."""
+    from gptkernels.testing import outputs
+
+    with torch.device("meta"), _Literals():  # what the spec draws has no data either: no time, no memory
+        inputs = spec.make_inputs(case, dtype, torch.device("meta"), 0)
+        with torch.no_grad():
+            spec.function(**inputs.tensors, **inputs.options, backend="triton")
+        leaves = inputs.mapped(lambda t: t.detach().requires_grad_(True))
+        result = outputs(spec.function(**leaves.tensors, **leaves.options, backend="triton"))
+        outs = [out for out in result if out.requires_grad]
+        grads = [torch.empty_like(out) for out in outs]
+        torch.autograd.grad(outs, list(leaves.differentiable().values()), grads, allow_unused=True)
+
+
+def _read_cubin(cubin: bytes, disassemble: bool) -> tuple[int, str]:
+    """``(registers, machine code)`` by the tools that the triton wheel carries.
+
+    The code is empty unless asked for or needed to count spills: disassembling takes longer than compiling.
+    """
+    import triton.backends.nvidia as nvidia
+
+    tools = Path(nvidia.__path__[0]) / "bin"
+
+    def output(*command: str | Path) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", output(tools / "cuobjdump", "-res-usage", file))
+        assert usage is not None
+        registers, stack = map(int, usage.groups())
+        return registers, output(tools / "nvdisasm", "-c", file) if disassemble or stack else ""
+
+
+def _amd_metadata(name: str, assembly: str) -> int:
+    value = re.search(rf"\.{name}:\s*(\d+)", assembly)
+    assert value is not None, name
+    return int(value.group(1))
+
+
+def _compile(launch: Launch) -> Compiled:
+    import triton
+
+    function = launch.source.fn.fn
+    folder = function.__module__.split(".")[-2]
+    num_warps = launch.options["num_warps"]
+    names = (launch.op, launch.case, launch.dtype, folder, function.__name__, launch.target.name, num_warps)
+    try:
+        kernel = triton.compile(launch.source, target=launch.gpu, options=launch.options)
+    except Exception as error:  # one kernel that does not compile is a line of the report
+        message = str(error).strip().splitlines() or [""]
+        return Compiled(*names, error=f"{type(error).__name__}: {message[-1]}"[:200])
+    dot_rows = [int(rows) for rows in _DOT.findall(kernel.asm["ttir"])]
+    if launch.target.backend == "cuda":
+        registers, code = _read_cubin(kernel.asm["cubin"], disassemble="tt.dot" in kernel.asm["ttir"])
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    else:
+        code = kernel.asm["amdgcn"]
+        registers, spills = _amd_metadata("vgpr_count", code), _amd_metadata("vgpr_spill_count", code)
+    return Compiled(
+        *names,
+        registers=registers,
+        spills=spills,
+        shared_bytes=kernel.metadata.shared,
+        matrix={kind: count for kind, name in _MATRIX.items() if (count := len(re.findall(name, code)))},
+        dots=len(dot_rows),
+        dot_rows=min(dot_rows, default=0),
+    )
+
+
+def launches(
+    targets: Sequence[str] = ("sm_90",),
+    ops: Sequence[str] = (),
+    dtypes: Sequence[str] = ("bf16", "fp32"),
+    *,
+    main: bool = False,
+    every_case: bool = False,
+) -> list[Launch]:
+    """What the operations launch on each target: the specs' bench and compile cases, each distinct launch once.
+
+    Args:
+        targets: names in `TARGETS`.
+        ops: operations that have Triton kernels; empty for all.
+        dtypes: "bf16", "fp16", "fp32".
+        main: the compile cases alone where a spec has some.
+        every_case: also the small odd shapes that the tests run.
 
     Raises:
         ValueError: an unknown target, operation or dtype.
         RuntimeError: ``TRITON_INTERPRET=1`` is set (interpreted kernels have no machine code).
     """
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    if interpreting():
         raise RuntimeError("TRITON_INTERPRET is 1: unset it, interpreted kernels have no machine code")
-    if target not in SHARED_MEMORY:
-        raise ValueError(f"target: got {target!r}; accepted are {', '.join(SHARED_MEMORY)}")
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     from gptkernels.backend import FUSED
     from gptkernels.testing import SPECS
 
-    names = {spec.name: spec for spec in SPECS if "triton" in FUSED[spec.name]}
-    if unknown := set(ops) - set(names):
-        raise ValueError(f"ops: got {sorted(unknown)}; accepted are {sorted(names)}")
-    by_name = {name: dtype for dtype, name in _TYPES.items() if dtype.is_floating_point}
-    if unknown := set(dtypes) - set(by_name):
-        raise ValueError(f"dtypes: got {sorted(unknown)}; accepted are {sorted(by_name)}")
-    results = []
-    for name in ops or tuple(names):
-        for dtype in dtypes:
-            launches = _launches(name, target, by_name[dtype], names[name].bench_cases, names[name])
-            for case, fn, source, options in launches.values():
-                kernel = triton.compile(
-                    source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options
-                )
-                usage, code = _disassemble(kernel.asm["cubin"])
-                registers = re.search(r"REG:(\d+)", usage)
-                assert registers is not None, usage
-                results.append(
-                    Compiled(
-                        case=case,
-                        kernel=fn.fn.__name__,
-                        target=target,
-                        num_warps=options.get("num_warps", 4),
-                        registers=int(registers.group(1)),
-                        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
-                        shared_bytes=kernel.metadata.shared,
-                        wgmma=len(re.findall(r"\bHGMMA\b", code)),
-                        mma=len(re.findall(r"\bHMMA\b", code)),
-                    )
-                )
-                print(results[-1].row(), file=sys.stderr, flush=True)
-    return results
+    specs = {spec.name: spec for spec in SPECS if "triton" in FUSED[spec.name]}
+    for name, values, accepted in (("targets", targets, TARGETS), ("ops", ops, specs), ("dtypes", dtypes, DTYPES)):
+        if unknown := set(values) - set(accepted):
+            raise ValueError(f"{name}: got {sorted(unknown)}; accepted are {', '.join(accepted)}")
+    found: list[Launch] = []
+    for target in map(TARGETS.__getitem__, targets):
+        with _recorded(target) as recorded:
+            for op in ops or specs:
+                cases = () if main and specs[op].compile_cases else specs[op].bench_cases
+                cases += specs[op].compile_cases + (specs[op].cases if every_case else ())
+                for dtype, case in itertools.product(dtypes, cases):
+                    _run_without_data(specs[op], case, DTYPES[dtype])
+                    found += [Launch(op, case.name, dtype, target, *arguments) for arguments in recorded]
+                    recorded.clear()
+    return found
 
 
-def main() -> None:
+def compile_launches(found: Sequence[Launch], jobs: int | None = None) -> Iterator[Compiled]:
+    """Each launch's figures, in order, as they come; `jobs` at a time (None: one a core).
+
+    Threads suffice: MLIR, LLVM and the assembler run without Python's lock.
+    """
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        yield from pool.map(_compile, found)
+
+
+def summary(target: str, results: Sequence[Compiled]) -> str:
+    """One target's kernels in a line, and a line for each that does not fit it."""
+    limit, card = TARGETS[target].shared_bytes, TARGETS[target].card
+    faulty = [result for result in results if result.faults()]
+    line = f"{target} ({card}): {len(results)} kernels, {len(faulty)} do not fit"
+    if results:
+        line += f"; at most {max(r.registers for r in results)} registers a thread and "
+        line += f"{max(r.shared_bytes for r in results)} of {limit} bytes of shared memory"
+    return "\n".join([line, *(f"  {r.op} {r.case} {r.dtype} {r.kernel}: {'; '.join(r.faults())}" for r in faulty)])
+
+
+EXAMPLES = """examples:
+  python -m gptkernels.compile_report                                   every shipped configuration, for an H100
+  python -m gptkernels.compile_report --target all --main --dtype bf16  the main ones, for every target
+  python -m gptkernels.compile_report --target gfx942 --op attention --json report.json
+"""
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gptkernels.compile_report",
-        description="Compile every Triton kernel in its shipped configuration, without a GPU, and read its machine code.",
-        epilog="example: python -m gptkernels.compile_report --target sm_90 --op attention --json report.json",
+        description="Compile every Triton kernel in its shipped configurations, without a GPU, and read its machine code.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--target", default="sm_90", choices=SHARED_MEMORY, help="architecture (default: sm_90)")
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=[*TARGETS, "all"],
+        help="architecture; may be repeated (default: sm_90)",
+    )
     parser.add_argument("--op", action="append", default=[], help="an operation; may be repeated (default: all)")
-    parser.add_argument("--dtype", action="append", default=[], help="bf16, fp16 or fp32 (default: bf16 and fp32)")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated (default: bf16 and fp32)")
+    parser.add_argument("--main", action="store_true", help="only each operation's main configurations")
+    parser.add_argument("--every-case", action="store_true", help="also the small odd shapes that the tests run")
+    parser.add_argument("--jobs", type=int, help="kernels compiled at a time (default: one a core)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    print(HEADER, file=sys.stderr)
-    results = compile_ops(options.target, tuple(options.op), tuple(options.dtype) or ("bf16", "fp32"))
+    start = time.perf_counter()
+    chosen = options.target or ["sm_90"]
+    targets = list(TARGETS) if "all" in chosen else list(dict.fromkeys(chosen))
+    found = launches(
+        targets, options.op, options.dtype or ("bf16", "fp32"), main=options.main, every_case=options.every_case
+    )
+    print(f"{'':>11} {HEADER}", file=sys.stderr)
+    results: list[Compiled] = []
+    for result in compile_launches(found, options.jobs):
+        results.append(result)
+        print(f"{f'[{len(results)}/{len(found)}]':>11} {result.row()}", file=sys.stderr, flush=True)
     if options.json:
-        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
-    limit = SHARED_MEMORY[options.target]
-    over = [result for result in results if result.spills or result.shared_bytes > limit]
-    print(f"{len(results)} kernels for {options.target}; {len(over)} spill or need over {limit} bytes of shared memory")
+        rows = [asdict(result) | {"faults": result.faults()} for result in results]
+        options.json.write_text(json.dumps(rows, indent=1))
+    for target in targets:
+        print(summary(target, [result for result in results if result.target == target]))
+    print(f"{len(results)} kernels compiled in {time.perf_counter() - start:.0f} s")
+    return 1 if any(result.faults() for result in results) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -100,8 +100,7 @@ def assert_within_budget(
     if actual.numel() == 0:
         return
     eps = torch.finfo(actual.dtype).eps
-    got, want = actual.detach().double().cpu(), exact.detach().double().cpu()
-    reference = plain.detach().double().cpu()
+    got, want, reference = (t.detach().double() for t in (actual, exact, plain))
     odd = ~reference.isfinite()
     same = (got == reference) | (got.isnan() & reference.isnan())
     assert bool(same[odd].all()), f"{name}: {got[odd & ~same][0]} where plain PyTorch has {reference[odd & ~same][0]}"

@@ -94,4 +94,12 @@ SPEC = OpSpec(
         _case(8, 1024, 1024, dim=1),
         _case(64, 65536, causal=True),
     ),
+    compile_cases=(
+        _case(4096, 768),
+        _case(4096, 16384),
+        _case(4096, 50257),
+        _case(4, 12, 1024, 1024, scale=0.125, causal=True),
+        _case(64, 65536, causal=True),
+        _case(100_000, 64, 32, dim=1),
+    ),
 )

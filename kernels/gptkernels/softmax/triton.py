@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gptkernels._triton import FP_FUSION, next_power_of_2, on_device, rows_and_stride
 
-# The longest row that one program holds in registers: 16,384 float32 over 32 warps are 16 registers a thread.
+# The longest row that one program holds in registers: 16,384 float32 over 16 warps are 32 registers a thread (of 32 to a
+# warp; AMD's warps have 64, and at most 1,024 threads make a program).
 MAX_BLOCK = 16384
 # Columns that one program of the long-row kernels takes at a time.
 LOOP_BLOCK = 4096
@@ -89,8 +90,9 @@ def _forward_long_kernel(X, Y, N, QUERIES, stride_x, scale_log2, CAUSAL: tl.cons
 @triton.jit
 def _forward_strided_kernel(X, Y, N, INNER, scale_log2, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """(OUTER, N, INNER), softmax over N: WIDTH neighbouring columns at a time, so that reads stay adjacent."""
-    inner = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    base_offset = tl.program_id(1).to(tl.int64) * N * INNER
+    blocks = tl.cdiv(INNER, WIDTH)
+    inner = tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)
+    base_offset = (tl.program_id(0) // blocks).to(tl.int64) * N * INNER
     X += base_offset
     Y += base_offset
     m = tl.full((WIDTH,), float("-inf"), tl.float32)
@@ -160,8 +162,9 @@ def _backward_long_kernel(DY, Y, DX, N, QUERIES, stride_dy, scale, CAUSAL: tl.co
 @triton.jit
 def _backward_strided_kernel(DY, Y, DX, N, INNER, scale, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """(OUTER, N, INNER), softmax over N: the long form over WIDTH neighbouring columns at a time."""
-    inner = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    base_offset = tl.program_id(1).to(tl.int64) * N * INNER
+    blocks = tl.cdiv(INNER, WIDTH)
+    inner = tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)
+    base_offset = (tl.program_id(0) // blocks).to(tl.int64) * N * INNER
     DY += base_offset
     Y += base_offset
     DX += base_offset
@@ -189,16 +192,17 @@ def _row_launch(rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
     """Grid and constants of the whole-row kernels: short rows share a program, about 16 elements a thread."""
     block = next_power_of_2(columns)
     per_program = max(1, min(32, 2048 // block))
-    warps = max(1, min(32, block * per_program // 512))
+    warps = max(1, min(16, block * per_program // 512))
     return (triton.cdiv(rows, per_program),), {"ROWS": per_program, "BLOCK": block, "num_warps": warps}
 
 
-def _strided_launch(x: Tensor, dim: int) -> tuple[tuple[int, int], int, int, dict[str, int]]:
+def _strided_launch(x: Tensor, dim: int) -> tuple[tuple[int], int, int, dict[str, int]]:
     """``(grid, N, INNER, constants)`` of the kernels for a dimension that is not the last."""
     columns, inner = x.shape[dim], math.prod(x.shape[dim + 1 :])
     width = min(STRIDED_WIDTH, next_power_of_2(inner))
     block = min(STRIDED_BLOCK * STRIDED_WIDTH // width, next_power_of_2(columns))
-    grid = triton.cdiv(inner, width), math.prod(x.shape[:dim])
+    # A grid's first dimension alone may exceed 65,535.
+    grid = (math.prod(x.shape[:dim]) * triton.cdiv(inner, width),)
     return grid, columns, inner, {"BLOCK": block, "WIDTH": width, "num_warps": 4}
 
 
