@@ -22,6 +22,7 @@ from gptkernels.linear_cross_entropy import linear_cross_entropy
 from gptkernels.rms_norm import add_rms_norm, rms_norm
 from gptkernels.rotary import rotary
 from gptkernels.softmax import softmax
+from gptkernels.swap import replace_modules, restore_modules
 
 __all__ = [
     "BackendUnavailableError",
@@ -37,7 +38,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "replace_modules",
     "report",
+    "restore_modules",
     "rms_norm",
     "rotary",
     "softmax",

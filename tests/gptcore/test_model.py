@@ -117,18 +117,23 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def every_fused_call(backend: str, attention_impl: str) -> dict[str, int]:
+    """Residual and norm together, bias and GELU together, the loss without logits."""
+    inner, layers = {"fused": "attention", "explicit": "softmax"}[attention_impl], CONFIG.n_layer
+    expected = {"layer_norm": 1, "add_layer_norm": 2 * layers, inner: layers, "gelu": layers}
+    calls = {
+        f"gptkernels_{backend}.{op}_{way}.default": n for op, n in expected.items() for way in ("forward", "backward")
+    }
+    # The loss and its gradients are one call.
+    return calls | {f"gptkernels_{backend}.linear_cross_entropy_backward.default": 1}
+
+
 @pytest.mark.parametrize("attention_impl", ["fused", "explicit"])
 def test_the_flag_reaches_every_op(attention_impl: str, device: str):
     model = make(kernels="triton", attention_impl=attention_impl).to(device)
     with Counter() as counter:
         model.loss(tokens(1, 9).to(device), tokens(1, 9).to(device)).backward()
-    inner = {"fused": "attention", "explicit": "softmax"}[attention_impl]
-    expected = {"layer_norm": 2 * CONFIG.n_layer + 1, inner: CONFIG.n_layer}
-    calls = {
-        f"gptkernels_triton.{op}_{way}.default": n for op, n in expected.items() for way in ("forward", "backward")
-    }
-    # The loss and its gradients are one call.
-    assert counter.calls == calls | {"gptkernels_triton.linear_cross_entropy_backward.default": 1}
+    assert counter.calls == every_fused_call("triton", attention_impl)
     with Counter() as counter:
         make(kernels="reference").to(device)(tokens(1, 9).to(device))
     assert counter.calls == {}
@@ -137,18 +142,10 @@ def test_the_flag_reaches_every_op(attention_impl: str, device: str):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="native kernels run on the CPU")
 @pytest.mark.parametrize("attention_impl", ["fused", "explicit"])
 def test_on_a_cpu_auto_takes_every_native_op(attention_impl: str):
-    """Residual and norm together, bias and GELU together, the loss without logits."""
     model = make(kernels="auto", attention_impl=attention_impl)
     with Counter() as counter:
         model.loss(tokens(1, 9), tokens(1, 9)).backward()
-    inner = {"fused": "attention", "explicit": "softmax"}[attention_impl]
-    layers = CONFIG.n_layer
-    expected = {"layer_norm": 1, "add_layer_norm": 2 * layers, inner: layers, "gelu": layers}
-    calls = {
-        f"gptkernels_native.{op}_{way}.default": n for op, n in expected.items() for way in ("forward", "backward")
-    }
-    # The loss and its gradients are one call.
-    assert counter.calls == calls | {"gptkernels_native.linear_cross_entropy_backward.default": 1}
+    assert counter.calls == every_fused_call("native", attention_impl)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

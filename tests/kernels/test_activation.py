@@ -16,27 +16,29 @@ FORMS = pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_gelu_far_out(approximate: str, backend: str, device: str):
     """Where exponentials overflow the function is z or 0, and its slope 1 or 0; NaN stays NaN."""
-    far = torch.tensor([11.0, 30.0, 100.0, 1e4, 1e9], device=device)
+    far = torch.tensor([11.0, 30.0, 100.0, 1e4, 1e9, 1e15, 3e38], device=device)
     x = torch.cat([far, -far, torch.tensor([float("nan"), float("inf")], device=device)]).requires_grad_()
     out = gelu(x, approximate=approximate, backend=backend)
-    (grad,) = torch.autograd.grad(out[:10].sum(), x)
-    torch.testing.assert_close(out[:10], torch.cat([far, 0 * far]), rtol=0, atol=1e-20)
-    torch.testing.assert_close(grad[:10], torch.tensor([1.0] * 5 + [0.0] * 5, device=device), rtol=0, atol=1e-6)
-    assert out[10].isnan()
-    assert out[11] == float("inf")
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    torch.testing.assert_close(out[:14], torch.cat([far, 0 * far]), rtol=0, atol=1e-20)
+    torch.testing.assert_close(grad[:14], torch.tensor([1.0] * 7 + [0.0] * 7, device=device), rtol=0, atol=1e-6)
+    assert out[14].isnan()
+    assert grad[14].isnan()
+    assert out[15] == float("inf")
 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_swiglu_far_out(backend: str, device: str):
-    far = torch.tensor([100.0, 1e4, 1e9], device=device)
+    far = torch.tensor([100.0, 1e4, 1e9, 3e38], device=device)
     gate = torch.cat([far, -far, torch.tensor([float("nan")], device=device)]).requires_grad_()
-    up = torch.full((7,), 0.5, device=device, requires_grad=True)
+    up = torch.full((9,), 0.5, device=device, requires_grad=True)
     out = swiglu(gate, up, backend=backend)
-    grad_gate, grad_up = torch.autograd.grad(out[:6].sum(), (gate, up))
-    torch.testing.assert_close(out[:6], torch.cat([0.5 * far, 0 * far]), rtol=1e-6, atol=1e-20)
-    torch.testing.assert_close(grad_gate[:6], torch.tensor([0.5] * 3 + [0.0] * 3, device=device), rtol=0, atol=1e-20)
-    torch.testing.assert_close(grad_up[:6], torch.cat([far, 0 * far]), rtol=1e-6, atol=1e-20)
-    assert out[6].isnan()
+    grad_gate, grad_up = torch.autograd.grad(out, (gate, up), torch.ones_like(out))
+    torch.testing.assert_close(out[:8], torch.cat([0.5 * far, 0 * far]), rtol=1e-6, atol=1e-20)
+    torch.testing.assert_close(grad_gate[:8], torch.tensor([0.5] * 4 + [0.0] * 4, device=device), rtol=0, atol=1e-20)
+    torch.testing.assert_close(grad_up[:8], torch.cat([far, 0 * far]), rtol=1e-6, atol=1e-20)
+    assert out[8].isnan()
+    assert grad_gate[8].isnan()
 
 
 @FORMS

@@ -53,7 +53,7 @@ def _logistic(v):
 
 @triton.jit
 def _normal(z):
-    """The standard normal's distribution function, and exp(-z^2 / 2): half the work of erf and exp, nothing cancels."""
+    """The standard normal's distribution function, and exp(-z^2 / 2): less work than erf and exp, and nothing cancels."""
     bell = tl.exp2(z * z * HALF_LOG2)
     t = 1.0 / (tl.abs(z) * TAIL_SCALE + 1.0)
     tail = bell * t * (((((t * TAIL_6 + TAIL_5) * t + TAIL_4) * t + TAIL_3) * t + TAIL_2) * t + TAIL_1)
