@@ -157,6 +157,18 @@ def test_gpu_results_are_taken_in_as_they_come(result: dict, tmp_path, monkeypat
     assert saved["failed"]["norms"] == "the 0 minutes were over"
 
 
+def test_gpu_results_of_one_commit_are_one_file(result: dict, tmp_path):
+    save(result, tmp_path / "g.json")
+    same, other = ({"machine": {**result["machine"], "commit": c}, "rows": {}, "failed": {}} for c in ("abc", "def"))
+    bench.gpu.continue_file(same, tmp_path / "g.json")
+    bench.gpu.continue_file(other, tmp_path / "g.json")
+    assert same["rows"] == result["rows"]
+    assert same["memory"] == result["memory"]
+    assert other["rows"] == {}
+    bench.gpu.take_in(same, {"name": "softmax 4096x1024 bf16: forward", "medians": {}})
+    assert same["failed"] == {}  # what failed then has been timed now
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_without_a_gpu_nothing_is_timed(capsys):
     with pytest.raises(SystemExit):
