@@ -471,3 +471,21 @@ def test_refuses_what_is_no_transformers_model():
     wrapped = nn.ModuleDict({"inner": make("gpt2")})
     assert accelerate_model(wrapped) is wrapped
     assert wrapped["inner"].config._attn_implementation == "gptkernels"
+
+
+def test_a_version_it_cannot_serve_is_named(monkeypatch: pytest.MonkeyPatch):
+    import importlib.util
+
+    def load() -> None:
+        spec = importlib.util.spec_from_file_location("another", integration.__file__)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+    with monkeypatch.context() as patch:
+        patch.delattr("transformers.masking_utils.prepare_padding_mask")
+        with pytest.raises(
+            ImportError, match=rf"found transformers {transformers.__version__}; .*prepare_padding_mask"
+        ):
+            load()
+    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", lambda batch_size, cache_position, **rest: None)
+    with pytest.raises(ImportError, match=r"masks are made from cache positions; accepted are versions .* 5\.23\.0"):
+        load()

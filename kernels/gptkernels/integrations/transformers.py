@@ -16,6 +16,7 @@ torch.Size([1, 7, 99])
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 import types
@@ -45,10 +46,9 @@ try:
     from transformers.utils.output_capturing import _active_collector
 except ImportError as error:
     raise ImportError(
-        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}, which lacks {error.name}; "
-        "it is tested with 5.23.0"
+        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.23.0 ({error})"
     ) from error
-if "q_length" not in sdpa_mask.__code__.co_varnames:
+if "q_length" not in inspect.signature(sdpa_mask).parameters:
     raise ImportError(
         f"gptkernels.integrations.transformers: found transformers {transformers.__version__}, whose masks are made from "
         "cache positions; accepted are versions that make them from lengths (tested with 5.23.0)"
