@@ -11,13 +11,10 @@ import argparse
 import copy
 import json
 import math
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import ceilings
+from bench.measure import BF16, FP32, RESULTS, ceilings, in_turns, save, short, versions
 from gptcore.train.loop import multiplies_bf16
 
-RESULTS = Path(__file__).parent / "results"
-BF16, FP32 = torch.bfloat16, torch.float32
-MIN_ROUNDS, MAX_SECONDS = 3, 60.0  # of a row: no more rounds than fit, but a median
+MAX_SECONDS = 60.0  # of a row: no more rounds than fit
 # Training and its loss in the precision that this machine trains in: without bfloat16 products, float32.
 TRAINED_IN = BF16 if multiplies_bf16(torch.device("cpu")) else FP32
 
@@ -56,22 +51,7 @@ class Row:
             ours, theirs = self.check()
             tolerance = 1e-4 if self.dtype == FP32 else 4e-2
             torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance, msg=self.name)
-        contenders = {**self.peers, "ours": self.ours}
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        rounds, began = self.rounds, math.inf
-        for turn in range(self.rounds + 2):
-            for name, call in contenders.items():
-                start = time.perf_counter()
-                call()
-                if turn >= 2:
-                    times[name].append(time.perf_counter() - start)
-            if turn == 1:  # warm; what takes long is repeated less
-                began = time.perf_counter()
-            elif turn == 2:
-                rounds = min(rounds, max(MIN_ROUNDS, int(MAX_SECONDS / (time.perf_counter() - began))))
-            if turn - 1 >= rounds:
-                break
-        self.medians = {name: statistics.median(values) for name, values in times.items()}
+        self.medians = in_turns({**self.peers, "ours": self.ours}, self.rounds, MAX_SECONDS)
         bandwidth, rate = ceilings(self.dtype)
         seconds = self.medians["ours"]
         return {
@@ -80,10 +60,6 @@ class Row:
             "medians": self.medians,
             "share_of_ceiling": max(self.flops / seconds / rate, self.moved / seconds / bandwidth),
         }
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {BF16: "bf16", FP32: "fp32"}[dtype]
 
 
 def _backward(function: Callable[..., Tensor], leaves: list[Tensor], grad_out: Tensor) -> Callable[[], Any]:
@@ -103,7 +79,7 @@ def _attention(dtype: torch.dtype, goals: tuple[float, float]) -> Iterator[Row]:
     def check() -> tuple[Tensor, Tensor]:
         return ours(), peer()
 
-    name = f"causal attention {_short(dtype)}, B4 H12 T1024 d64"
+    name = f"causal attention {short(dtype)}, B4 H12 T1024 d64"
     yield Row(
         f"{name}: forward", goals[0], {"SDPA": torch.no_grad()(peer)}, torch.no_grad()(ours), dtype, flops, check=check
     )
@@ -128,7 +104,7 @@ def _norms(dtype: torch.dtype, goals: tuple[float, float]) -> Iterator[Row]:
         return gptkernels.layer_norm(x, w, b, backend="native")
 
     yield Row(
-        f"layer_norm {_short(dtype)}, 4096x768: forward + backward",
+        f"layer_norm {short(dtype)}, 4096x768: forward + backward",
         goals[0],
         {"F.layer_norm": _backward(peer, leaves, grad_out)},
         _backward(ours, leaves, grad_out),
@@ -149,7 +125,7 @@ def _norms(dtype: torch.dtype, goals: tuple[float, float]) -> Iterator[Row]:
         return torch.autograd.grad(outs, both, grads)
 
     yield Row(
-        f"add_layer_norm {_short(dtype)}, 4096x768: forward + backward",
+        f"add_layer_norm {short(dtype)}, 4096x768: forward + backward",
         goals[1],
         {"add, F.layer_norm": peer_add},
         ours_add,
@@ -239,7 +215,7 @@ def _loss_calls() -> tuple[Callable[[], Any], Callable[[], Any]]:
 def _loss() -> Iterator[Row]:
     peer, ours = _loss_calls()
     yield Row(
-        f"linear_cross_entropy {_short(TRAINED_IN)}, 1024 tokens, width 768, vocabulary 50257: forward + backward",
+        f"linear_cross_entropy {short(TRAINED_IN)}, 1024 tokens, width 768, vocabulary 50257: forward + backward",
         3.0,
         {"F.linear, F.cross_entropy": peer},
         ours,
@@ -272,7 +248,7 @@ def _training() -> Iterator[Row]:
     tokens = torch.randint(0, 50257, (2, 2, 512))
     model = GPT(GPTConfig.preset("gpt2-124m"))
     yield Row(
-        f"GPT-2 124M training step, {_short(TRAINED_IN)}{' autocast' if TRAINED_IN == BF16 else ''}, B2 T512",
+        f"GPT-2 124M training step, {short(TRAINED_IN)}{' autocast' if TRAINED_IN == BF16 else ''}, B2 T512",
         1.5,
         {"eager": stepper("reference"), "torch.compile": stepper("reference", compiled=True)},
         stepper("native"),
@@ -344,17 +320,13 @@ def _child(*arguments: str) -> list[Any]:
 
 def machine() -> dict[str, Any]:
     """What a result was measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "cpu": torch.cpu.get_capabilities().get("cpu_name", "CPU"),
         "instructions": str(gptkernels.report()).split("native kernels: ")[-1].split("\n")[0].split(",")[0],
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "commit": commit,
-        "date": date.today().isoformat(),
+        **versions(),
         "copy_gb_per_s": ceilings(FP32)[0] / 1e9,
-        "product_gflop_per_s": {_short(dtype): ceilings(dtype)[1] / 1e9 for dtype in (BF16, FP32)},
+        "product_gflop_per_s": {short(dtype): ceilings(dtype)[1] / 1e9 for dtype in (BF16, FP32)},
     }
 
 
@@ -444,9 +416,8 @@ def main(arguments: list[str] | None = None) -> int:
         saved["memory"] = {name: _child("--child", name)[0][0] for name in ("peer", "ours")}
     print(section(saved))
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
         name = "-".join(saved["machine"]["cpu"].lower().split()) + "-" + saved["machine"]["instructions"]
-        (RESULTS / f"{name}.json").write_text(json.dumps(saved, indent=1) + "\n")
+        save(saved, RESULTS / f"{name}.json")
         print(f"\nsaved as {RESULTS / name}.json", file=sys.stderr)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,10 +48,12 @@ def _softmax_composed(x: Tensor, dim: int, scale: float, causal: bool) -> Tensor
     return (exponentials / exponentials.sum(dim, keepdim=True)).to(x.dtype)
 
 
-def _attention_composed(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **_: Any) -> Tensor:
+def _attention_composed(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, scale: float | None = None, **_: Any
+) -> Tensor:
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
         scores = scores.masked_fill(_future(scores), -math.inf)
     return scores.softmax(-1) @ value
@@ -64,10 +67,81 @@ def _pinned(backend: Any, spec: OpSpec) -> Contender:
     return attention
 
 
+def flex_attention(compiled: bool) -> Contender:
+    """FlexAttention with this library's causal mask and window; compiled, as it is meant to be run, for each shape."""
+    from torch.nn.attention import flex_attention as flex
+
+    function = torch.compile(flex.flex_attention, dynamic=False) if compiled else flex.flex_attention
+
+    @cache
+    def block_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Any:
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            distance = query + (keys - queries) - key  # 0 for a query's own key
+            return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+        return flex.create_block_mask(visible, None, None, queries, keys, device=device)
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        scale: float | None = None,
+        window: int | None = None,
+        **_: Any,
+    ) -> Any:
+        mask = block_mask(query.shape[2], key.shape[2], window, query.device) if is_causal else None
+        grouped = query.shape[1] != key.shape[1]
+        return function(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+
+    return attention
+
+
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool = False,
+    **_: Any,
+) -> Any:
+    from torch.nn.attention import varlen
+
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    try:
+        return varlen.varlen_attn(query, key, value, *lengths, window_size=(-1, 0 if is_causal else -1))
+    except TypeError:  # as it was called in PyTorch 2.10
+        return varlen.varlen_attn(query, key, value, *lengths, is_causal)  # type: ignore[call-arg]
+
+
+def liger(spec: OpSpec) -> Contender | None:
+    """Liger-Kernel's function for `spec`'s operation: None where it has none, or is not installed."""
+    try:
+        from liger_kernel.transformers import functional  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    return {
+        "layer_norm": lambda x, weight, bias: functional.liger_layer_norm(x, weight, bias, 1e-5),
+        # Not in place: that is one of its options, and what it does to x shows in whoever reads x next.
+        "rms_norm": lambda x, weight: functional.liger_rms_norm(x, weight, 1e-6, in_place=False),
+        "swiglu": lambda gate, up: functional.liger_swiglu(gate, up),
+        "cross_entropy": lambda logits, target, reduction: functional.liger_cross_entropy(
+            logits.clone(), target, reduction=reduction
+        ),
+        "linear_cross_entropy": lambda x, weight, target, bias, reduction: functional.liger_fused_linear_cross_entropy(
+            x, weight, target, bias, reduction=reduction
+        ),
+    }.get(spec.name)  # fmt: skip
+
+
 def peers(spec: OpSpec, device: str, compiled: bool) -> dict[str, Contender]:
     """By name, what `spec`'s operation is compared with on `device`; with `compiled`, torch.compile's version as well.
 
-    On a GPU attention's peer is each of SDPA's backends by itself: the default one is not always the fastest.
+    On a GPU attention's peer is each of SDPA's backends by itself (the default one is not always the fastest), and
+    FlexAttention; packed attention's is `torch.nn.attention.varlen`. Liger-Kernel's kernels are there when it is installed.
     """
     composed = {"layer_norm": _layer_norm_composed, "softmax": _softmax_composed, "attention": _attention_composed}
     fused = {"layer_norm": _layer_norm, "softmax": _softmax, "attention": spec.reference}
@@ -79,6 +153,12 @@ def peers(spec: OpSpec, device: str, compiled: bool) -> dict[str, Contender]:
         kinds = torch.nn.attention.SDPBackend
         for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
             found[f"sdpa {name.split('_')[0].lower()}"] = _pinned(getattr(kinds, name), spec)
+        found["flex"] = flex_attention(compiled)
+    if spec.name == "attention_varlen" and device == "cuda":
+        found["varlen_attn"] = _packed_attention
     if compiled:
-        found["compile"] = torch.compile(composed.get(spec.name, spec.reference))
+        found["compile"] = torch.compile(composed.get(spec.name, spec.reference), dynamic=False)
+    if device == "cuda" and (other := liger(spec)) is not None:
+        # Its cross-entropy writes the gradient over the logits: to be called twice it needs a copy of them.
+        found["liger, with a copy" if spec.name == "cross_entropy" else "liger"] = other
     return found

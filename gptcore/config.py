@@ -31,7 +31,7 @@ class GPTConfig:
     width: int = 768
     """Width of the residual stream; the MLP is four times as wide."""
     dropout: float = 0.0
-    """Probability of dropping an element of the embeddings and of each block's two outputs, in training."""
+    """Probability of dropping an element of the embeddings, the attention weights and each block's two outputs, in training."""
     eps: float = 1e-5
     """Added to the variance in every layer norm."""
     kernels: Kernels = "auto"

@@ -79,6 +79,7 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.n_head, self.head_dim = config.n_head, config.head_dim
         self.explicit = config.attention_impl == "explicit"
+        self.dropout = config.dropout
         self.backend = backend(config)
         self.c_attn = Linear(config, config.width, 3 * config.width)
         self.c_proj = Linear(config, config.width, config.width)
@@ -91,12 +92,13 @@ class SelfAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         weights = None
+        dropout_p = self.dropout if self.training else 0.0
         if self.explicit:
             scores = query @ key.transpose(-2, -1)  # (B, H, T, keys)
             weights = softmax(scores, scale=1 / math.sqrt(self.head_dim), causal=True, backend=self.backend)
-            out = weights @ value
+            out = nn.functional.dropout(weights, dropout_p) @ value
         else:
-            out = causal_attention(query, key, value, backend=self.backend)
+            out = causal_attention(query, key, value, dropout_p=dropout_p, backend=self.backend)
         merged = out.transpose(1, 2).reshape(batch, tokens, width)  # a view: out lies (B, T, H, D) in memory
         return self.c_proj(merged), weights
 

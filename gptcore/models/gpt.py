@@ -31,9 +31,16 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws GPT-2's initial weights in place; what a model made on the meta device needs after ``to_empty``."""
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
@@ -43,22 +50,38 @@ class GPT(nn.Module):
             for projection in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None, *, return_attention: bool = False) -> Any:
-        """Next-token logits at every position.
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KeyValueCache | None = None,
+        *,
+        targets: Tensor | None = None,
+        return_attention: bool = False,
+    ) -> Any:
+        """Next-token logits at every position; with `targets` the loss instead.
+
+        Wrappers that know of forward alone (DistributedDataParallel, `torch.func.functional_call`) reach the loss this way.
 
         Args:
             tokens: ``(B, T)`` integer ids below vocab_size.
             cache: holds the keys and values of earlier tokens, and takes these ones'; positions go on from it.
+            targets: see `loss`.
             return_attention: also return the attention weights (needs ``attention_impl="explicit"``).
 
         Returns:
-            Logits ``(B, T, vocab_size)``; with `return_attention` ``(logits, [weights (B, H, T, keys) of each layer])``.
+            Logits ``(B, T, vocab_size)``; with `return_attention` ``(logits, [weights (B, H, T, keys) of each layer])``;
+            with `targets` a scalar.
 
         Raises:
             TypeError: tokens that are not integers.
             ValueError: another rank than 2, more tokens than the context holds, an id outside the vocabulary (checked
-                on the CPU; on a GPU that would wait for the device at every step), `return_attention` with fused attention.
+                on the CPU; on a GPU that would wait for the device at every step), `return_attention` with fused attention,
+                `targets` beside a cache or `return_attention`.
         """
+        if targets is not None:
+            if cache is not None or return_attention:
+                raise ValueError("targets: got them beside a cache or return_attention; accepted are targets alone")
+            return self._loss(tokens, targets)
         if return_attention and self.config.attention_impl != "explicit":
             raise ValueError(
                 f"return_attention: attention_impl is {self.config.attention_impl!r}, which never holds the weights; "
@@ -83,11 +106,8 @@ class GPT(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`, for both arguments.
         """
-        if targets.shape != tokens.shape:
-            raise ValueError(f"targets: got shape {tuple(targets.shape)}; accepted is {tuple(tokens.shape)}")
-        self._check_ids("targets", targets, ignored=-100)
-        x, _ = self._features(tokens, None)
-        return linear_cross_entropy(x, self.wte.weight, targets, ignore_index=-100, backend=backend(self.config))
+        # Through __call__, so that forward hooks run: FSDP gathers the weights in one.
+        return self(tokens, targets=targets)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """Continues `tokens` ``(B, T)``: see `gptcore.generate.generate` for the options and what is returned."""
@@ -136,6 +156,13 @@ class GPT(nn.Module):
 
         weights.save_folder(folder, self.config, self.state_dict())
 
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets: got shape {tuple(targets.shape)}; accepted is {tuple(tokens.shape)}")
+        self._check_ids("targets", targets, ignored=-100)
+        x, _ = self._features(tokens, None)
+        return linear_cross_entropy(x, self.wte.weight, targets, ignore_index=-100, backend=backend(self.config))
+
     def _features(self, tokens: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, list[Tensor]]:
         """``(B, T) -> (B, T, C)`` after the last norm, and the attention weights of explicit layers."""
         self._check_ids("tokens", tokens)
@@ -162,7 +189,9 @@ class GPT(nn.Module):
             raise TypeError(f"{name}: got dtype {ids.dtype}; accepted are int64 and int32")
         if ids.dim() != 2:
             raise ValueError(f"{name}: got shape {tuple(ids.shape)}; accepted is (batch, tokens)")
-        if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        # Nothing to look at where there are no values: on other devices (it would wait), under the compiler and torch.func.
+        valueless = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(ids)  # type: ignore[attr-defined]
+        if valueless or type(ids) is not Tensor or ids.device.type != "cpu" or ids.numel() == 0:
             return
         wrong = (ids < 0) | (ids >= self.config.vocab_size)
         if ignored is not None:

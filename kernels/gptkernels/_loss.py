@@ -63,8 +63,14 @@ def take(ctx: Any, saved: tuple[Tensor, ...], inputs: int, grad_out: Tensor) -> 
     if len(saved) > inputs:
         return tuple(gradient * grad_out for gradient in saved[inputs:])
     gradients, ctx.gradients = ctx.gradients, None
-    # Almost always a 1, and no pass over the gradients. On a GPU, looking would wait for all the work before it.
-    if gradients is not None and not (grad_out.device.type == "cpu" and float(grad_out) == 1.0):
+    # Almost always a 1, and no pass over the gradients. On a GPU the kernel looks: for the host to look would be to wait
+    # for all the work before it.
+    if gradients is not None and ctx.backend == "triton":
+        from gptkernels.cross_entropy.triton import scale_
+
+        for gradient in gradients:
+            scale_(gradient, grad_out)
+    elif gradients is not None and float(grad_out) != 1.0:
         for gradient in gradients:  # nobody else holds them
             gradient.mul_(grad_out)  # a scalar stays float32: a loss scale need not fit float16
     return gradients

@@ -258,9 +258,13 @@ def _load_or_compile(level: Level, extra_flags: tuple[str, ...]) -> None:
 
 
 @functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    return torch.ops.gptkernels_native.multiplies(dtype)
+
+
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether PyTorch's own matrix products of `dtype` are fast on this CPU; the extension must be loaded."""
-    return torch.ops.gptkernels_native.multiplies(dtype)
+    return _multiplies(dtype)
 
 
 def load(level: Level | None = None, extra_flags: tuple[str, ...] = ()) -> str | None:
@@ -280,5 +284,6 @@ def load(level: Level | None = None, extra_flags: tuple[str, ...] = ()) -> str |
     return _failure
 
 
-# torch.compiler.assume_constant_result does just this, but imports the compiler: seconds, at `import gptkernels`.
+# torch.compiler.assume_constant_result does just this, but imports the compiler: seconds, at `import gptkernels`. The mark
+# is on a plain function: the compiler traces through functools.cache, mark or not.
 multiplies._dynamo_marked_constant = True  # type: ignore[attr-defined]

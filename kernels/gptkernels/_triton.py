@@ -1,4 +1,4 @@
-"""What the Triton launchers share: the mended interpreter, the device guard, and the device's size and architecture.
+"""What the Triton launchers share: the mended interpreter, the device guard, the device's size, tiles, and column sums.
 
 Beside the operations' own ``triton.py`` this is the only module that imports triton.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from gptkernels.backend import interpreting
@@ -83,3 +86,71 @@ def rows_and_stride(x: Tensor) -> tuple[Tensor, int, int, int]:
     if columns > 1 and flat.stride(1) != 1:
         flat = flat.contiguous()
     return flat, flat.shape[0], columns, flat.stride(0)
+
+
+def whole_rows(x: Tensor, columns: int, per_thread: int) -> dict[str, int]:
+    """ROWS, BLOCK and num_warps of a kernel that holds rows of `columns` whole, `per_thread` elements a thread, on `x`'s device.
+
+    Short rows share a program, so that it reads 2,048 elements or more.
+    """
+    block = next_power_of_2(columns)
+    rows = max(1, min(32, 2048 // block))
+    # A program has at most 1,024 threads, and AMD's warps have 64. More than 16 warps leave a thread 64 registers.
+    warps = 32 if block > 16384 and architecture(x) != "hip" else 16
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(warps, rows * block // (32 * per_thread)))}
+
+
+def row_tile(rows: int, columns: int) -> dict[str, int]:
+    """ROWS, BLOCK and num_warps of a kernel that adds columns up: tall, so that few programs share a column."""
+    tall = min(16, next_power_of_2(rows))
+    block = min(4096 // tall, next_power_of_2(columns))
+    return {"ROWS": tall, "BLOCK": block, "num_warps": max(1, tall * block // 512)}
+
+
+# Shared memory that a program may fill, KiB, less a little for reductions; of other architectures the least.
+_SHARED_KIB = {"sm_80": 160, "sm_90": 224, "sm_100": 224, "hip": 60}
+
+
+def share_rows(
+    tile: dict[str, int], rows: int, columns: int, read: list[Tensor]
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and constants of a kernel that walks a share of `rows`, adding columns up: ``(shares, blocks of columns)``.
+
+    16 warps a multiprocessor: few enough that their partial sums cost little to write and add. Memory is kept busy by
+    loading two steps of `read` ahead (STAGES), where shared memory has the room.
+    """
+    blocks, steps = triton.cdiv(columns, tile["BLOCK"]), triton.cdiv(rows, tile["ROWS"])
+    programs = max(1, 16 * multiprocessors(read[0]) // (tile["num_warps"] * blocks))
+    shares = triton.cdiv(steps, triton.cdiv(steps, programs))  # even ones
+    ahead = 2 * tile["ROWS"] * tile["BLOCK"] * sum(t.element_size() for t in read)
+    room = _SHARED_KIB.get(architecture(read[0]), 96) * 1024
+    return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1}
+
+
+@triton.jit
+def _sum_partials_kernel(PARTIAL, FIRST, SECOND, P, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Column sums of PARTIAL (parts, P, N), each part in a fixed order: of the first to FIRST, of another to SECOND."""
+    part = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < N
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, P, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < P)[:, None] & inside[None, :]
+        offsets = (part * P + rows).to(tl.int64)[:, None] * N + cols[None, :]
+        total += tl.load(PARTIAL + offsets, mask=mask, other=0.0)
+    if part == 0:
+        tl.store(FIRST + cols, tl.sum(total, axis=0), mask=inside)
+    else:
+        tl.store(SECOND + cols, tl.sum(total, axis=0), mask=inside)
+
+
+def sum_partials(partial: Tensor, totals: list[Tensor]) -> None:
+    """``totals[i] = partial[i].sum(0)`` for one or two totals: partial float32 ``(len(totals), P, N)``, fixed order."""
+    if not totals:
+        return
+    parts, count, columns = partial.shape
+    tall = min(128, next_power_of_2(count))
+    constants: dict[str, Any] = {"ROWS": tall, "BLOCK": 4096 // tall, "num_warps": 8} | FP_FUSION
+    grid = triton.cdiv(columns, constants["BLOCK"]), parts
+    _sum_partials_kernel[grid](partial, totals[0], totals[-1], count, columns, **constants)

@@ -25,16 +25,18 @@ CHOICES = ("auto", *BACKENDS)
 # What each operation has beside its reference.
 FUSED: dict[str, tuple[str, ...]] = {
     "layer_norm": ("triton", "native"),
-    "add_layer_norm": ("native",),
-    "rms_norm": ("native",),
-    "add_rms_norm": ("native",),
+    "add_layer_norm": ("triton", "native"),
+    "rms_norm": ("triton", "native"),
+    "add_rms_norm": ("triton", "native"),
     "softmax": ("triton", "native"),
     "attention": ("triton", "native"),
+    "attention_varlen": ("triton", "native"),
+    "rotary": ("triton", "native"),
     "linear": ("native",),
-    "gelu": ("native",),
-    "swiglu": ("native",),
-    "cross_entropy": ("native",),
-    "linear_cross_entropy": ("native",),
+    "gelu": ("triton", "native"),
+    "swiglu": ("triton", "native"),
+    "cross_entropy": ("triton", "native"),
+    "linear_cross_entropy": ("triton", "native"),
 }
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # "auto" takes the first of these that can run, and reference when none can.
@@ -126,21 +128,27 @@ def _index(device: torch.device) -> int:
     return device.index or 0
 
 
+def _transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp) or forward-mode differentiation is at work; both know PyTorch's own ops alone."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def choose(op: str, x: Tensor, backend: str | None) -> str:
     """The backend that runs `op` on a tensor like `x`.
 
     `backend` is the caller's argument: None means the choice made by `use_backend`, "auto" the fastest that can run. An
-    operation for which the chosen backend has no kernel (see `report`) takes the reference.
+    operation for which the chosen backend has no kernel (see `report`) takes the reference. Under torch.func's transforms
+    and forward-mode differentiation "auto" takes the reference.
 
     Raises:
         ValueError: `backend` is not a known name.
-        BackendUnavailableError: an explicit choice that cannot run on `x`'s device.
+        BackendUnavailableError: an explicit choice that cannot run on `x`'s device, or under such a transform.
         TypeError: an explicit fused backend for a dtype that it does not compute in.
     """
     name = _choice if backend is None else _validated(backend)
     device_type, device_index = x.device.type, x.device.index or 0
     if name == "auto":
-        if x.dtype in FUSED_DTYPES:
+        if x.dtype in FUSED_DTYPES and not _transformed():
             for candidate in _PREFERRED.get(device_type, ()):
                 if _why_not(op, candidate, device_type, device_index) is None:
                     if (failure := _start(candidate)) is None:
@@ -151,6 +159,11 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
         raise BackendUnavailableError(f"backend {name!r} cannot run {op} on device {device_type!r}: {reason}")
     if name not in FUSED[op]:
         return "reference"  # the backend runs here and has no kernel for this: report() says so
+    if _transformed():
+        raise BackendUnavailableError(
+            f"backend {name!r} cannot run {op} under torch.func transforms (grad, vmap, jvp) or forward-mode "
+            "differentiation; use 'auto' or 'reference'"
+        )
     if x.dtype not in FUSED_DTYPES:
         raise TypeError(
             f"backend {name!r} computes {op} in float32, bfloat16 or float16; got {x.dtype} (use 'reference')"

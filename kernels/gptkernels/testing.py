@@ -14,12 +14,13 @@ from torch import Tensor
 
 from gptkernels._spec import Case, Cost, Inputs, OpSpec, Output
 from gptkernels.activation.spec import GELU_SPEC, SWIGLU_SPEC
-from gptkernels.attention.spec import SPEC as ATTENTION
+from gptkernels.attention import spec as attention
 from gptkernels.cross_entropy.spec import SPEC as CROSS_ENTROPY
 from gptkernels.layer_norm import spec as layer_norm
 from gptkernels.linear.spec import SPEC as LINEAR
 from gptkernels.linear_cross_entropy.spec import SPEC as LINEAR_CROSS_ENTROPY
 from gptkernels.rms_norm import spec as rms_norm
+from gptkernels.rotary.spec import SPEC as ROTARY
 from gptkernels.softmax.spec import SPEC as SOFTMAX
 
 __all__ = [
@@ -42,7 +43,9 @@ SPECS: tuple[OpSpec, ...] = (
     rms_norm.SPEC,
     rms_norm.ADD_SPEC,
     SOFTMAX,
-    ATTENTION,
+    attention.SPEC,
+    attention.VARLEN_SPEC,
+    ROTARY,
     LINEAR,
     GELU_SPEC,
     SWIGLU_SPEC,
@@ -97,8 +100,7 @@ def assert_within_budget(
     if actual.numel() == 0:
         return
     eps = torch.finfo(actual.dtype).eps
-    got, want = actual.detach().double().cpu(), exact.detach().double().cpu()
-    reference = plain.detach().double().cpu()
+    got, want, reference = (t.detach().double() for t in (actual, exact, plain))
     odd = ~reference.isfinite()
     same = (got == reference) | (got.isnan() & reference.isnan())
     assert bool(same[odd].all()), f"{name}: {got[odd & ~same][0]} where plain PyTorch has {reference[odd & ~same][0]}"

@@ -11,6 +11,7 @@ from gptkernels.testing import assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptcore import GPT, GPTConfig
+from gptcore.layers import SelfAttention
 from gptcore.weights import WeightsError, from_huggingface, save_huggingface, to_huggingface
 
 CONFIG = GPTConfig(vocab_size=61, context=24, n_layer=2, n_head=2, width=32, kernels="reference")
@@ -116,16 +117,23 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def every_fused_call(backend: str, attention_impl: str) -> dict[str, int]:
+    """Residual and norm together, bias and GELU together, the loss without logits."""
+    inner, layers = {"fused": "attention", "explicit": "softmax"}[attention_impl], CONFIG.n_layer
+    expected = {"layer_norm": 1, "add_layer_norm": 2 * layers, inner: layers, "gelu": layers}
+    calls = {
+        f"gptkernels_{backend}.{op}_{way}.default": n for op, n in expected.items() for way in ("forward", "backward")
+    }
+    # The loss and its gradients are one call.
+    return calls | {f"gptkernels_{backend}.linear_cross_entropy_backward.default": 1}
+
+
 @pytest.mark.parametrize("attention_impl", ["fused", "explicit"])
 def test_the_flag_reaches_every_op(attention_impl: str, device: str):
     model = make(kernels="triton", attention_impl=attention_impl).to(device)
     with Counter() as counter:
         model.loss(tokens(1, 9).to(device), tokens(1, 9).to(device)).backward()
-    inner = {"fused": "attention", "explicit": "softmax"}[attention_impl]
-    expected = {"layer_norm": 2 * CONFIG.n_layer + 1, inner: CONFIG.n_layer}
-    assert counter.calls == {
-        f"gptkernels_triton.{op}_{way}.default": n for op, n in expected.items() for way in ("forward", "backward")
-    }
+    assert counter.calls == every_fused_call("triton", attention_impl)
     with Counter() as counter:
         make(kernels="reference").to(device)(tokens(1, 9).to(device))
     assert counter.calls == {}
@@ -134,18 +142,10 @@ def test_the_flag_reaches_every_op(attention_impl: str, device: str):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="native kernels run on the CPU")
 @pytest.mark.parametrize("attention_impl", ["fused", "explicit"])
 def test_on_a_cpu_auto_takes_every_native_op(attention_impl: str):
-    """Residual and norm together, bias and GELU together, the loss without logits."""
     model = make(kernels="auto", attention_impl=attention_impl)
     with Counter() as counter:
         model.loss(tokens(1, 9), tokens(1, 9)).backward()
-    inner = {"fused": "attention", "explicit": "softmax"}[attention_impl]
-    layers = CONFIG.n_layer
-    expected = {"layer_norm": 1, "add_layer_norm": 2 * layers, inner: layers, "gelu": layers}
-    calls = {
-        f"gptkernels_native.{op}_{way}.default": n for op, n in expected.items() for way in ("forward", "backward")
-    }
-    # The loss and its gradients are one call.
-    assert counter.calls == calls | {"gptkernels_native.linear_cross_entropy_backward.default": 1}
+    assert counter.calls == every_fused_call("native", attention_impl)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -208,6 +208,21 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), make()(x))
+
+
+@pytest.mark.parametrize("attention_impl", ["fused", "explicit"])
+def test_dropout_reaches_the_attention_weights(attention_impl: str):
+    config = GPTConfig.preset("tiny", dropout=0.5, attention_impl=attention_impl)
+    layer, x = SelfAttention(config, 0), torch.randn(2, 9, config.width)
+    torch.manual_seed(1)
+    draws = torch.stack([layer(x)[0] for _ in range(200)])
+    layer.eval()
+    plain = layer(x)[0]
+    assert torch.equal(plain, layer(x)[0])
+    # The first token sees itself alone: its one weight is dropped or doubled, all heads' at different times.
+    assert len(draws[:, 0, 0].unique(dim=0)) > 4
+    spread = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - plain).abs() <= 5 * spread).all()  # the expectation is what comes out without dropout
 
 
 def test_initial_weights_follow_gpt2():

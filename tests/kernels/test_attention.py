@@ -215,9 +215,12 @@ def test_autocast_casts_like_pytorch(device: str, backend: str):
     keys=st.integers(2, 50),  # of one key alone plain PyTorch's gradient is exactly 0: a budget of nothing
     head_dim=st.integers(1, 40),
     is_causal=st.booleans(),
+    window=st.one_of(st.none(), st.integers(2, 60)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_odd_shapes(heads, queries: int, keys: int, head_dim: int, is_causal: bool, dtype: torch.dtype, backend: str):
+def test_odd_shapes(
+    heads, queries: int, keys: int, head_dim: int, is_causal: bool, window: int | None, dtype: torch.dtype, backend: str
+):
     batch, kv_heads, group = heads
     parameters = {
         "batch": batch,
@@ -230,6 +233,9 @@ def test_odd_shapes(heads, queries: int, keys: int, head_dim: int, is_causal: bo
         "scale": None,
         "lengths": tuple(range(keys, keys - batch, -1)),
         "left_padding": None,
+        "window": window if is_causal else None,
+        "dropout_p": 0.0,
+        "return_lse": False,
         "layout": "contiguous",
     }
     check_op(SPEC, Case("drawn", parameters), dtype, backend, "cuda" if torch.cuda.is_available() else "cpu")
@@ -247,8 +253,12 @@ REFUSALS = {
     "integers": (TypeError, r"query: got dtype torch\.int64; accepted are floating-point", {"query": Q.long()}),
     "not a tensor": (TypeError, "value: got list", {"value": [1.0]}),
     "device": (ValueError, "key: is on meta; accepted is query's device, cpu", {"key": Q.to("meta")}),
-    "dropout": (ValueError, r"dropout_p: got 0\.1; accepted is 0\.0", {"dropout_p": 0.1}),
-    "window": (ValueError, "window: got 4; accepted is None", {"window": 4}),
+    "negative dropout": (ValueError, r"dropout_p: got -0\.1; accepted are probabilities", {"dropout_p": -0.1}),
+    "dropout over 1": (ValueError, r"dropout_p: got 1\.5; accepted are probabilities", {"dropout_p": 1.5}),
+    "seed's dtype": (TypeError, r"dropout_seed: got dtype torch\.int32; accepted is int64", {"dropout_p": 0.1, "dropout_seed": torch.ones(2, dtype=torch.int32)}),  # noqa: E501
+    "seed's shape": (ValueError, r"dropout_seed: got shape \(4,\); accepted here is \(2,\)", {"dropout_seed": torch.ones(4, dtype=torch.long)}),  # noqa: E501
+    "window without causality": (ValueError, "window: got 4 with is_causal=False; accepted is a window of causal", {"window": 4}),
+    "empty window": (ValueError, "window: got 0; accepted are counts of keys from 1 on", {"window": 0, "is_causal": True}),
     "negative scale": (ValueError, r"scale: got -1\.0; accepted are positive", {"scale": -1.0}),
     "nan scale": (ValueError, "scale: got nan", {"scale": math.nan}),
     "lengths' shape": (ValueError, r"key_lengths: got shape \(3,\); accepted here is \(2,\)", {"key_lengths": torch.tensor([1, 2, 3])}),  # noqa: E501

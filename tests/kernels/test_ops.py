@@ -15,6 +15,8 @@ CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPE
 # One representative case an op, for the checks that are about the registration and not about shapes.
 FIRST_REAL_CASE = {
     "attention": "B2-H3-T37-D64-causal",
+    "attention_varlen": "T40+9:25-H2-D16-dropout_p0.4-return_lseTrue",
+    "rotary": "B2-H3-T19-D64",
     "linear": "7x40-N64",
     "linear_cross_entropy": "33-C16-V17-bias-sum",
 }
@@ -146,11 +148,21 @@ def _op_calls(device: str, ops):
     k, v = torch.randn(2, 2, 2, 23, 16, device=device)
     lengths = torch.tensor([23, 7], device=device)
     mask = torch.rand(2, 23, device=device) > 0.3
-    yield "attention_forward", (q, k, v, None, None, True, 0.25)
-    yield "attention_forward", (q[:, :, :2], k, v, None, None, True, 0.25)
-    out, lse = ops.attention_forward(q, k, v, lengths, mask, False, 0.25)
-    yield "attention_forward", (q, k, v, lengths, mask, False, 0.25)
-    yield "attention_backward", (q, q, k, v, out, lse, lengths, mask, False, 0.25)
+    plain = (None, None, None, None, None, 0, 0, True, None, 0.25, 0.0)
+    yield "attention_forward", (q, k, v, *plain)
+    yield "attention_forward", (q[:, :, :2], k, v, *plain)
+    masked = (lengths, mask, None, None, lengths, 0, 0, True, 9, 0.25, 0.1)
+    cumulative = torch.tensor([0, 5, 19], device=device)
+    packed = (None, None, cumulative, cumulative, None, 14, 14, False, None, 0.25, 0.0)
+    for inputs, options in (((q, k, v), masked), ((q[:1], k[:1, :, :19], v[:1, :, :19]), packed)):
+        out, lse = ops.attention_forward(*inputs, *options)
+        yield "attention_forward", (*inputs, *options)
+        yield "attention_backward", (out, lse, *inputs, out, lse, *options)
+        yield "attention_backward", (out, None, *inputs, out, lse, *options)
+    angles = torch.randn(19, 5, device=device)
+    for way in ("forward", "backward"):
+        yield f"rotary_{way}", (q, angles, angles, False)
+        yield f"rotary_{way}", (k.bfloat16(), mask.new_zeros(2, 23, 5).float(), mask.new_ones(2, 23, 5).float(), True)
     half = x.bfloat16()
     for name, statistics, parameters in (("layer", (mean, rstd), (w, b)), ("rms", (rstd,), (w,))):
         needs = (True,) * len(parameters)
@@ -186,9 +198,8 @@ def test_opcheck(backend: str, device: str):
     called = set()
     ops = getattr(torch.ops, f"gptkernels_{backend}")
     gptkernels.softmax(torch.zeros(1, device=device), backend=backend)  # makes the backend ready
-    mine = {
-        f"{op}_{way}" for op, backends in FUSED_OPS.items() if backend in backends for way in ("forward", "backward")
-    }
+    names = torch._C._dispatch_get_all_op_names()
+    mine = {n.split("::")[1] for n in names if n.startswith(f"gptkernels_{backend}::")} - {"multiplies"}
     for name, args in _op_calls(device, ops):
         if name in mine:
             torch.library.opcheck(getattr(ops, name), args)

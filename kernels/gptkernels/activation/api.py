@@ -124,15 +124,27 @@ def _fake_swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[T
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-_library.register("gelu_forward", "(Tensor x, Tensor? bias, bool tanh) -> Tensor", fake=_fake_gelu_forward)
+_library.register(
+    "gelu_forward",
+    "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
+    fake=_fake_gelu_forward,
+    module="gptkernels.activation.triton",
+)
 _library.register(
     "gelu_backward",
     "(Tensor grad_out, Tensor x, Tensor? bias, bool tanh, bool need_bias) -> (Tensor grad_x, Tensor grad_bias)",
     fake=_fake_gelu_backward,
+    module="gptkernels.activation.triton",
 )
-_library.register("swiglu_forward", "(Tensor gate, Tensor up) -> Tensor", fake=_fake_swiglu_forward)
+_library.register(
+    "swiglu_forward",
+    "(Tensor gate, Tensor up) -> Tensor",
+    fake=_fake_swiglu_forward,
+    module="gptkernels.activation.triton",
+)
 _library.register(
     "swiglu_backward",
     "(Tensor grad_out, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)",
     fake=_fake_swiglu_backward,
+    module="gptkernels.activation.triton",
 )

@@ -4,6 +4,12 @@
 namespace gptkernels {
 namespace {
 
+// x, or the nearer of -bound and bound; NaN where x is.
+ALWAYS_INLINE Vec within(Vec x, float bound) {
+  const Vec zero(0.f), most(bound);
+  return zero - smaller(zero - smaller(x, most), most);
+}
+
 // GELU and its derivative at x. The tanh form is x times the logistic function of 2u, u = sqrt(2/pi) (x + 0.044715 x^3):
 // with e = exp(-2u) that is 1 / (1 + e), and its complement e / (1 + e), so that neither is a difference of near equals.
 template <bool tanh>
@@ -18,9 +24,10 @@ struct Gelu {
     else return x * normal_cdf(x);
   }
   static ALWAYS_INLINE Vec slope(Vec x) {
+    if constexpr (tanh) x = within(x, 10.f);  // beyond, it is 0 or 1 to the last bit, and e is finite up to there
     const Vec square = x * x;
     if constexpr (tanh) {
-      const Vec e = exp(smaller(exponent(x, square), Vec(87.f)));  // finite: its reciprocal is not 0
+      const Vec e = exp(exponent(x, square));
       const Vec s = Vec(1.f) / (Vec(1.f) + e);
       const Vec inner = fmadd(square, Vec(0.2140644488178f), Vec(1.59576912160573f));  // d(2u)/dx
       return s * fmadd(x * inner, e * s, Vec(1.f));
@@ -140,10 +147,12 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_out, const Tensor&
         T *dg = grad_gate.data_ptr<T>() + i * n, *du = grad_up.data_ptr<T>() + i * n;
         sweep(n, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
           const Vec v = load(g + j, lanes), d = load(dy + j, lanes);
-          // With e = exp(-v), finite: 1 / (1 + e) is the logistic function and e / (1 + e) its complement.
-          const Vec e = exp(smaller(Vec(0.f) - v, Vec(87.f))), s = Vec(1.f) / (Vec(1.f) + e);
-          store(dg + j, d * load(u + j, lanes) * s * fmadd(v, e * s, Vec(1.f)), lanes);
-          store(du + j, d * v * s, lanes);
+          // With e = exp(-v), 1 / (1 + e) is the logistic function and e / (1 + e) its complement. Beyond 87 either way one
+          // of them is 0 to the last bit, and up to there both are finite.
+          const Vec bounded = within(v, 87.f), e = exp(Vec(0.f) - bounded), s = Vec(1.f) / (Vec(1.f) + e);
+          store(dg + j, d * load(u + j, lanes) * s * fmadd(bounded, e * s, Vec(1.f)), lanes);
+          const Vec factor = Vec(0.f) - smaller(Vec(0.f) - v, Vec(87.f));  // v, but where s stands for 0
+          store(du + j, d * s * factor, lanes);
         });
       }
     });

@@ -1,5 +1,6 @@
-"""Scaled dot-product attention, causal or full; see MATH.md."""
+"""Scaled dot-product attention, causal or full, padded or packed; see MATH.md."""
 
-from gptkernels.attention.api import AttentionFunction, attention, causal_attention
+from gptkernels.attention.api import AttentionFunction, attention, attention_varlen, causal_attention
+from gptkernels.attention.dropout import attention_dropout_mask
 
-__all__ = ["AttentionFunction", "attention", "causal_attention"]
+__all__ = ["AttentionFunction", "attention", "attention_dropout_mask", "attention_varlen", "causal_attention"]

@@ -1,7 +1,8 @@
-"""Attention: the public functions, their checks and their autograd.Function."""
+"""Attention, padded and packed: the public functions, their checks and their autograd.Function."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
-from gptkernels.attention import reference
+from gptkernels.attention import dropout, reference
 
 MAX_HEAD_DIM = 256
 
@@ -24,12 +25,14 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     window: int | None = None,
+    return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor:
-    """``softmax(query @ key^T * scale) @ value`` over the keys each query may see, in memory linear in the tokens.
+) -> Any:
+    """``dropout(softmax(query @ key^T * scale)) @ value`` over the keys each query may see, in memory linear in the tokens.
 
     Slices of a packed projection are read in place; the output is laid out ``(B, Tq, H, D)`` in memory, so that
     ``out.transpose(1, 2).reshape(B, Tq, H * D)`` costs nothing. Softmax runs in float32; the backward is
@@ -41,107 +44,236 @@ def attention(
             key/value head ``h // (H / Hkv)``).
         is_causal: query i sees keys up to ``i + Tk - Tq``: aligned bottom-right, the last query sees every key.
         scale: positive; None for ``1 / sqrt(D)``.
-        dropout_p: must be 0.0 in this version.
+        dropout_p: probability that a weight is dropped, from 0 to 1, rounded to a multiple of 2^-16. Always applied:
+            pass 0 outside training.
+        dropout_seed: ``(B,)`` int64, a seed for each sequence; None draws them from PyTorch's generator. A weight's fate
+            depends on its sequence's seed, its head and its two positions alone (`attention_dropout_mask`).
         key_lengths: ``(B,)`` integers: sequence b sees only its first ``key_lengths[b]`` keys (right padding), and
             the work on the others is skipped. Causal alignment stays that of the padded tensors.
         key_mask: ``(B, Tk)`` bool, True = attend; serves left padding.
-        window: must be None in this version.
+        window: with `is_causal`, a query sees at most the `window` keys that end with its own; work outside is skipped.
+        return_lse: also return the logarithm of each query's sum of exponentials; it has a gradient.
         backend: overrides `use_backend` for this call.
 
     Returns:
-        ``(B, H, Tq, D)`` in query's dtype. A query that sees no key gets zeros.
+        ``(B, H, Tq, D)`` in query's dtype. A query that sees no key gets zeros. With `return_lse` a pair, the second
+        ``(B, H, Tq)`` float32 (float64 for float64 inputs), natural logarithm, -inf where no key is seen.
 
     Raises:
-        ValueError: a shape, head count, scale or option that is not accepted, or tensors on different devices.
+        ValueError: a shape, head count, scale, probability or option that is not accepted, or tensors on different devices.
         TypeError: tensors that are not floating point or of different dtypes.
         BackendUnavailableError: an explicit backend that cannot run here.
 
     Source: Dao, "FlashAttention-2", arXiv 2307.08691; Milakov and Gimelshein, "Online normalizer calculation for
     softmax", arXiv 1805.02867. The derivation is in ``MATH.md``.
     """
-    _validate(query, key, value, key_lengths, key_mask)
-    if dropout_p != 0.0:
-        raise ValueError(f"dropout_p: got {dropout_p}; accepted is 0.0 (this version has no attention dropout)")
-    if window is not None:
-        raise ValueError(f"window: got {window}; accepted is None (this version has no sliding window)")
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
-    elif not 0.0 < scale < math.inf:
-        raise ValueError(f"scale: got {scale}; accepted are positive finite numbers, or None for 1 / sqrt(head_dim)")
-    if (dtype := _check.autocast_dtype(query)) is not None:
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    _check.same_dtype("key", key, "query", query)
-    _check.same_dtype("value", value, "query", query)
+    _validate(query, key, value, ("batch", "heads", "tokens", "head_dim"))
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"key: got shape {tuple(key.shape)}; accepted is (batch {query.shape[0]}, heads, tokens, head_dim)"
+        )
+    _validate_masks(query, key, key_lengths, key_mask)
+    scale = _validate_options(query, is_causal, scale, dropout_p, dropout_seed, window, query.shape[0])
+    query, key, value = _cast(query, key, value)
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = dropout.draw_seeds(query.shape[0], query.device)
     name = _backend.choose("attention", query, backend)
     if name == "reference":
         return reference.attention(
-            query, key, value, is_causal=is_causal, scale=scale, key_lengths=key_lengths, key_mask=key_mask
-        )
-    return _library.apply(AttentionFunction, query, key, value, key_lengths, key_mask, is_causal, scale, name)
+            query, key, value, is_causal=is_causal, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            key_lengths=key_lengths, key_mask=key_mask, window=window, return_lse=return_lse,
+        )  # fmt: skip
+    options = (key_lengths, key_mask, None, None, dropout_seed, 0, 0, is_causal, window, scale, dropout_p)
+    return _library.apply(AttentionFunction, query, key, value, return_lse, name, *options)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
     """`attention` with ``is_causal=True``: a GPT's self-attention."""
     return attention(query, key, value, is_causal=True, **kwargs)
 
 
-def _validate(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None) -> None:
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`attention` of sequences of different lengths that lie one behind the other, without padding between them.
+
+    The arguments are those of FlashAttention's function for packed batches. Sequence s owns the tokens
+    ``cu_seqlens[s]`` to ``cu_seqlens[s + 1] - 1``; each attends within itself, as if it were alone.
+
+    Args:
+        query: ``(total_q, H, D)``, D at most 256.
+        key, value: ``(total_k, Hkv, D)``; Hkv divides H.
+        cu_seqlens_q, cu_seqlens_k: ``(sequences + 1,)`` int32 or int64 on query's device: cumulative lengths, from 0 to
+            total_q and total_k, never decreasing. On the CPU this is checked; on a GPU a check would wait for the device
+            at every call, and lengths that do not add up read and write what does not belong to them.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence's length; checked likewise.
+        dropout_seed: ``(sequences,)`` int64; positions in `attention_dropout_mask` count within the sequence.
+        is_causal, scale, dropout_p, window, return_lse, backend: as in `attention`, for each sequence.
+
+    Returns:
+        ``(total_q, H, D)`` in query's dtype; with `return_lse` also ``(H, total_q)`` float32.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailableError: as `attention`; ValueError for cumulative lengths that do not add up.
+    """
+    _validate(query, key, value, ("tokens", "heads", "head_dim"))
+    sequences = _validate_lengths(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    scale = _validate_options(query, is_causal, scale, dropout_p, dropout_seed, window, sequences)
+    query, key, value = _cast(query, key, value)
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = dropout.draw_seeds(sequences, query.device)
+    name = _backend.choose("attention_varlen", query, backend)
+    if name == "reference":
+        return reference.attention_varlen(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, scale=scale,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, window=window, return_lse=return_lse,
+        )  # fmt: skip
+    options = (
+        None, None, cu_seqlens_q, cu_seqlens_k, dropout_seed, max_seqlen_q, max_seqlen_k, is_causal, window, scale, dropout_p,
+    )  # fmt: skip
+    heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, H, total, D)
+    attended = _library.apply(AttentionFunction, *heads_first, return_lse, name, *options)
+    if return_lse:
+        return attended[0][0].transpose(0, 1), attended[1][0]
+    return attended[0].transpose(0, 1)
+
+
+def _validate(query: Tensor, key: Tensor, value: Tensor, dimensions: tuple[str, ...]) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         _check.floating(name, x)
-        if x.dim() != 4:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted is (batch, heads, tokens, head_dim)")
+        if x.dim() != len(dimensions):
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted is ({', '.join(dimensions)})")
         _check.same_device(name, x, "query", query)
-    batch, heads, _, head_dim = query.shape
+    head_dim, at = query.shape[-1], dimensions.index("heads")
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"query: got head_dim {head_dim}; accepted is at most {MAX_HEAD_DIM}")
-    if key.shape[0] != batch or key.shape[3] != head_dim:
-        raise ValueError(
-            f"key: got shape {tuple(key.shape)}; accepted is (batch {batch}, heads, tokens, head_dim {head_dim})"
-        )
+    if key.shape[-1] != head_dim:
+        raise ValueError(f"key: got head_dim {key.shape[-1]}; accepted is query's, {head_dim}")
     _check.shape("value", value, tuple(key.shape))
-    kv_heads = key.shape[1]
+    heads, kv_heads = query.shape[at], key.shape[at]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(f"key: got {kv_heads} heads; accepted are counts that divide query's {heads}")
+
+
+def _validate_masks(query: Tensor, key: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None) -> None:
     if key_lengths is not None:
         if key_lengths.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"key_lengths: got dtype {key_lengths.dtype}; accepted are int32 and int64")
-        _check.shape("key_lengths", key_lengths, (batch,))
+        _check.shape("key_lengths", key_lengths, (query.shape[0],))
         _check.same_device("key_lengths", key_lengths, "query", query)
     if key_mask is not None:
         if key_mask.dtype != torch.bool:
             raise TypeError(f"key_mask: got dtype {key_mask.dtype}; accepted is bool (True = attend)")
-        _check.shape("key_mask", key_mask, (batch, key.shape[2]))
+        _check.shape("key_mask", key_mask, (query.shape[0], key.shape[2]))
         _check.same_device("key_mask", key_mask, "query", query)
 
 
+def _validate_options(
+    query: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    window: int | None,
+    sequences: int,
+) -> float:
+    """Checks what both functions take; returns the scale."""
+    dropout.check_probability(dropout_p)
+    if dropout_seed is not None:
+        dropout.check_seed(dropout_seed, sequences)
+        _check.same_device("dropout_seed", dropout_seed, "query", query)
+    if window is not None and not is_causal:
+        raise ValueError(
+            f"window: got {window} with is_causal=False; accepted is a window of causal attention, or None"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window: got {window}; accepted are counts of keys from 1 on, or None")
+    if scale is None:
+        return 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale: got {scale}; accepted are positive finite numbers, or None for 1 / sqrt(head_dim)")
+    return scale
+
+
+def _validate_lengths(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> int:
+    """Checks a packed batch's cumulative lengths; returns how many sequences there are."""
+    for name, cumulative, most, total in (("q", cu_q, max_q, query.shape[0]), ("k", cu_k, max_k, key.shape[0])):
+        name = f"cu_seqlens_{name}"
+        if not isinstance(cumulative, Tensor) or cumulative.dtype not in (torch.int32, torch.int64):
+            found = getattr(cumulative, "dtype", type(cumulative).__name__)
+            raise TypeError(f"{name}: got {found}; accepted are int32 and int64 tensors")
+        if cumulative.dim() != 1 or len(cumulative) == 0:
+            raise ValueError(f"{name}: got shape {tuple(cumulative.shape)}; accepted is (sequences + 1,)")
+        _check.same_device(name, cumulative, "query", query)
+        if cumulative.device.type == "cpu" and not torch.compiler.is_compiling():
+            ends = cumulative.tolist()
+            lengths = [after - before for before, after in itertools.pairwise(ends)]
+            if ends[0] != 0 or ends[-1] != total or min(lengths, default=0) < 0:
+                raise ValueError(f"{name}: got {ends}; accepted are lengths added up from 0 to the {total} tokens")
+            if max(lengths, default=0) > most:
+                longest = name.replace("cu_seqlens", "max_seqlen")
+                raise ValueError(f"{longest}: got {most}; accepted is at least the longest sequence, {max(lengths)}")
+    if len(cu_q) != len(cu_k):
+        raise ValueError(
+            f"cu_seqlens_k: got {len(cu_k)} numbers; accepted are as many as cu_seqlens_q has, {len(cu_q)}"
+        )
+    return len(cu_q) - 1
+
+
+def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if (dtype := _check.autocast_dtype(query)) is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    _check.same_dtype("key", key, "query", query)
+    _check.same_dtype("value", value, "query", query)
+    return query, key, value
+
+
+# The kernels' own log-sum-exp is +inf where no key is seen (a weight recomputed from it is then 0), and in Triton base 2.
+_NATURAL = {"triton": math.log(2.0), "native": 1.0}
+
+
 class AttentionFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: saves inputs, output and each row's float32 log-sum-exp, in the backend's base."""
+    """Autograd around the fused kernels: saves inputs, output and each row's float32 log-sum-exp.
+
+    `options` are the operator's: key_lengths, key_mask, cu_queries, cu_keys, dropout_seed, then what is not a tensor.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_lengths: Tensor | None,
-        key_mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        backend: str,
-    ) -> Tensor:
-        out, lse = _library.ops(backend).attention_forward(query, key, value, key_lengths, key_mask, is_causal, scale)
-        ctx.save_for_backward(query, key, value, out, lse, key_lengths, key_mask)
-        ctx.is_causal, ctx.scale, ctx.backend = is_causal, scale, backend
-        return out
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, return_lse: bool, backend: str, *options: Any
+    ) -> Any:
+        out, lse = _library.ops(backend).attention_forward(query, key, value, *options)
+        ctx.save_for_backward(query, key, value, out, lse, *options[:5])
+        ctx.options, ctx.backend = options[5:], backend
+        ctx.set_materialize_grads(False)
+        if not return_lse:
+            return out
+        return out, (lse * _NATURAL[backend]).masked_fill_(lse == math.inf, -math.inf)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, key_lengths, key_mask = ctx.saved_tensors
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, *tensors = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
         grads = _library.ops(ctx.backend).attention_backward(
-            grad_out, query, key, value, out, lse, key_lengths, key_mask, ctx.is_causal, ctx.scale
+            grad_out, grad_lse, query, key, value, out, lse, *tensors, *ctx.options
         )
-        return (*grads, None, None, None, None, None)
+        return *grads, *(None,) * 13
 
 
 def empty_like_heads(x: Tensor) -> Tensor:
@@ -150,44 +282,31 @@ def empty_like_heads(x: Tensor) -> Tensor:
     return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-def _fake_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_like_heads(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _fake_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_like_heads(query), empty_like_heads(key), empty_like_heads(value)
 
 
+# cu_queries and cu_keys make it a packed batch, (1, H, total, D), whose sequences are at most max_queries and max_keys long.
+_OPTIONS = (
+    "Tensor? key_lengths, Tensor? key_mask, Tensor? cu_queries, Tensor? cu_keys, Tensor? dropout_seed,"
+    " int max_queries, int max_keys, bool is_causal, int? window, float scale, float dropout_p"
+)
 _library.register(
     "attention_forward",
-    "(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? key_mask, bool is_causal, float scale)"
-    " -> (Tensor out, Tensor lse)",
+    f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fake=_fake_forward,
     module="gptkernels.attention.triton",
 )
 _library.register(
     "attention_backward",
-    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? key_lengths,"
-    " Tensor? key_mask, bool is_causal, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
+    f" {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake=_fake_backward,
     module="gptkernels.attention.triton",
 )

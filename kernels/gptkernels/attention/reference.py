@@ -1,20 +1,34 @@
-"""Attention in plain PyTorch: `scaled_dot_product_attention` with this library's masks."""
+"""Attention in plain PyTorch: `scaled_dot_product_attention` with this library's masks, and the textbook form."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptkernels.attention import dropout
+
+Attended = Tensor | tuple[Tensor, Tensor]
+"""The output, or with `return_lse` ``(output, log-sum-exp)``."""
+
 
 def visible_keys(
-    query: Tensor, key: Tensor, is_causal: bool, key_lengths: Tensor | None, key_mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    window: int | None = None,
 ) -> Tensor | None:
     """Which keys each query sees, bool, broadcastable to (B, H, Tq, Tk); None when every query sees every key."""
     queries, keys = query.shape[-2], key.shape[-2]
     visible = None
     if is_causal:  # bottom-right aligned: the last query sees every key
         visible = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        if window is not None:
+            visible = visible.triu(keys - queries - window + 1)
         visible = visible[None, None]  # (1, 1, Tq, Tk)
     if key_lengths is not None:
         inside = torch.arange(keys, device=key.device) < key_lengths[:, None]  # (B, Tk)
@@ -25,6 +39,29 @@ def visible_keys(
     return visible
 
 
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float, kept: Tensor | None, rescale: float
+) -> tuple[Tensor, Tensor]:
+    """``(softmax(scores) with the weights that are `kept`, rescaled) @ value`` step by step, and the log-sum-exp."""
+    group = query.shape[1] // max(key.shape[1], 1)
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = (query * scale) @ key.transpose(-2, -1)  # (B, H, Tq, Tk)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    sees_any = torch.ones((), dtype=torch.bool, device=query.device)
+    if visible is not None:
+        sees_any = visible.any(dim=-1, keepdim=True)
+        # A fully masked row is NaN in softmax, and so are its gradients: let it see everything, then discard it.
+        wide = wide.masked_fill(~(visible | ~sees_any), -math.inf)
+    if key.shape[2] == 0:
+        sees_any = torch.zeros_like(sees_any)
+    weights = wide.softmax(-1)
+    if kept is not None:
+        weights = torch.where(kept, weights * rescale, 0.0)
+    out = (weights.to(query.dtype) @ value).masked_fill(~sees_any, 0.0)
+    lse = wide.logsumexp(-1).masked_fill(~sees_any.squeeze(-1), -math.inf)
+    return out, lse
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -32,20 +69,94 @@ def attention(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
-) -> Tensor:
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Attended:
     """``softmax(query @ key^T * scale, over visible keys) @ value``; a query that sees no key gives zeros."""
+    kept = None
+    if dropout_p > 0.0:
+        assert dropout_seed is not None
+        kept = dropout.attention_dropout_mask(
+            dropout_seed, query.shape[1], query.shape[2], key.shape[2], dropout_p
+        )  # (B, H, Tq, Tk)
+    visible = None
+    masked = key_lengths is not None or key_mask is not None or window is not None
+    # Equal lengths: PyTorch's top-left causal mask is the bottom-right one, and its fused kernels apply.
+    if masked or return_lse or kept is not None or (is_causal and query.shape[-2] != key.shape[-2]):
+        visible = visible_keys(query, key, is_causal, key_lengths, key_mask, window)
+        is_causal = False
+    return _attend(query, key, value, visible, is_causal, scale, kept, dropout_p, return_lse)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    kept: Tensor | None,
+    dropout_p: float,
+    return_lse: bool,
+) -> Attended:
+    if kept is not None or return_lse:
+        scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+        out, lse = _explicit(query, key, value, visible, scale, kept, dropout.rescale(dropout_p))
+        return (out, lse) if return_lse else out
     grouped = query.shape[1] != key.shape[1]
-    masked = key_lengths is not None or key_mask is not None
-    if not masked and (not is_causal or query.shape[-2] == key.shape[-2]):
-        # Equal lengths: PyTorch's top-left causal mask is the bottom-right one, and its fused kernels apply.
+    if visible is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
-    visible = visible_keys(query, key, is_causal, key_lengths, key_mask)
-    assert visible is not None
     sees_any = visible.any(dim=-1, keepdim=True)
-    # A fully masked row is NaN in softmax, and so are its gradients: let it see everything, then discard it.
-    out = F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(  # as in `_explicit`: rows without a key see everything, then are discarded
         query, key, value, attn_mask=visible | ~sees_any, scale=scale, enable_gqa=grouped
     )
     return out.masked_fill(~sees_any, 0.0)
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Attended:
+    """`attention` of every sequence of a packed batch by itself, as one attention with a block-diagonal mask."""
+
+    def place(cumulative: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For each token its sequence, its position there, and that sequence's length."""
+        cumulative = cumulative.long()
+        token = torch.arange(tokens, device=cumulative.device)
+        sequence = torch.searchsorted(cumulative[1:], token, right=True)
+        return sequence, token - cumulative[sequence], (cumulative[1:] - cumulative[:-1])[sequence]
+
+    sequence_q, at_q, length_q = (x[:, None] for x in place(cu_seqlens_q, query.shape[0]))  # (total_q, 1)
+    sequence_k, at_k, length_k = place(cu_seqlens_k, key.shape[0])  # (total_k,)
+    visible = sequence_q == sequence_k  # (total_q, total_k)
+    if is_causal:
+        ahead = at_k - (at_q + length_k - length_q)  # 0: the query's own place, aligned bottom-right
+        visible = visible & (ahead <= 0)
+        if window is not None:
+            visible = visible & (ahead > -window)
+    kept = None
+    if dropout_p > 0.0:
+        assert dropout_seed is not None
+        head = torch.arange(query.shape[1], device=query.device)[:, None, None]
+        kept = dropout.kept(dropout_seed[sequence_q], head, at_q, at_k, dropout_p)[None]  # (1, H, total_q, total_k)
+    heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, H, total, D)
+    attended = _attend(*heads_first, visible[None, None], False, scale, kept, dropout_p, return_lse)
+    if isinstance(attended, tuple):
+        return attended[0][0].transpose(0, 1), attended[1][0]
+    return attended[0].transpose(0, 1)

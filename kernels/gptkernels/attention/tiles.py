@@ -19,42 +19,42 @@ class Tile:
     num_stages: int
 
 
-# Columns: the forward, dK/dV, dQ. Rows: padded head_dim up to 64, 128, 256.
-_Row = tuple[Tile, Tile, Tile]
+# Columns: the forward, dK/dV, dQ, the forward of few queries. Rows: padded head_dim up to 64, 128, 256.
+_Row = tuple[Tile, Tile, Tile, Tile]
 _Table = dict[int, _Row]
 _HOPPER: _Table = {  # 227 kB of shared memory
-    64: (Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    128: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-    256: (Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 64, 8, 2)),
+    64: (Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 128, 4, 3)),
+    128: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 64, 4, 3)),
+    256: (Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 64, 8, 2), Tile(16, 32, 4, 3)),
 }
 _AMPERE: _Table = {  # 163 kB
-    64: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-    128: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    256: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 1)),
+    64: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 128, 4, 3)),
+    128: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 4, 3)),
+    256: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 1), Tile(16, 32, 4, 3)),
 }
 _CONSUMER: _Table = {  # 99 kB: sm_86, sm_89, sm_120
-    64: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),
-    128: (Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 4, 2)),
-    256: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    64: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(16, 64, 4, 3)),
+    128: (Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 4, 2), Tile(16, 32, 4, 3)),
+    256: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 4, 2)),
 }
 _HIP: _Table = {  # 64 kB of local data share, 64-thread waves
-    64: (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
-    128: (Tile(128, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1)),
-    256: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    64: (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(16, 64, 4, 1)),
+    128: (Tile(128, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(16, 64, 4, 1)),
+    256: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
 }
 _FLOAT32: _Table = {  # IEEE products, on the general units and within 99 kB: small tiles everywhere
-    64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
-    128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
-    256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
+    128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2), Tile(16, 16, 4, 2)),
+    256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 4, 2)),
 }
-_DIRECTIONS = ("forward", "dkdv", "dq")
+_DIRECTIONS = ("forward", "dkdv", "dq", "decode")
 _BY_ARCH = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER, "hip": _HIP}
 # In the interpreter a tile costs the same whatever its size; small ones bring several into short test sequences.
 _INTERPRETER = Tile(32, 16, 1, 1)
 
 
-def tile(direction: str, arch: str, itemsize: int, block_d: int) -> Tile:
-    """The launch configuration of "forward", "dkdv" or "dq" on `arch` for elements of `itemsize` bytes."""
+def tile(direction: str, arch: str, itemsize: int, block_d: int, has_dropout: bool = False) -> Tile:
+    """The launch configuration of a direction on `arch` for elements of `itemsize` bytes."""
     if arch == "interpreter":
         return _INTERPRETER
     table = _FLOAT32 if itemsize == 4 else _BY_ARCH.get(arch, _CONSUMER)

@@ -24,7 +24,7 @@ def cross_entropy(
     """Cross-entropy in nats: ``log(sum(exp(logits))) - logits[target]``, over the last dimension.
 
     Computed in float32 whatever the dtype. When the logits need a gradient, it is computed in the same pass as the
-    loss, and backward only hands it over.
+    loss, and backward only hands it over. On a GPU the host waits for nothing, in forward or backward.
 
     Args:
         logits: ``(..., V)``, floating point; any layout, a last dimension of stride 1 is read in place.
@@ -39,7 +39,8 @@ def cross_entropy(
     Raises:
         ValueError: a shape or reduction that is not accepted, or tensors on different devices.
         TypeError: logits that are not floating point, targets that are not integers.
-        IndexError: a target that is no class (on a GPU PyTorch reports it as a device assertion).
+        IndexError: a target that is no class, on the CPU. On a GPU nobody looks, and its loss and the gradient of its
+            logits are NaN (the reference's are PyTorch's, which stops the device by an assertion).
         BackendUnavailableError: an explicit backend that cannot run here.
 
     Source: the gradient ``softmax - onehot`` is textbook (Bishop, "Pattern Recognition and Machine Learning", 4.3.4);
@@ -102,10 +103,12 @@ _library.register(
     "cross_entropy_forward",
     "(Tensor logits, Tensor target, int ignore_index) -> Tensor",
     fake=_fake_forward,
+    module="gptkernels.cross_entropy.triton",
 )
 # The losses, and with them the gradient of their sum weighted by row_weight (target's shape).
 _library.register(
     "cross_entropy_backward",
     "(Tensor logits, Tensor target, Tensor row_weight, int ignore_index) -> (Tensor losses, Tensor grad_logits)",
     fake=_fake_backward,
+    module="gptkernels.cross_entropy.triton",
 )

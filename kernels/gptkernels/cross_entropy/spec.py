@@ -59,6 +59,8 @@ SPEC = OpSpec(
         _case(33, 17),
         _case(33, 17, reduction="sum"),
         _case(33, 17, reduction="none"),
+        _case(700, 2),
+        _case(300, 3, reduction="none", ignored=0.5),
         _case(0, 9, reduction="sum"),
         _case(0, 9, reduction="none"),
         _case(2, 3, 65),
@@ -71,5 +73,12 @@ SPEC = OpSpec(
         _case(6, 40, layout="transposed"),
         _case(6, 40, layout="transposed", reduction="none"),
     ),
-    bench_cases=(_case(1024, 50257), _case(4096, 4096), _case(16384, 50257)),
+    bench_cases=(
+        _case(1024, 50257),
+        _case(4096, 4096),
+        _case(16384, 50257),
+        _case(8192, 32000),
+        _case(4096, 128256),
+        _case(262144, 2),
+    ),
 )

@@ -8,102 +8,137 @@ namespace gptkernels {
 constexpr int64_t kDecodeKeys = 64;    // keys whose scores are held at a time
 constexpr int64_t kDecodePart = 256;   // fewest keys that are worth a thread of their own
 
-// What one part of the keys gives for one query: its top, the sum of its weights, and their sum of values.
-struct DecodeState {
-  Scratch<float> query, scores, out;
-  DecodeState(int64_t rows, int64_t head_dim) : query(rows * head_dim), scores(rows * kDecodeKeys), out(rows * head_dim) {}
+struct DecodeScratch {
+  Scratch<float> query, scores, kept, partial;
+  DecodeScratch(int64_t rows, int64_t head_dim)
+      : query(rows * head_dim), scores(rows * kDecodeKeys), kept(round_up(kDecodeKeys, kKeptAtOnce)),
+        partial(rows * (head_dim + 2)) {}
 };
 
-// `rows` queries (the group's heads times the tokens) over keys [first, last); partial holds (top, total, out[head_dim])
-// for each. A row sees the keys below ends[row].
 template <typename T>
-void decode_part(const Heads& key, const Heads& value, int64_t b, int64_t kv, int64_t first, int64_t last, const int64_t* ends,
-                 const float* caps, float factor, int64_t rows, const float* query, float* scores, float* partial) {
-  const int64_t head_dim = key.head_dim, record = head_dim + 2;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* p = partial + r * record;
-    p[0] = -kInfinity;
-    std::fill_n(p + 1, head_dim + 1, 0.f);
-  }
-  for (int64_t start = first; start < last; start += kDecodeKeys) {
-    const int64_t count = std::min(kDecodeKeys, last - start);
-    const T *keys = key.at<T>(b, kv, start), *values = value.at<T>(b, kv, start);
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t r = 0; r < rows; ++r) {
-        Sum dot;
-        sweep(head_dim, [&](int64_t d, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
-          dot.add(load(keys + j * key.row() + d, lanes), load(query + r * head_dim + d, lanes), k);
-        });
-        scores[r * kDecodeKeys + j] = dot.total();
-      }
-    for (int64_t r = 0; r < rows; ++r) {
-      float *p = partial + r * record, *row = scores + r * kDecodeKeys;
-      const int64_t visible = std::clamp<int64_t>(ends[r] - start, 0, count);
-      float top = p[0];
-      for (int64_t j = 0; j < visible; ++j) {
-        if (caps && caps[start + j] < 0.f) row[j] = -kInfinity;
-        else row[j] *= factor;
-        top = row[j] > top ? row[j] : top;
-      }
-      const float shift = top == -kInfinity ? 0.f : top, shrink = Softmax<Compute<T>>::power(p[0] - shift);
-      Sum total;
-      sweep(visible, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
-        const Vec w = keep(Softmax<Compute<T>>::power(load(row + j, lanes) - Vec(shift)), lanes, 0.f);
-        store(row + j, w, lanes);
-        total.add(w, k);
-      });
-      p[0] = top;
-      p[1] = (p[0] == -kInfinity ? 0.f : p[1] * shrink) + total.total();
-      float* out = p + 2;
-      sweep(head_dim, [&](int64_t d, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
-        Vec held = load(out + d, lanes) * Vec(shrink);
-        for (int64_t j = 0; j < visible; ++j) held = fmadd(Vec(row[j]), load(values + j * value.row() + d, lanes), held);
-        store(out + d, held, lanes);
-      });
-    }
-  }
-}
+struct Decode {
+  const ForwardCall<T>& call;
 
-template <typename T>
-void decode(const Heads& query, const Heads& key, const Heads& value, const Visibility& seen, float factor, const Heads& out,
-            float* lse) {
-  const int64_t group = query.heads / key.heads, tokens = query.tokens, head_dim = query.head_dim, rows = group * tokens;
-  const int64_t heads = query.batch * key.heads, cuts = parts(heads, key.tokens / kDecodePart), record = head_dim + 2;
-  Tensor partial = empty_floats({heads, cuts, rows, record});
-  float* partials = partial.data_ptr<float>();
-  parallel_units(
-      heads * cuts, [&] { return std::make_unique<DecodeState>(rows, head_dim); },
-      [&](int64_t unit, std::unique_ptr<DecodeState>& s) {
-        const int64_t cut = unit % cuts, b = unit / cuts / key.heads, kv = unit / cuts % key.heads;
-        std::vector<int64_t> ends(rows);
-        int64_t most = 0;
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t h = kv * group + r / tokens, i = r % tokens;
-          copy_rows(query.at<T>(b, h, i), query.row(), 1, head_dim, s->query + r * head_dim, 1, head_dim);
-          ends[r] = seen.end(b, i);
-          most = std::max(most, ends[r]);
-        }
-        const int64_t first = key.tokens * cut / cuts, last = std::min(key.tokens * (cut + 1) / cuts, most);
-        decode_part<T>(key, value, b, kv, first, last, ends.data(), seen.caps_of(b), factor, rows, s->query, s->scores,
-                       partials + unit * rows * record);
-      });
-  for (int64_t head = 0; head < heads; ++head)
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t b = head / key.heads, h = head % key.heads * group + r / tokens, i = r % tokens;
-      float *first = partials + (head * cuts * rows + r) * record, *sum = first + 2;
-      float top = -kInfinity, total = 0.f;
-      for (int64_t cut = 0; cut < cuts; ++cut) top = std::max(top, first[cut * rows * record]);
-      const float shift = top == -kInfinity ? 0.f : top;
-      for (int64_t cut = 0; cut < cuts; ++cut) {
-        const float *p = first + cut * rows * record, shrink = Softmax<Compute<T>>::power(p[0] - shift);
-        total += p[1] * shrink;
-        for (int64_t d = 0; d < head_dim; ++d) sum[d] = (cut ? sum[d] : 0.f) + p[2 + d] * shrink;
-      }
-      T* to = out.at<T>(b, h, i);
-      const bool nothing = total == 0.f;
-      for (int64_t d = 0; d < head_dim; ++d) to[d] = static_cast<T>(nothing ? 0.f : sum[d] / total);
-      lse[(b * query.heads + h) * tokens + i] = nothing ? kInfinity : top + Softmax<Compute<T>>::log(total);
+  // The group's heads times the sequence's queries, head by head, are rows. What a part of the keys gives for one of
+  // them is a record: its highest score, the sum of its weights, and their sum of values.
+  int64_t rows(const Sequence& sequence) const { return call.group() * sequence.queries; }
+  int64_t record() const { return call.key.head_dim + 2; }
+
+  static int64_t first_block(const Sequence& s) { return s.begin(0) / kDecodeKeys; }
+  static int64_t last_block(const Sequence& s) {
+    return std::max(ceil_div(s.end(s.queries - 1), kDecodeKeys), first_block(s));
+  }
+
+  void part(const Unit& unit, DecodeScratch& s, float* records) const {
+    const Sequence& sequence = *unit.sequence;
+    const int64_t head_dim = call.key.head_dim, count_rows = rows(sequence), b = sequence.batch;
+    const int64_t row_key = call.key.row(), row_value = call.value.row();
+    for (int64_t r = 0; r < count_rows; ++r) {
+      const int64_t h = unit.head * call.group() + r / sequence.queries, i = r % sequence.queries;
+      const T* query = call.query.template at<T>(b, h, sequence.first_query + i);
+      copy_rows(query, call.query.row(), 1, head_dim, s.query + r * head_dim, 1, head_dim);
+      records[r * record()] = -kInfinity;
+      std::fill_n(records + r * record() + 1, head_dim + 1, 0.f);
     }
-}
+    const Philox philox(sequence.seed);
+    const int64_t origin = first_block(sequence), blocks = last_block(sequence) - origin;
+    const int64_t first = (origin + blocks * unit.cut / unit.cuts) * kDecodeKeys;
+    const int64_t next = (origin + blocks * (unit.cut + 1) / unit.cuts) * kDecodeKeys;
+    const int64_t last = std::min(next, sequence.end(sequence.queries - 1));
+    for (int64_t start = first; start < last; start += kDecodeKeys) {
+      const int64_t count = std::min(kDecodeKeys, last - start);
+      const T* keys = call.key.template at<T>(b, unit.head, sequence.first_key + start);
+      const T* values = call.value.template at<T>(b, unit.head, sequence.first_key + start);
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t r = 0; r < count_rows; ++r) {
+          Sum dot;
+          sweep(head_dim, [&](int64_t d, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
+            dot.add(load(keys + j * row_key + d, lanes), load(s.query + r * head_dim + d, lanes), k);
+          });
+          s.scores[r * kDecodeKeys + j] = dot.total();
+        }
+      for (int64_t r = 0; r < count_rows; ++r) {
+        float *held = records + r * record(), *row = s.scores + r * kDecodeKeys, *out = held + 2;
+        const int64_t i = r % sequence.queries;
+        const int64_t low = std::max<int64_t>(sequence.begin(i) - start, 0);
+        const int64_t high = std::min(sequence.end(i) - start, count);
+        if (low >= high) continue;
+        float top = held[0];
+        for (int64_t j = low; j < high; ++j) {
+          if (sequence.caps && sequence.caps[start + j] < 0.f) row[j] = -kInfinity;
+          top = row[j] > top ? row[j] : top;
+        }
+        const float shift = call.softmax.shift(top);
+        const float shrink = Softmax<Compute<T>>::power(held[0] * call.softmax.factor - shift);
+        const Vec factor(call.softmax.factor), down(-shift);
+        Sum total;
+        sweep(high - low, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
+          const Vec w = keep(Softmax<Compute<T>>::power(fmadd(load(row + low + j, lanes), factor, down)), lanes, 0.f);
+          store(row + low + j, w, lanes);
+          total.add(w, k);
+        });
+        held[0] = top;
+        held[1] = held[1] * shrink + total.total();
+        if (call.dropout) {
+          keep_keys(philox, call.dropout, unit.head * call.group() + r / sequence.queries, i, start, high, s.kept);
+          for (int64_t j = low; j < high; ++j) row[j] *= s.kept[j];
+        }
+        sweep(head_dim, [&](int64_t d, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+          Vec sum = load(out + d, lanes) * Vec(shrink);
+          for (int64_t j = low; j < high; ++j) sum = fmadd(Vec(row[j]), load(values + j * row_value + d, lanes), sum);
+          store(out + d, sum, lanes);
+        });
+      }
+    }
+  }
+
+  // Joins the records of a head's parts, which lie one after the other, and writes the head's results.
+  void finish(const Unit& unit, float* records) const {
+    const Sequence& sequence = *unit.sequence;
+    const int64_t stride = rows(sequence) * record();
+    for (int64_t r = 0; r < rows(sequence); ++r) {
+      float *first = records + r * record(), *sum = first + 2;
+      float top = -kInfinity, total = 0.f;
+      for (int64_t cut = 0; cut < unit.cuts; ++cut) top = std::max(top, first[cut * stride]);
+      const float shift = call.softmax.shift(top);
+      for (int64_t cut = 0; cut < unit.cuts; ++cut) {
+        const float *p = first + cut * stride, shrink = Softmax<Compute<T>>::power(p[0] * call.softmax.factor - shift);
+        total += p[1] * shrink;
+        for (int64_t d = 0; d < call.key.head_dim; ++d) sum[d] = (cut ? sum[d] : 0.f) + p[2 + d] * shrink;
+      }
+      const int64_t h = unit.head * call.group() + r / sequence.queries;
+      const int64_t token = sequence.first_query + r % sequence.queries;
+      T* to = call.out.template at<T>(sequence.batch, h, token);
+      const bool nothing = total == 0.f;
+      for (int64_t d = 0; d < call.key.head_dim; ++d)
+        to[d] = static_cast<T>(nothing ? 0.f : sum[d] / total * call.dropout.factor);
+      call.lse[call.query.index(sequence.batch, h, token)] = nothing ? kInfinity : call.softmax.lse(top, total);
+    }
+  }
+
+  void run(const std::vector<const Sequence*>& sequences) const {
+    const std::vector<Unit> units = units_of(sequences, call.key.heads, [](const Sequence& s) {
+      return (last_block(s) - first_block(s)) * kDecodeKeys / kDecodePart;
+    });
+    const int64_t count = static_cast<int64_t>(units.size());
+    std::vector<int64_t> offsets(count);  // where a part's records begin: an uncut head needs none
+    int64_t size = 0, most_rows = 0;
+    for (int64_t u = 0; u < count; ++u) {
+      offsets[u] = size, most_rows = std::max(most_rows, rows(*units[u].sequence));
+      if (units[u].cuts > 1) size += rows(*units[u].sequence) * record();
+    }
+    Scratch<float> records(size);
+    parallel_units(
+        count, [&] { return std::make_unique<DecodeScratch>(most_rows, call.key.head_dim); },
+        [&](int64_t u, std::unique_ptr<DecodeScratch>& s) {
+          const bool whole = units[u].cuts == 1;
+          float* own = whole ? s->partial.get() : records + offsets[u];
+          part(units[u], *s, own);
+          if (whole) finish(units[u], own);
+        });
+    for (int64_t u = 0; u < count; ++u)
+      if (units[u].cuts > 1 && units[u].cut == 0) finish(units[u], records + offsets[u]);
+  }
+};
 
 }  // namespace gptkernels

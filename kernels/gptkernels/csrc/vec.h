@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 namespace gptkernels {
 
@@ -226,6 +227,20 @@ ALWAYS_INLINE Vec capped(Vec v, Vec cap) {
   return _mm256_min_ps(v, cap);
 #else
   return Vec::blendv(cap, v, v < cap);
+#endif
+}
+
+// Neighbouring lanes exchanged: 1, 0, 3, 2, ...
+ALWAYS_INLINE Vec swapped(Vec v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_permute_ps(v, 0xB1);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_permute_ps(v, 0xB1);
+#else
+  alignas(64) float lanes[kLanes];
+  v.store(lanes);
+  for (int64_t i = 0; i < kLanes; i += 2) std::swap(lanes[i], lanes[i + 1]);
+  return Vec::loadu(lanes);
 #endif
 }
 

@@ -209,6 +209,7 @@ _library.register(
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor out, Tensor summed, Tensor mean, Tensor rstd)",
     fake=_fake_add_forward,
+    module="gptkernels.layer_norm.triton",
 )
 # grad_x is empty unless x's dtype is not the sum's: grad_residual then serves both.
 _library.register(
@@ -216,4 +217,5 @@ _library.register(
     "(Tensor grad_out, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor mean, Tensor rstd, bool need_weight,"
     " bool need_bias, bool need_x) -> (Tensor grad_residual, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_add_backward,
+    module="gptkernels.layer_norm.triton",
 )

@@ -27,7 +27,8 @@ def linear_cross_entropy(
 
     When something needs a gradient, all gradients are computed with the loss, chunk by chunk, and backward only hands
     them over. The weight's is summed over the chunks in float32. Under autocast x, weight and bias are cast to
-    autocast's dtype, as a linear layer's are; the gradients come back in their own.
+    autocast's dtype, as a linear layer's are; the gradients come back in their own. On a GPU a chunk is a fifth of the
+    tokens, or some thousands, and the host waits for nothing.
 
     Args:
         x: ``(..., C)``, floating point.
@@ -46,7 +47,8 @@ def linear_cross_entropy(
         ValueError: a shape or reduction that is not accepted, or tensors on different devices.
         TypeError: tensors that are not floating point or, without autocast, of different dtypes; targets that are not
             integers.
-        IndexError: a target that is no class (on a GPU PyTorch reports it as a device assertion).
+        IndexError: a target that is no class, on the CPU. On a GPU nobody looks, and its loss and all gradients that it
+            reaches are NaN (the reference's are PyTorch's, which stops the device by an assertion).
         BackendUnavailableError: an explicit backend that cannot run here.
 
     Source: Hsu et al., "Liger Kernel", arXiv 2410.10989 (chunks, gradients with the loss); Wijmans et al., "Cut Your
@@ -164,6 +166,7 @@ _library.register(
     "linear_cross_entropy_forward",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index) -> Tensor",
     fake=_fake_forward,
+    module="gptkernels.linear_cross_entropy.triton",
 )
 # The losses, and with them the gradients of their sum weighted by row_weight (target's shape).
 _library.register(
@@ -171,4 +174,5 @@ _library.register(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, int ignore_index, bool need_x,"
     " bool need_weight, bool need_bias) -> (Tensor losses, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
+    module="gptkernels.linear_cross_entropy.triton",
 )

@@ -1,0 +1,267 @@
+"""The backward kernels: delta once per query, then dK with dV by tiles of keys and dQ by tiles of queries."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gptkernels.attention.triton_tile import kept, key_range, keys_in_use, load_tile, sequence_of, visible
+
+
+@triton.jit
+def _delta_kernel(
+    OUT, DOUT, DLSE, DELTA, CU_QUERIES, CU_KEYS, H, Tq, MAX_QUERIES,
+    stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt, stride_lb, stride_lh,
+    PACKED: tl.constexpr, HAS_DLSE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(out * dout) - dlse: what softmax's backward subtracts from every row of dP."""
+    blocks = tl.cdiv(MAX_QUERIES, BLOCK_M)
+    program = tl.program_id(0)
+    start_m = program % blocks * BLOCK_M
+    head_index = program // blocks
+    batch = (head_index // H).to(tl.int64)
+    head = (head_index % H).to(tl.int64)
+    first_query, first_key, Tq, Tk = sequence_of(CU_QUERIES, CU_KEYS, batch, Tq, 0, PACKED)
+    row = tl.arange(0, BLOCK_M)
+    queries = start_m + row
+    dims = tl.arange(0, BLOCK_D)
+    start = first_query + start_m
+    OUT += batch * stride_ob + head * stride_oh + start * stride_ot
+    DOUT += batch * stride_db + head * stride_dh + start * stride_dt
+    statistics = batch * stride_lb + head * stride_lh + start + row
+    mask = (queries[:, None] < Tq) & (dims[None, :] < HEAD_DIM)
+    out = tl.load(OUT + row[:, None] * stride_ot + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(DOUT + row[:, None] * stride_dt + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(out * dout, axis=1)
+    if HAS_DLSE:
+        delta -= tl.load(DLSE + statistics, mask=queries < Tq, other=0.0)
+    tl.store(DELTA + statistics, delta, mask=queries < Tq)
+
+
+@triton.jit
+def _dkdv_loop(
+    dk, dv, k, v, q_pointers, do_pointers, LSE, DELTA, start, end, keys, start_n, diagonal, window, scale, Tq,
+    stride_qt, stride_dt, seed, head, threshold, rescale,
+    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DROPOUT: tl.constexpr, EVEN_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    dims = tl.arange(0, BLOCK_D)
+    for m in range(start, end, BLOCK_M):
+        queries = m + tl.arange(0, BLOCK_M)
+        inside = queries < Tq
+        q = load_tile(q_pointers, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
+        lse = tl.load(LSE + queries, mask=inside, other=0.0)
+        st = tl.dot(k, tl.trans(q), input_precision="ieee")  # (N, M): scores transposed, so that P^T feeds a product
+        pt = tl.exp2(st * scale - lse[None, :])
+        if MASKED:  # keys beyond the end are dropped when dk and dv are stored
+            pt = tl.where(keys[:, None] <= queries[None, :] + diagonal, pt, 0.0)
+            if HAS_WINDOW:
+                pt = tl.where(keys[:, None] > queries[None, :] + diagonal - window, pt, 0.0)
+        do = load_tile(do_pointers, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
+        if HAS_DROPOUT:  # dv is rescaled when it is stored
+            keep = tl.trans(kept(seed, head, queries, start_n, threshold, BLOCK_M, BLOCK_N))
+            dv = tl.dot(tl.where(keep, pt, 0.0).to(do.dtype), do, dv, input_precision="ieee")
+        else:
+            dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")
+        delta = tl.load(DELTA + queries, mask=inside, other=0.0)
+        dpt = tl.dot(v, tl.trans(do), input_precision="ieee")  # (N, M)
+        if HAS_DROPOUT:
+            dpt = tl.where(keep, dpt * rescale, 0.0)
+        dst = pt * (dpt - delta[None, :])
+        dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
+        q_pointers += BLOCK_M * stride_qt
+        do_pointers += BLOCK_M * stride_dt
+    return dk, dv, q_pointers, do_pointers
+
+
+@triton.jit
+def _dkdv_kernel(
+    Q, K, V, DOUT, LSE, DELTA, DK, DV, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
+    scale, scale_log2, rescale, threshold, window, H, GROUP, Tq, Tk, MAX_KEYS,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_dt, stride_lb, stride_lh,
+    stride_gkb, stride_gkh, stride_gkt, stride_gvb, stride_gvh, stride_gvt,
+    IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys: all query heads of the group, all queries that see it, in fixed order."""
+    blocks = tl.cdiv(MAX_KEYS, BLOCK_N)
+    program = tl.program_id(0)
+    start_n = program % blocks * BLOCK_N  # early keys are seen by most queries: they come first
+    head_index = program // blocks
+    kv_heads = H // GROUP
+    batch = (head_index // kv_heads).to(tl.int64)
+    kv_head = (head_index % kv_heads).to(tl.int64)
+    first_query, first_key, Tq, Tk = sequence_of(CU_QUERIES, CU_KEYS, batch, Tq, Tk, PACKED)
+    if PACKED:
+        if start_n >= Tk:  # a sequence shorter than the longest
+            return
+    row = tl.arange(0, BLOCK_N)
+    keys = start_n + row
+    dims = tl.arange(0, BLOCK_D)
+    start = first_key + start_n
+    K += batch * stride_kb + kv_head * stride_kh + start * stride_kt
+    V += batch * stride_vb + kv_head * stride_vh + start * stride_vt
+    DK += batch * stride_gkb + kv_head * stride_gkh + start * stride_gkt
+    DV += batch * stride_gvb + kv_head * stride_gvh + start * stride_gvt
+    if HAS_MASK:
+        KEY_MASK += batch * Tk
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(SEEDS + batch)
+
+    keys_end = keys_in_use(KEY_LENGTHS, batch, Tk, HAS_LENGTHS)
+    k = load_tile(K + row[:, None] * stride_kt + dims[None, :], keys[:, None], dims[None, :], Tk, HEAD_DIM, BLOCK_D, EVEN_K)  # fmt: skip
+    v = load_tile(V + row[:, None] * stride_vt + dims[None, :], keys[:, None], dims[None, :], Tk, HEAD_DIM, BLOCK_D, EVEN_K)  # fmt: skip
+    # Queries [first, last) see part of this tile, [from_, to) all of it; all but `last` are multiples of BLOCK_M.
+    diagonal = Tk - Tq
+    first = 0
+    from_ = 0
+    last = tl.where(start_n < keys_end, Tq, 0)  # a tile of padding has no work
+    if IS_CAUSAL:
+        first = tl.minimum(tl.maximum(start_n - diagonal, 0) // BLOCK_M * BLOCK_M, Tq)
+        from_ = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - diagonal, 0), BLOCK_M) * BLOCK_M
+    if HAS_WINDOW:
+        last = tl.minimum(last, tl.maximum(start_n + BLOCK_N - 1 - diagonal + window, 0))
+    from_ = tl.minimum(from_, tl.cdiv(last, BLOCK_M) * BLOCK_M)
+    to = last
+    if HAS_WINDOW:
+        to = tl.maximum(tl.minimum(last, tl.maximum(start_n - diagonal + window, 0) // BLOCK_M * BLOCK_M), from_)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    row_m = tl.arange(0, BLOCK_M)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        # Tiles start at multiples of BLOCK_M, which `first` is: pointers advance with the loops.
+        rows = first_query + first + row_m
+        q_pointers = Q + batch * stride_qb + head * stride_qh + rows[:, None] * stride_qt + dims[None, :]
+        do_pointers = DOUT + batch * stride_db + head * stride_dh + rows[:, None] * stride_dt + dims[None, :]
+        statistics = batch * stride_lb + head * stride_lh + first_query
+        if IS_CAUSAL:
+            dk, dv, q_pointers, do_pointers = _dkdv_loop(
+                dk, dv, k, v, q_pointers, do_pointers, LSE + statistics, DELTA + statistics, first, from_, keys, start_n,
+                diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
+                True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        dk, dv, q_pointers, do_pointers = _dkdv_loop(
+            dk, dv, k, v, q_pointers, do_pointers, LSE + statistics, DELTA + statistics, from_, to, keys, start_n,
+            diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
+            False, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        if HAS_WINDOW:
+            dk, dv, q_pointers, do_pointers = _dkdv_loop(
+                dk, dv, k, v, q_pointers, do_pointers, LSE + statistics, DELTA + statistics, to, last, keys, start_n,
+                diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
+                True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    seen = keys < keys_end
+    if HAS_MASK:
+        seen = seen & (tl.load(KEY_MASK + keys, mask=seen, other=0) != 0)
+    if HAS_DROPOUT:
+        dv *= rescale
+    dk = tl.where(seen[:, None], dk * scale, 0.0)
+    dv = tl.where(seen[:, None], dv, 0.0)
+    mask = (keys[:, None] < Tk) & (dims[None, :] < HEAD_DIM)
+    tl.store(DK + row[:, None] * stride_gkt + dims[None, :], dk.to(DK.dtype.element_ty), mask=mask)
+    tl.store(DV + row[:, None] * stride_gvt + dims[None, :], dv.to(DV.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dq_loop(
+    dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
+    stride_kt, stride_vt, seed, head, threshold, rescale,
+    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    dims = tl.arange(0, BLOCK_D)
+    for n in range(start, end, BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        k = load_tile(k_pointers, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, N)
+        p = tl.exp2(s * scale - lse[:, None])
+        if MASKED:
+            seen = visible(queries[:, None], keys[None, :], keys_end, KEY_MASK, diagonal, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW)  # fmt: skip
+            p = tl.where(seen, p, 0.0)
+        v = load_tile(v_pointers, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        if HAS_DROPOUT:
+            dp = tl.where(kept(seed, head, queries, n, threshold, BLOCK_M, BLOCK_N), dp * rescale, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        k_pointers += BLOCK_N * stride_kt
+        v_pointers += BLOCK_N * stride_vt
+    return dq, k_pointers, v_pointers
+
+
+@triton.jit
+def _dq_kernel(
+    Q, K, V, DOUT, LSE, DELTA, DQ, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
+    scale, scale_log2, rescale, threshold, window, H, GROUP, Tq, Tk, MAX_QUERIES,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_dt, stride_lb, stride_lh, stride_gb, stride_gh, stride_gt,
+    IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, EVEN_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries against all keys they see; the walk is the forward's."""
+    blocks = tl.cdiv(MAX_QUERIES, BLOCK_M)
+    program = tl.program_id(0)
+    start_m = (blocks - 1 - program % blocks) * BLOCK_M
+    head_index = program // blocks
+    batch = (head_index // H).to(tl.int64)
+    head = (head_index % H).to(tl.int64)
+    first_query, first_key, Tq, Tk = sequence_of(CU_QUERIES, CU_KEYS, batch, Tq, Tk, PACKED)
+    if PACKED:
+        if start_m >= Tq:
+            return
+    row = tl.arange(0, BLOCK_M)
+    queries = start_m + row
+    dims = tl.arange(0, BLOCK_D)
+    start = first_query + start_m
+    Q += batch * stride_qb + head * stride_qh + start * stride_qt
+    K += batch * stride_kb + head // GROUP * stride_kh + first_key * stride_kt
+    V += batch * stride_vb + head // GROUP * stride_vh + first_key * stride_vt
+    DOUT += batch * stride_db + head * stride_dh + start * stride_dt
+    DQ += batch * stride_gb + head * stride_gh + start * stride_gt
+    if HAS_MASK:
+        KEY_MASK += batch * Tk
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(SEEDS + batch)
+
+    keys_end = keys_in_use(KEY_LENGTHS, batch, Tk, HAS_LENGTHS)
+    diagonal = Tk - Tq
+    begin, from_, to, end = key_range(start_m, diagonal, keys_end, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N)  # fmt: skip
+    q = load_tile(Q + row[:, None] * stride_qt + dims[None, :], queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # fmt: skip
+    do = load_tile(DOUT + row[:, None] * stride_dt + dims[None, :], queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # fmt: skip
+    statistics = batch * stride_lb + head * stride_lh + start + row
+    lse = tl.load(LSE + statistics, mask=queries < Tq, other=0.0)
+    delta = tl.load(DELTA + statistics, mask=queries < Tq, other=0.0)
+    key = begin + tl.arange(0, BLOCK_N)
+    k_pointers = K + key[:, None].to(tl.int64) * stride_kt + dims[None, :]
+    v_pointers = V + key[:, None].to(tl.int64) * stride_vt + dims[None, :]
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if HAS_WINDOW:
+        dq, k_pointers, v_pointers = _dq_loop(
+            dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, begin, from_, queries, keys_end, diagonal, window,
+            scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
+            True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    dq, k_pointers, v_pointers = _dq_loop(
+        dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, from_, to, queries, keys_end, diagonal, window,
+        scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
+        False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    dq, k_pointers, v_pointers = _dq_loop(
+        dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, to, end, queries, keys_end, diagonal, window,
+        scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
+        True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    tl.store(
+        DQ + row[:, None] * stride_gt + dims[None, :],
+        (dq * scale).to(DQ.dtype.element_ty),
+        mask=(queries[:, None] < Tq) & (dims[None, :] < HEAD_DIM),
+    )

@@ -1,0 +1,232 @@
+"""The forward kernels: a tile of queries against its keys, and for few queries the keys split over programs."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gptkernels.attention.triton_tile import kept, key_range, keys_in_use, load_tile, sequence_of, visible
+
+
+@triton.jit
+def _forward_loop(
+    acc, l, m, q, k_pointers, v_pointers, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
+    stride_kt, stride_vt, seed, head, threshold,
+    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    dims = tl.arange(0, BLOCK_D)
+    for n in range(start, end, BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        k = load_tile(k_pointers, keys[None, :], dims[:, None], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (D, N)
+        s = tl.dot(q, k, input_precision="ieee")  # (M, N)
+        if MASKED:
+            seen = visible(queries[:, None], keys[None, :], keys_end, KEY_MASK, diagonal, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW)  # fmt: skip
+            s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1))
+        shift = m_new * scale
+        if MASKED:  # a row that has seen nothing: -inf - -inf would be NaN
+            shift = tl.where(m_new == float("-inf"), 0.0, shift)
+        p = tl.exp2(s * scale - shift[:, None])
+        correction = tl.exp2(m * scale - shift)
+        l = l * correction + tl.sum(p, axis=1)
+        if HAS_DROPOUT:  # the sum is that of all weights
+            p = tl.where(kept(seed, head, queries, n, threshold, BLOCK_M, BLOCK_N), p, 0.0)
+        v = load_tile(v_pointers, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
+        m = m_new
+        k_pointers += BLOCK_N * stride_kt
+        v_pointers += BLOCK_N * stride_vt
+    return acc, l, m, k_pointers, v_pointers
+
+
+@triton.jit
+def _log_sum(m, l, scale):
+    """The base-2 logarithm of the sum of exponentials; +inf of none, so that a weight recomputed from it is 0."""
+    return tl.where(l == 0.0, float("inf"), m * scale + tl.log2(l))
+
+
+@triton.jit
+def _forward_kernel(
+    Q, K, V, OUT, LSE, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS, scale, rescale, threshold, window,
+    H, GROUP, Tq, Tk, MAX_QUERIES,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, stride_lb, stride_lh,
+    IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, EVEN_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M queries of one head against all keys they see. `scale` includes log2(e)."""
+    blocks = tl.cdiv(MAX_QUERIES, BLOCK_M)
+    program = tl.program_id(0)
+    # Late queries see most keys: start with them, and end with the light tiles that fill the gaps.
+    start_m = (blocks - 1 - program % blocks) * BLOCK_M
+    head_index = program // blocks
+    batch = (head_index // H).to(tl.int64)
+    head = (head_index % H).to(tl.int64)
+    first_query, first_key, Tq, Tk = sequence_of(CU_QUERIES, CU_KEYS, batch, Tq, Tk, PACKED)
+    if PACKED:
+        if start_m >= Tq:  # a sequence shorter than the longest
+            return
+    row = tl.arange(0, BLOCK_M)
+    queries = start_m + row
+    dims = tl.arange(0, BLOCK_D)
+    start = first_query + start_m
+    Q += batch * stride_qb + head * stride_qh + start * stride_qt
+    K += batch * stride_kb + head // GROUP * stride_kh + first_key * stride_kt
+    V += batch * stride_vb + head // GROUP * stride_vh + first_key * stride_vt
+    OUT += batch * stride_ob + head * stride_oh + start * stride_ot
+    LSE += batch * stride_lb + head * stride_lh + start
+    if HAS_MASK:
+        KEY_MASK += batch * Tk
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(SEEDS + batch)
+
+    keys_end = keys_in_use(KEY_LENGTHS, batch, Tk, HAS_LENGTHS)
+    diagonal = Tk - Tq
+    begin, from_, to, end = key_range(start_m, diagonal, keys_end, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N)  # fmt: skip
+    q = load_tile(Q + row[:, None] * stride_qt + dims[None, :], queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # fmt: skip
+    key = begin + tl.arange(0, BLOCK_N)
+    k_pointers = K + key[None, :].to(tl.int64) * stride_kt + dims[:, None]
+    v_pointers = V + key[:, None].to(tl.int64) * stride_vt + dims[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if HAS_WINDOW:
+        acc, l, m, k_pointers, v_pointers = _forward_loop(
+            acc, l, m, q, k_pointers, v_pointers, KEY_MASK, begin, from_, queries, keys_end, diagonal, window, scale,
+            stride_kt, stride_vt, seed, head, threshold, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    acc, l, m, k_pointers, v_pointers = _forward_loop(
+        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, from_, to, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, seed, head, threshold, False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    acc, l, m, k_pointers, v_pointers = _forward_loop(
+        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, to, end, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, seed, head, threshold, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    if HAS_DROPOUT:
+        out *= rescale
+    tl.store(LSE + row, _log_sum(m, l, scale), mask=queries < Tq)
+    tl.store(
+        OUT + row[:, None] * stride_ot + dims[None, :],
+        out.to(OUT.dtype.element_ty),
+        mask=(queries[:, None] < Tq) & (dims[None, :] < HEAD_DIM),
+    )
+
+
+@triton.jit
+def _decode_kernel(
+    Q, K, V, PARTIAL, PARTIAL_LSE, KEY_LENGTHS, KEY_MASK, scale, window, H, GROUP, Tq, Tk, CHUNK,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Few queries: all of a key/value head's, of all query heads of its group, against CHUNK of the keys.
+
+    Row r of the tile is query ``r % Tq`` of the group's head ``r // Tq``; each key is read once for all of them.
+    """
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    head_index = tl.program_id(1)
+    kv_heads = H // GROUP
+    batch = (head_index // kv_heads).to(tl.int64)
+    kv_head = (head_index % kv_heads).to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    queries = row % Tq
+    inside = row < GROUP * Tq
+    dims = tl.arange(0, BLOCK_D)
+    head = kv_head * GROUP + row // Tq
+    Q += batch * stride_qb
+    K += batch * stride_kb + kv_head * stride_kh
+    V += batch * stride_vb + kv_head * stride_vh
+    if HAS_MASK:
+        KEY_MASK += batch * Tk
+    q = tl.load(
+        Q + head[:, None] * stride_qh + queries[:, None] * stride_qt + dims[None, :],
+        mask=inside[:, None] & (dims[None, :] < HEAD_DIM),
+        other=0.0,
+    )
+    keys_end = keys_in_use(KEY_LENGTHS, batch, Tk, HAS_LENGTHS)
+    diagonal = Tk - Tq
+    # The queries are 0 to Tq - 1: what all of them see ends with the first one's keys and begins with the last one's.
+    begin = split * CHUNK
+    end = tl.minimum(begin + CHUNK, keys_end)
+    to = end
+    from_ = begin
+    if IS_CAUSAL:
+        to = tl.minimum(to, diagonal + 1)
+    if HAS_WINDOW:
+        begin = tl.maximum(begin, (diagonal - window + 1) // BLOCK_N * BLOCK_N)
+        from_ = tl.maximum(begin, tl.cdiv(tl.maximum(Tq + diagonal - window, 0), BLOCK_N) * BLOCK_N)
+    if HAS_MASK:
+        to = begin
+    to = tl.maximum(to // BLOCK_N * BLOCK_N, begin)
+    from_ = tl.minimum(from_, to)
+    key = begin + tl.arange(0, BLOCK_N)
+    k_pointers = K + key[None, :].to(tl.int64) * stride_kt + dims[:, None]
+    v_pointers = V + key[:, None].to(tl.int64) * stride_vt + dims[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if HAS_WINDOW:
+        acc, l, m, k_pointers, v_pointers = _forward_loop(
+            acc, l, m, q, k_pointers, v_pointers, KEY_MASK, begin, from_, queries, keys_end, diagonal, window, scale,
+            stride_kt, stride_vt, 0, 0, 0, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    acc, l, m, k_pointers, v_pointers = _forward_loop(
+        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, from_, to, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, 0, 0, 0, False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    acc, l, m, k_pointers, v_pointers = _forward_loop(
+        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, to, end, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, 0, 0, 0, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    # Partial results: (batch * kv_heads, splits, group * Tq, D), each normalised by its own sum.
+    rows = (head_index.to(tl.int64) * splits + split) * (GROUP * Tq) + row
+    out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    lse = tl.where(l == 0.0, float("-inf"), m * scale + tl.log2(l))
+    tl.store(PARTIAL_LSE + rows, lse, mask=inside)
+    tl.store(PARTIAL + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=inside[:, None] & (dims[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def _combine_kernel(
+    PARTIAL, PARTIAL_LSE, OUT, LSE, H, GROUP, Tq, SPLITS, stride_ob, stride_oh, stride_ot,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of one query of one head, in order: each weighs as much as its sum of exponentials."""
+    program = tl.program_id(0)
+    query = (program % Tq).to(tl.int64)
+    head_index = program // Tq
+    batch = (head_index // H).to(tl.int64)
+    head = (head_index % H).to(tl.int64)
+    kv_index = batch * (H // GROUP) + head // GROUP
+    row = head % GROUP * Tq + query
+    split = tl.arange(0, BLOCK_S)
+    inside = split < SPLITS
+    dims = tl.arange(0, BLOCK_D)
+    rows = (kv_index * SPLITS + split) * (GROUP * Tq) + row
+    lse = tl.load(PARTIAL_LSE + rows, mask=inside, other=float("-inf"))
+    m = tl.max(lse, axis=0)
+    m = tl.where(m == float("-inf"), 0.0, m)
+    weights = tl.exp2(lse - m)
+    total = tl.sum(weights, axis=0)
+    partial = tl.load(
+        PARTIAL + rows[:, None] * HEAD_DIM + dims[None, :],
+        mask=inside[:, None] & (dims[None, :] < HEAD_DIM),
+        other=0.0,
+    )
+    out = tl.sum(weights[:, None] * partial, axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(LSE + head_index.to(tl.int64) * Tq + query, tl.where(total == 0.0, float("inf"), m + tl.log2(total)))
+    OUT += batch * stride_ob + head * stride_oh + query * stride_ot
+    tl.store(OUT + dims, out.to(OUT.dtype.element_ty), mask=dims < HEAD_DIM)

@@ -1,0 +1,200 @@
+"""Cross-entropy in Triton: whole rows in registers while they fit, an online pass and a second look in cache beyond.
+
+All arithmetic is float32. Rows are addressed in int64. The gradient may be written over the logits: a program is done
+with a row's logits where it writes. The derivation and the traffic are in MATH.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptkernels._triton import FP_FUSION, architecture, multiprocessors, next_power_of_2, on_device, rows_and_stride
+
+# The longest row that one program keeps in registers: 32,768 float32 over 1,024 threads are 32 registers a thread.
+MAX_BLOCK = 32768
+MAX_THREADS = 1024
+# A long row with a gradient is read twice, the second time from cache. Two rows a multiprocessor overlap one's reads with
+# the other's writes; rows of more bytes than this come one at a time, or those in flight outgrow the second-level cache.
+SHARED_BYTES = 131072
+# What one program of the scaling kernel takes at a time.
+SCALE_BLOCK = 4096
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
+
+
+@triton.jit
+def _rows_kernel(
+    X, TARGET, WEIGHT, LOSS, DX, M, N, PADDED, stride_x, stride_dx, ignored,
+    GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows: one read, and with GRADIENT one write. Columns from N to PADDED may be touched, and say nothing."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    target = tl.load(TARGET + rows, mask=rows < M, other=0)
+    counted = (rows < M) & (target != ignored)
+    known = (target >= 0) & (target < N)  # what is no class makes its row NaN
+    target = target.to(tl.int32)
+    chosen = tl.load(X + rows * stride_x + target, mask=counted & known, other=float("nan")).to(tl.float32)
+    touched = (cols < PADDED)[None, :] & counted[:, None]
+    x = tl.load(X + rows[:, None] * stride_x + cols[None, :], mask=touched, other=0.0).to(tl.float32)
+    x = tl.where((cols < N)[None, :], x, float("-inf"))
+    m = tl.max(x, axis=1)  # (ROWS,)
+    e = tl.exp2((x - m[:, None]) * LOG2E)
+    total = tl.sum(e, axis=1)
+    tl.store(LOSS + rows, tl.where(counted, tl.log(total) + (m - chosen), 0.0), mask=rows < M)
+    if GRADIENT:
+        weight = tl.where(known, tl.load(WEIGHT + rows, mask=counted, other=0.0), float("nan"))
+        p = e * (1.0 / total)[:, None]
+        dx = weight[:, None] * tl.where(cols[None, :] == target[:, None], p - 1.0, p)
+        dx = tl.where(counted[:, None], dx, 0.0)
+        inside = (cols < PADDED)[None, :] & (rows < M)[:, None]
+        tl.store(DX + rows[:, None] * stride_dx + cols[None, :], dx.to(DX.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _long_kernel(
+    X, TARGET, WEIGHT, LOSS, DX, N, PADDED, stride_x, stride_dx, ignored,
+    GRADIENT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One long row: maximum and sum online in one read; with GRADIENT a second read, of what the first left in cache.
+
+    Each of LANES columns of a tile keeps a maximum and a sum of its own, so that the loop waits for no other thread.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    X += row * stride_x
+    target = tl.load(TARGET + row)
+    counted = target != ignored
+    known = (target >= 0) & (target < N)  # what is no class makes the row NaN
+    target = target.to(tl.int32)
+    chosen = tl.load(X + target, mask=counted & known, other=float("nan")).to(tl.float32)
+    tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    read = tl.where(counted, PADDED, 0)  # of an ignored row nothing
+    m = tl.full((LANES,), LOWEST, tl.float32)  # not -inf, which would be subtracted from itself
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(0, read, DEPTH * LANES):
+        cols = start + tile
+        x = tl.load(X + cols, mask=cols < read, other=0.0).to(tl.float32)
+        x = tl.where(cols < N, x, float("-inf"))
+        m_new = tl.maximum(m, tl.max(x, axis=0))
+        e = tl.exp2((x - m_new[None, :]) * LOG2E)
+        total = total * tl.exp2((m - m_new) * LOG2E) + tl.sum(e, axis=0)
+        m = m_new
+    top = tl.max(m, axis=0)
+    total = tl.sum(total * tl.exp2((m - top) * LOG2E), axis=0)
+    tl.store(LOSS + row, tl.where(counted, tl.log(total) + (top - chosen), 0.0))
+    if GRADIENT:
+        DX += row * stride_dx
+        weight = tl.where(known, tl.load(WEIGHT + row), float("nan"))
+        factor = 1.0 / total
+        # From the end: what was read last is what the caches still hold. The gradient is not to drive it out.
+        blocks = tl.cdiv(PADDED, DEPTH * LANES)
+        for block in range(blocks):
+            cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
+            x = tl.load(X + cols, mask=cols < read, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            p = tl.exp2((x - top) * LOG2E) * factor
+            dx = weight * tl.where(cols == target, p - 1.0, p)
+            dx = tl.where(counted & (cols < N), dx, 0.0)
+            tl.store(DX + cols, dx.to(DX.dtype.element_ty), mask=cols < PADDED, eviction_policy="evict_first")
+
+
+@triton.jit
+def _scale_kernel(X, FACTOR, SIZE, BLOCK: tl.constexpr):
+    """X *= FACTOR, without touching X where the factor is 1: nobody on the host has to look."""
+    factor = tl.load(FACTOR)
+    if factor != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(first, SIZE, step):
+            offsets = start + tl.arange(0, BLOCK)
+            x = tl.load(X + offsets, mask=offsets < SIZE).to(tl.float32)
+            tl.store(X + offsets, (x * factor).to(X.dtype.element_ty), mask=offsets < SIZE)
+
+
+def _warp(x: Tensor) -> int:
+    """Threads of a warp on `x`'s device."""
+    return 64 if architecture(x) == "hip" else 32
+
+
+def _short(columns: int, warp: int) -> tuple[int, dict[str, int]]:
+    """Rows a program and constants of the whole-row kernel: short rows share a program, about 16 elements a thread."""
+    block = next_power_of_2(columns)
+    per_program = max(1, min(256, 2048 // block))
+    threads = min(MAX_THREADS, block * per_program // 16)
+    return per_program, {"ROWS": per_program, "BLOCK": block, "num_warps": max(1, threads // warp)}
+
+
+def _long(row_bytes: int, itemsize: int, aligned: bool, gradient: bool, warp: int) -> dict[str, int]:
+    """Constants of the long-row kernel: LANES so that a column of the tile belongs to one thread, whatever the loads."""
+    threads = (512 if row_bytes <= SHARED_BYTES else MAX_THREADS) if gradient else 256
+    # Per thread 16 elements in loads of 16 bytes; of rows that allow no wide loads 8, whose addresses fill the registers.
+    lanes, elements = (16 // itemsize, 16) if aligned else (2, 8)
+    return {"DEPTH": elements // lanes, "LANES": threads * lanes, "num_warps": threads // warp}
+
+
+def rows_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    losses: Tensor,
+    row_weight: Tensor | None = None,
+    grad_logits: Tensor | None = None,
+    padded: int | None = None,
+) -> None:
+    """The launcher of both losses: writes `losses` and, where given, `grad_logits`, which may be `logits` itself.
+
+    `logits` and `grad_logits` are (M, V) with adjacent columns, the rest is (M,) and contiguous. Of every row, the
+    first `padded` columns may be read and written: where those are a multiple of 16 and V is not, accesses stay wide.
+    """
+    rows, columns = logits.shape
+    padded = padded or columns
+    strides = logits.stride(0), logits.stride(0) if grad_logits is None else grad_logits.stride(0)
+    gradient = grad_logits is not None
+    with on_device(logits):
+        if columns <= MAX_BLOCK:
+            per_program, constants = _short(columns, _warp(logits))
+            _rows_kernel[(triton.cdiv(rows, per_program),)](
+                logits, target, row_weight, losses, grad_logits, rows, columns, padded, *strides, ignore_index,
+                GRADIENT=gradient, **constants, **FP_FUSION,
+            )  # fmt: skip
+        else:
+            itemsize, aligned = logits.element_size(), all(size % 16 == 0 for size in (padded, *strides))
+            constants = _long(columns * itemsize, itemsize, aligned, gradient, _warp(logits))
+            _long_kernel[(rows,)](
+                logits, target, row_weight, losses, grad_logits, columns, padded, *strides, ignore_index,
+                GRADIENT=gradient, **constants, **FP_FUSION,
+            )  # fmt: skip
+
+
+def cross_entropy_forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The losses, float32, of target's shape."""
+    losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+    if target.numel():
+        rows = rows_and_stride(logits)[0]
+        rows_cross_entropy(rows, target.contiguous(), ignore_index, losses)
+    return losses
+
+
+def cross_entropy_backward(
+    logits: Tensor, target: Tensor, row_weight: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """``(losses, grad_logits)``: the gradient of the losses' sum weighted by `row_weight`, like logits and contiguous."""
+    losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if target.numel():
+        rows, _, columns, _ = rows_and_stride(logits)
+        weights = row_weight.to(torch.float32).contiguous()
+        rows_cross_entropy(rows, target.contiguous(), ignore_index, losses, weights, grad_logits.view(-1, columns))
+    return losses, grad_logits
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """``x *= factor`` for a contiguous `x` and one number on its device; free where the number is 1."""
+    if x.numel() == 0:
+        return
+    programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), 8 * multiprocessors(x))
+    with on_device(x):
+        _scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8, **FP_FUSION)

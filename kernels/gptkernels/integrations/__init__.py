@@ -1,0 +1,1 @@
+"""This library in other people's frameworks; each module here needs its framework, and nothing else imports it."""

@@ -1,0 +1,106 @@
+"""Rotary position embedding in Triton: a program turns some heads of a block of tokens by angles that it reads once.
+
+All arithmetic is float32, tokens are addressed in int64. The derivation and the traffic are in MATH.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptkernels._triton import FP_FUSION, next_power_of_2, on_device
+from gptkernels.attention.api import empty_like_heads
+
+# What a program takes of each of its heads, and how many heads that share the angles: 16 elements a thread and head, so
+# that a thread has 128 bytes of 16-bit input under way.
+ELEMENTS = 2048
+MAX_HEADS = 4
+
+
+@triton.jit
+def _rotate_kernel(
+    X, COS, SIN, OUT, T, head_groups,
+    stride_xb, stride_xh, stride_xt, stride_cb, stride_ct, stride_sb, stride_st, stride_ob, stride_oh, stride_ot,
+    PAIRS: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """TOKENS tokens of HEADS heads: PAIRS pairs turned, the REST of the dimensions copied."""
+    program = tl.program_id(0)
+    group = program % head_groups  # neighbours share a block of tokens, and with it the tables
+    block = program // head_groups
+    blocks = tl.cdiv(T, TOKENS)
+    batch = (block // blocks).to(tl.int64)
+    heads = (group * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None, None]
+    tokens = ((block % blocks) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[None, :, None]
+    pairs = tl.arange(0, BLOCK)[None, None, :]
+    mask = (tokens < T) & (pairs < PAIRS)  # (1, TOKENS, BLOCK)
+    cos = tl.load(COS + batch * stride_cb + tokens * stride_ct + pairs, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + batch * stride_sb + tokens * stride_st + pairs, mask=mask, other=0.0).to(tl.float32)
+    if INVERSE:
+        sin = -sin
+    X += batch * stride_xb + heads * stride_xh + tokens * stride_xt  # (HEADS, TOKENS, 1)
+    OUT += batch * stride_ob + heads * stride_oh + tokens * stride_ot
+    # Every read comes before the first write: neither the compiler nor the GPU moves a read over a write to what may be
+    # the same memory, and the reads would wait for one another.
+    if REST > 0:
+        rest = tl.arange(0, BLOCK_REST)[None, None, :]
+        rest_mask = (tokens < T) & (rest < REST)
+        unchanged = tl.load(X + 2 * PAIRS + rest, mask=rest_mask)
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * BLOCK)[None, None, :]
+        both_mask = (tokens < T) & (both < 2 * PAIRS)
+        ab = tl.load(X + both, mask=both_mask, other=0.0).to(tl.float32)  # (HEADS, TOKENS, 2 BLOCK)
+        a, b = tl.split(tl.reshape(ab, (HEADS, TOKENS, BLOCK, 2)))
+        turned = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (HEADS, TOKENS, 2 * BLOCK))
+        tl.store(OUT + both, turned.to(OUT.dtype.element_ty), mask=both_mask)
+    else:
+        a = tl.load(X + pairs, mask=mask, other=0.0).to(tl.float32)  # (HEADS, TOKENS, BLOCK)
+        b = tl.load(X + PAIRS + pairs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(OUT + pairs, (a * cos - b * sin).to(OUT.dtype.element_ty), mask=mask)
+        tl.store(OUT + PAIRS + pairs, (b * cos + a * sin).to(OUT.dtype.element_ty), mask=mask)
+    if REST > 0:
+        tl.store(OUT + 2 * PAIRS + rest, unchanged, mask=rest_mask)
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """`x` itself where its last dimension is adjacent in memory, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    out = empty_like_heads(x)
+    if x.numel() == 0:
+        return out
+    x, cos, sin = _adjacent(x), _adjacent(cos), _adjacent(sin)
+    batch, heads, tokens, head_dim = x.shape
+    pairs = cos.shape[-1]
+    rest = head_dim - 2 * pairs
+    # In a table for all sequences the next sequence's row is the same one.
+    cos_batch, sin_batch = (t.stride(0) if t.dim() == 3 and t.shape[0] > 1 else 0 for t in (cos, sin))
+    block, block_rest = next_power_of_2(pairs), next_power_of_2(rest) if rest else 0
+    row = next_power_of_2(2 * block + block_rest)
+    per_program = min(next_power_of_2(tokens), max(1, ELEMENTS // row))
+    together = math.gcd(heads, MAX_HEADS)
+    head_groups = heads // together
+    with on_device(x):
+        _rotate_kernel[(batch * triton.cdiv(tokens, per_program) * head_groups,)](
+            x, cos, sin, out, tokens, head_groups,
+            *x.stride()[:3], cos_batch, cos.stride(-2), sin_batch, sin.stride(-2), *out.stride()[:3],
+            PAIRS=pairs, REST=rest, INTERLEAVED=interleaved, INVERSE=inverse,
+            HEADS=together, TOKENS=per_program, BLOCK=block, BLOCK_REST=block_rest,
+            num_warps=max(1, min(16, per_program * row // 512)), **FP_FUSION,
+        )  # fmt: skip
+    return out
+
+
+def rotary_forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x (B, H, T, D) with its pairs turned, laid out (B, T, H, D)."""
+    return _rotate(x, cos, sin, interleaved, inverse=False)
+
+
+def rotary_backward(grad_out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """grad_out (B, H, T, D) with its pairs turned back, laid out (B, T, H, D)."""
+    return _rotate(grad_out, cos, sin, interleaved, inverse=True)

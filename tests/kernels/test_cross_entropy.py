@@ -1,0 +1,226 @@
+"""The losses' own edges: targets that are ignored or no class, infinities, chunks, loss scales, and no wait for the device."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gptkernels import available_backends, cross_entropy, linear_cross_entropy
+from gptkernels.linear_cross_entropy import reference
+from gptkernels.linear_cross_entropy.spec import SPEC, _case
+from gptkernels.testing import assert_within_budget, check_op, poisoned_memory
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FUSED = [name for name in available_backends() if name != "reference"]
+# Vocabularies that Triton keeps in registers, several rows a program and one, and that it walks through.
+CLASSES = [pytest.param(n, id=i) for n, i in ((3, "several rows"), (4099, "one row"), (40_001, "long"))]
+
+
+def losses_and_gradient(logits: torch.Tensor, target: torch.Tensor, backend: str, reduction: str = "none"):
+    logits = logits.detach().requires_grad_()
+    with poisoned_memory():
+        losses = cross_entropy(logits, target, reduction=reduction, backend=backend)
+        (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    return losses.detach(), gradient
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_ignored_rows_are_not_read(classes: int, backend: str, device: str):
+    logits = torch.randn(5, classes, device=device)
+    logits[1] = math.nan
+    target = torch.tensor([0, -100, 2, 1, 0], device=device)
+    for reduction in ("none", "mean"):
+        losses, gradient = losses_and_gradient(logits, target, backend, reduction)
+        kept = target != -100
+        plain, plain_gradient = losses_and_gradient(logits[kept], target[kept], "reference", reduction)
+        torch.testing.assert_close(losses[kept] if reduction == "none" else losses, plain)
+        torch.testing.assert_close(gradient[kept], plain_gradient)
+        assert (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_triton_makes_a_target_that_is_no_class_nan(classes: int, device: str):
+    """Nothing is thrown: to know of it the host would have to wait."""
+    logits = torch.randn(6, classes, device=device)
+    target = torch.tensor([0, -1, 2, classes, 2**32 + 1, 1], device=device)
+    wrong = torch.tensor([False, True, False, True, True, False], device=device)
+    losses, gradient = losses_and_gradient(logits, target, "triton")
+    assert losses[wrong].isnan().all()
+    assert gradient[wrong].isnan().all()
+    plain, plain_gradient = losses_and_gradient(logits[~wrong], target[~wrong], "reference")
+    torch.testing.assert_close(losses[~wrong], plain)
+    torch.testing.assert_close(gradient[~wrong], plain_gradient)
+    assert losses_and_gradient(logits, target, "triton", "mean")[0].isnan()
+    # An ignored one may have any value.
+    target[wrong] = -1
+    assert cross_entropy(logits, target, ignore_index=-1, backend="triton").isfinite()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_infinities_and_nan_stay_in_their_row(classes: int, backend: str, device: str):
+    logits = torch.randn(7, classes, device=device)
+    logits[0, 0] = -math.inf  # beside the target
+    logits[1, 1] = -math.inf  # the target
+    logits[2] = -math.inf
+    logits[3, 2] = math.inf
+    logits[4, 0] = math.nan
+    logits[5] = torch.finfo(torch.float32).min
+    logits[6] = -math.inf
+    logits[6, 1] = 3.0
+    target = torch.ones(7, dtype=torch.int32, device=device)
+    losses, gradient = losses_and_gradient(logits, target, backend)
+    plain, plain_gradient = losses_and_gradient(logits, target, "reference")
+    torch.testing.assert_close(losses, plain, equal_nan=True)
+    torch.testing.assert_close(gradient, plain_gradient, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_strided_targets_and_row_weights(backend: str, device: str):
+    logits = torch.randn(4, 6, 9, device=device)
+    target = torch.randint(0, 9, (6, 4), device=device).T
+    weights = torch.randn(6, 4, device=device).T
+    leaf = logits.requires_grad_()
+    results = []
+    for name in (backend, "reference"):
+        loss = cross_entropy(leaf, target, reduction="none", backend=name)
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf, weights)[0]))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_triton_backward_twice_and_times_a_loss_scale(reduction: str, device: str):
+    x = torch.randn(9, 16, device=device, requires_grad=True)
+    weight = torch.randn(40, 16, device=device, requires_grad=True)
+    target = torch.randint(0, 40, (9,), device=device)
+    plain = torch.autograd.grad(
+        cross_entropy(x @ weight.T, target, reduction=reduction, backend="reference"), (x, weight)
+    )
+    for loss in (
+        linear_cross_entropy(x, weight, target, reduction=reduction, backend="triton"),
+        cross_entropy(x @ weight.T, target, reduction=reduction, backend="triton"),
+    ):
+        for scale in (1.0, 3.0, 0.0):
+            # The first backward gives its buffers away, the next ones compute them anew.
+            gradients = torch.autograd.grad(scale * loss, (x, weight), retain_graph=True)
+            for ours, theirs in zip(gradients, plain):
+                torch.testing.assert_close(ours, scale * theirs)
+    # The scale on the first backward: over several blocks of the kernel that multiplies.
+    logits = torch.randn(20, 1000, device=device, requires_grad=True)
+    target = torch.randint(0, 1000, (20,), device=device)
+    loss = cross_entropy(logits, target, reduction=reduction, backend="triton")
+    (gradient,) = torch.autograd.grad(5 * loss, logits)
+    (plain,) = torch.autograd.grad(5 * cross_entropy(logits, target, reduction=reduction, backend="reference"), logits)
+    torch.testing.assert_close(gradient, plain)
+
+
+def test_a_loss_scale_beyond_float16_reaches_float16_gradients(device: str):
+    logits = torch.randn(3, 50, device=device, dtype=torch.float16, requires_grad=True)
+    target = torch.randint(0, 50, (3,), device=device)
+    loss = cross_entropy(logits, target, backend="triton")
+    (gradient,) = torch.autograd.grad(loss * 2.0**17, logits)
+    (plain,) = torch.autograd.grad(cross_entropy(logits.float(), target, backend="reference"), logits)
+    torch.testing.assert_close(gradient.float(), plain.float() * 2.0**17, rtol=2e-3, atol=1.0)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_mean_of_no_targets_is_nan_and_its_gradient_zero(backend: str, device: str):
+    target = torch.full((3,), -100, device=device)
+    loss, gradient = losses_and_gradient(torch.randn(3, 8, device=device), target, backend, "mean")
+    assert loss.isnan()
+    assert (gradient == 0).all()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would ask the device for a value."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.is_nonzero,
+            torch.ops.aten.equal,
+        ), f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_triton_never_waits_for_the_device(reduction: str, device: str):
+    x = torch.randn(9, 16, device=device, requires_grad=True)
+    weight = torch.randn(40, 16, device=device, requires_grad=True)
+    target = torch.tensor([3, -100, 5, 1, 0, 39, 7, 7, -100], device=device)
+    with NoWaiting():
+        loss = linear_cross_entropy(x, weight, target, reduction=reduction, backend="triton").sum()
+        loss = loss + cross_entropy(x, target.clamp_max(15), reduction=reduction, backend="triton").sum()
+        torch.autograd.grad(2 * loss, (x, weight))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch):
+    triton = pytest.importorskip("gptkernels.linear_cross_entropy.triton")
+    for name, value in (("MIN_TOKENS", 8), ("TOKEN_MULTIPLE", 8)):
+        monkeypatch.setattr(triton, name, value)
+    return triton
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        _case((100,), 24, 150, bias=True, ignored=0.3),
+        _case((7, 13), 16, 64, reduction="none"),
+        _case((50,), 40, 100, layout="slice", reduction="sum"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_triton_over_several_chunks(case, dtype: torch.dtype, small_chunks, device: str):
+    tokens = math.prod(case.parameters["tokens"])
+    assert tokens / small_chunks.chunk_tokens(tokens, case.parameters["classes"], dtype.itemsize) > 3
+    check_op(SPEC, case, dtype, "triton", device)
+
+
+def test_triton_sums_the_weights_gradient_in_float32(small_chunks, monkeypatch: pytest.MonkeyPatch, device: str):
+    """64 chunks that all pull one way: a bfloat16 sum would be rounded 64 times at its full size."""
+    monkeypatch.setattr(small_chunks, "CHUNKS", 64)
+    x = 1 + torch.rand(512, 16, device=device)
+    weight = 0.1 * torch.randn(64, 16, device=device)
+    target = torch.randint(0, 64, (512,), device=device)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, weight)]
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.float32):
+            loss = linear_cross_entropy(*leaves, target, reduction="sum", backend=backend)
+        results.append(torch.autograd.grad(loss, leaves))
+    for name, *gradients in zip(("grad_x", "grad_weight"), *results):
+        assert_within_budget(name, *gradients)
+
+
+@pytest.mark.parametrize(("tokens", "classes", "itemsize"), [(16384, 50257, 2), (65536, 50257, 2), (12288, 128256, 2)])
+def test_triton_holds_about_a_fifth_of_the_logits_or_less(tokens: int, classes: int, itemsize: int):
+    from gptkernels.linear_cross_entropy.triton import MAX_BYTES, chunk_tokens
+
+    chunk = chunk_tokens(tokens, classes, itemsize)
+    assert 2048 <= chunk <= 0.21 * tokens
+    assert chunk * classes * itemsize <= MAX_BYTES
+    last = tokens - chunk * ((tokens - 1) // chunk)
+    assert last > 0.75 * chunk, "a short last chunk wastes its products"
+
+
+@pytest.mark.skipif("native" not in FUSED, reason="about the CPU's chunks")
+def test_native_over_two_chunks_in_float32():
+    """64 MiB hold 139 of these rows."""
+    check_op(SPEC, _case((150,), 8, 120_000, bias=True, reduction="none"), torch.float32, "native")
+
+
+def test_the_reference_is_the_formula():
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 3), (7, 3), (7,)))
+    target = torch.tensor([0, 6, -100, 3, 3])
+    logits = x @ weight.T + bias
+    losses = logits.exp().sum(-1).log() - logits.gather(-1, target.clamp_min(0)[:, None])[:, 0]
+    losses[2] = 0
+    for reduction, expected in (("none", losses), ("sum", losses.sum()), ("mean", losses.sum() / 4)):
+        actual = reference.linear_cross_entropy(x, weight, target, bias, reduction=reduction)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)

@@ -1,0 +1,473 @@
+"""Hugging Face models on this library's kernels: the same logits, losses, gradients and text, and back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import warnings
+
+import gptkernels
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from gptkernels.integrations import transformers as integration
+from gptkernels.integrations.transformers import Visible, accelerate_model, attend, make_mask
+from gptkernels.swap import Swapped
+from gptkernels.testing import assert_within_budget
+from torch import Tensor, nn
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+VOCABULARY = 97
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+OFF = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, **OFF}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+FAMILIES = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, eos_token_id=2, pad_token_id=0)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=5)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED)),
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, **NO_DROPOUT)),
+}
+CAUSAL = ("gpt2", "llama", "mistral", "qwen2")
+PADDING = {
+    "none": None,
+    "left": torch.tensor([[1] * 12, [0] * 4 + [1] * 8, [0] * 7 + [1] * 5]),
+    "right": torch.tensor([[1] * 12, [1] * 8 + [0] * 4, [1] * 5 + [0] * 7]),
+}
+
+
+def make(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    for parameter in model.parameters():  # norms and biases off their initial values, or a lost one would not show
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small spend their time on waking threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def tokens(seed: int = 1, length: int = 12) -> Tensor:
+    return torch.randint(3, VOCABULARY, (3, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Exact(nn.Module):
+    """An RMS norm that computes in its input's dtype: Hugging Face's turn everything into float32, float64 too."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def exact_twin(model: nn.Module) -> nn.Module:
+    """The original in float64."""
+    twin = copy.deepcopy(model).double()
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, Exact(child))
+    return twin
+
+
+def results(model: nn.Module, family: str, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Logits at real tokens, the loss, and the gradient of all parameters as one vector.
+
+    A token's loss counts where the token it is predicted from is a real one too.
+    """
+    labels, shift = ids.clone(), 0 if family == "bert" else 1
+    if mask is not None:
+        seen = mask if shift == 0 else mask * F.pad(mask[:, :-1], (1, 0))
+        labels[seen == 0] = -100
+    out = model(ids, attention_mask=mask, labels=labels)
+    loss = out.loss
+    if out.logits.dtype == torch.float64:  # Hugging Face's loss is float32
+        logits = out.logits[:, : ids.shape[1] - shift]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, shift:].flatten())
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    logits = out.logits if mask is None else out.logits[mask.bool()]
+    return {"logits": logits, "loss": loss, "gradient": torch.cat([g.flatten() for g in gradients])}
+
+
+def reached(model: nn.Module, *arguments, **options) -> list[tuple[str, dict]]:
+    """The calls of this library's attention that a forward makes."""
+    calls, fused = [], integration.attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integration, "attention", lambda *a, **k: calls.append(k) or fused(*a, **k))
+        model(*arguments, **options)
+    return calls
+
+
+@pytest.mark.parametrize("padding", PADDING)
+def test_logits_loss_and_gradients_are_the_originals(family: str, padding: str):
+    plain = make(family)
+    exact, ours = exact_twin(plain), accelerate_model(copy.deepcopy(plain))
+    found: list[dict[str, list[Tensor]]] = [{}, {}, {}]
+    for draw in range(3):  # judged together: what one draw of so few numbers errs by is luck
+        for model, values in zip((ours, plain, exact), found):
+            for name, value in results(model, family, tokens(draw), PADDING[padding]).items():
+                values.setdefault(name, []).append(value.detach())
+    assert found[0].keys() == found[1].keys() == found[2].keys()
+    for name, values in found[0].items():
+        assert_within_budget(name, *(torch.stack(v) for v in (values, found[1][name], found[2][name])))
+
+
+def test_attention_gets_padding_and_windows_in_its_own_terms(family: str):
+    """Neither padding nor a window makes a mask that is quadratic in the tokens."""
+    model = accelerate_model(make(family))
+    for mask in PADDING.values():
+        calls = reached(model, tokens(), attention_mask=mask)
+        assert len(calls) == 2
+        for call in calls:
+            assert call["is_causal"] == (family != "bert")
+            assert call["window"] == (5 if family == "mistral" else None)
+            assert (call["key_mask"] is None) if mask is None else torch.equal(call["key_mask"], mask.bool())
+    assert all(call["key_mask"] is None for call in reached(model, tokens(), attention_mask=torch.ones(3, 12)))
+
+
+@pytest.mark.parametrize("family", CAUSAL, indirect=True)
+@pytest.mark.parametrize("cache", [None, "static", "off"])
+def test_greedy_text_is_the_originals(family: str, cache: str | None):
+    plain = make(family)
+    ours = accelerate_model(copy.deepcopy(plain))
+    options = {"use_cache": False} if cache == "off" else {"cache_implementation": cache}
+    options |= {"max_new_tokens": 7, "do_sample": False, "attention_mask": PADDING["left"]}
+    assert torch.equal(ours.generate(tokens(), **options), plain.generate(tokens(), **options))
+
+
+@pytest.mark.parametrize("family", CAUSAL, indirect=True)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_cache_continued_by_several_tokens(family: str, static: bool):
+    """Fewer queries than keys, and with a static cache places behind the last key."""
+    plain = make(family)
+    ours, ids, outs = accelerate_model(copy.deepcopy(plain)), tokens(), []
+    mask = PADDING["left"]
+    for model in (plain, ours):
+        make_cache = transformers.StaticCache if static else transformers.DynamicCache
+        cache = make_cache(config=model.config, **({"max_cache_len": 20} if static else {}))
+        with torch.no_grad():
+            steps = [(0, 6), (6, 9), (9, 10), (10, 12)]
+            logits = [
+                model(
+                    ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, position_ids=positions(mask, a, b)
+                ).logits
+                for a, b in steps
+            ]
+        outs.append(torch.cat(logits, dim=1)[mask.bool()])
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        whole = plain(ids, attention_mask=mask, position_ids=positions(mask, 0, 12)).logits[mask.bool()]
+    torch.testing.assert_close(outs[1], whole, rtol=1e-4, atol=1e-5)
+
+
+def positions(mask: Tensor, start: int, end: int) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
+
+
+RULES = {
+    "causal": (causal_mask_function, {}),
+    "window": (
+        sliding_window_causal_mask_function(3),
+        {"local_size": 3, "config": transformers.MistralConfig(sliding_window=3)},
+    ),
+    "both": (bidirectional_mask_function, {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}),
+}
+EXACT_ONLY = {
+    "withdrawn": (causal_mask_function, {"allow_is_causal_skip": False}),
+    "chunks": (chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long)), {"local_size": 3, "config": transformers.Llama4TextConfig(attention_chunk_size=3)}),  # noqa: E501
+    "own": (and_masks(causal_mask_function, lambda b, h, q, k: k != 1), {"allow_is_causal_skip": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("offset", [0, 2])
+@pytest.mark.parametrize("slack", [0, 4])
+@pytest.mark.parametrize("tensor_offset", [False, True])
+def test_what_our_mask_says_is_what_transformers_would_have_said(rule, offset: int, slack: int, tensor_offset: bool):
+    """`Visible` against the mask made key by key, over offsets, free places of a cache, and padding of every kind."""
+    function, options = RULES[rule]
+    for padded in (
+        None,
+        [[1] * 9, [0] * 3 + [1] * 6],
+        [[1] * 9, [1] * 6 + [0] * 3],
+        [[1] * 9, [1] * 4 + [0] + [1] * 4],
+    ):
+        lengths = {"q_length": 5, "kv_length": 5 + offset + slack}
+        padding = None if padded is None else torch.tensor(padded).bool()[:, : 5 + offset]
+        start = torch.tensor(offset) if tensor_offset else offset
+        made = make_mask(2, **lengths, q_offset=start, mask_function=function, attention_mask=padding, **options)
+        assert isinstance(made, Visible)
+        forced = options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        expected = sdpa_mask(2, **lengths, q_offset=offset, mask_function=function, attention_mask=padding, **forced)
+        assert torch.equal(made.dense(torch.device("cpu")).expand_as(expected), expected)
+
+
+@pytest.mark.parametrize("rule", EXACT_ONLY)
+def test_other_rules_come_as_masks_key_by_key(rule: str):
+    function, options = EXACT_ONLY[rule]
+    padding = torch.tensor([[1] * 6, [0] * 2 + [1] * 4]).bool()
+    for mask in (None, padding):
+        arguments = {"q_length": 6, "kv_length": 6, "mask_function": function, "attention_mask": mask, **options}
+        assert torch.equal(make_mask(2, **arguments), sdpa_mask(2, **arguments))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"], indirect=True)
+def test_packed_sequences_and_masks_of_ones_own(family: str):
+    plain = make(family)
+    ours, ids = accelerate_model(copy.deepcopy(plain)), tokens()
+    packed = torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1)
+    tree = torch.rand(3, 1, 12, 12, generator=torch.Generator().manual_seed(0)) < 0.5
+    tree |= torch.eye(12, dtype=torch.bool)
+    packing = {"position_ids": packed, "use_cache": False}  # with a cache transformers takes them for one sequence
+    for options in (packing, {"attention_mask": tree}, {"attention_mask": (~tree).float() * -1e9}):
+        torch.testing.assert_close(ours(ids, **options).logits, plain(ids, **options).logits, rtol=1e-4, atol=1e-5)
+        assert reached(ours, ids, **options) == []
+    one = {"attention_mask": torch.ones(3, 1, 1, 12, dtype=torch.bool)}  # looks like padding alone: no query is causal
+    torch.testing.assert_close(ours(ids, **one).logits, plain(ids, **one).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_for_other_lengths_is_refused():
+    q, k = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 6, 8)
+    with pytest.raises(ValueError, match="made for 4 queries and 5 keys; got 4 and 6"):
+        attend(nn.Identity(), q, k, k, Visible(4, 5, 5, True, None, None))
+
+
+def test_sizes_beyond_the_kernels_go_to_pytorch():
+    torch.manual_seed(0)
+    layer = nn.Identity()
+    layer.is_causal = True
+    visible = Visible(5, 5, 5, True, 2, torch.tensor([[False, True, True, True, True]]))
+    for head_dim, value_dim in ((264, 264), (16, 8)):
+        q, k, v = torch.randn(1, 2, 5, head_dim), torch.randn(1, 2, 5, head_dim), torch.randn(1, 2, 5, value_dim)
+        out, _ = attend(layer, q, k, v, visible)
+        mask = visible.dense(q.device)
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        torch.testing.assert_close(out[:, 1:], expected[:, 1:])
+
+
+def test_attention_weights_when_asked_for(family: str):
+    plain = make(family)
+    ours, ids, mask = accelerate_model(copy.deepcopy(plain)), tokens(), PADDING["right"]
+    plain.set_attn_implementation("eager")
+    expected, got = (m(ids, attention_mask=mask, output_attentions=True) for m in (plain, ours))
+    assert len(got.attentions) == 2
+    for a, b in zip(got.attentions, expected.attentions):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"`output_attentions` attribute is not supported .* gptkernels"):
+        ours.config.output_attentions = True
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_capped_scores_and_sinks_stay_the_models_own(name: str):
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1} if name == "gpt_oss" else {}
+    config = transformers.AutoConfig.for_model(name, **GROUPED, head_dim=8, sliding_window=5, **experts)
+    plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ours = accelerate_model(copy.deepcopy(plain))
+    assert ours.config._attn_implementation == "gptkernels"
+    for mask in PADDING.values():
+        real = slice(None) if mask is None else mask.bool()
+        a, b = (m(tokens(), attention_mask=mask).logits[real] for m in (ours, plain))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(family: str):
+    model = accelerate_model(make(family)).train()
+    before = results(model, family, tokens(), PADDING["left"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its newer name is not in every version
+        model.gradient_checkpointing_enable()
+    after = results(model, family, tokens(), PADDING["left"])
+    for name, value in after.items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "bert"], indirect=True)
+def test_compiles_whole(family: str):
+    torch._dynamo.reset()  # what it has compiled of other families counts against this one
+    model = accelerate_model(make(family))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    options = {"attention_mask": PADDING["left"], "use_cache": False}
+    a, b = (m(tokens(), **options).logits[PADDING["left"].bool()] for m in (compiled, model))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_restoring_gives_the_original_back(family: str):
+    model, plain = make(family), make(family)
+    classes = {name: type(module) for name, module in model.named_modules()}
+    state = {name: dict(vars(module)) for name, module in model.named_modules()}
+    implementation = model.config._attn_implementation
+    accelerate_model(model)
+    assert model.config._attn_implementation == "gptkernels"
+    assert sum(isinstance(module, Swapped) for module in model.modules()) > 4
+    swapped = {name: type(module) for name, module in model.named_modules()}
+    accelerate_model(model)
+    assert {name: type(module) for name, module in model.named_modules()} == swapped
+    report = gptkernels.restore_modules(model)
+    assert report.changed[""] == "attention and loss"
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert all(vars(module) == state[name] for name, module in model.named_modules())
+    assert model.config._attn_implementation == implementation
+    before, after = (results(m, family, tokens(), PADDING["left"]) for m in (plain, model))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_another_model_of_the_same_file_is_not_touched(family: str):
+    other = make(family)
+    before = other(tokens(), attention_mask=PADDING["left"]).logits
+    ours = accelerate_model(make(family))
+    ours(tokens())
+    assert torch.equal(other(tokens(), attention_mask=PADDING["left"]).logits, before)
+    assert not any(isinstance(module, Swapped) for module in other.modules())
+
+
+WHAT = {
+    "gpt2": {"BiasGELU": 2, "LayerNorm": 5, "TanhGELU": 2},
+    "llama": {"RMSNorm": 5, "Rotary": 2, "SwiGLU": 2},
+    "mistral": {"RMSNorm": 5, "Rotary": 2, "SwiGLU": 2},
+    "qwen2": {"RMSNorm": 5, "Rotary": 2, "SwiGLU": 2},
+    "bert": {"ExactGELU": 3, "LayerNorm": 6},
+}
+
+
+def test_what_is_swapped(family: str):
+    model = accelerate_model(make(family))
+    kinds = [module.kind.__name__ for module in model.modules() if isinstance(module, Swapped)]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == WHAT[family]
+
+
+def test_hooks_state_dict_copies_and_files(family: str, tmp_path):
+    plain = make(family)
+    model, seen = copy.deepcopy(plain), set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.add(name))
+    expected = model(tokens()).logits
+    heard = set(seen)
+    seen.clear()
+    accelerate_model(model)
+    torch.testing.assert_close(model(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+    assert seen == heard  # nothing that somebody listens to is passed over
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
+    accelerated = accelerate_model(copy.deepcopy(plain))
+    results_here = accelerated(tokens()).logits
+    for other in (copy.deepcopy(accelerated), pickle.loads(pickle.dumps(accelerated))):
+        assert torch.equal(other(tokens()).logits, results_here)
+        gptkernels.restore_modules(other)
+        assert torch.equal(other(tokens()).logits, expected)
+    accelerated.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path, attn_implementation="gptkernels").eval()
+    assert type(loaded) is type(plain)
+    assert not any(isinstance(module, Swapped) for module in loaded.modules())
+    assert len(reached(loaded, tokens())) == 2
+    torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_changed_afterwards_still_computes_right():
+    """A projection wrapped after the model was accelerated (as PEFT does) is called, not read."""
+    model = accelerate_model(make("gpt2"))
+    plain = copy.deepcopy(model)
+    gptkernels.restore_modules(plain)
+    for one in (model, plain):
+        wrapped = one.transformer.h[0].mlp
+        wrapped.c_fc = nn.Sequential(wrapped.c_fc, nn.Tanh())
+    torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_of_attention_weights_is_trainings_alone():
+    config = transformers.GPT2Config(**{**GPT2, "attn_pdrop": 0.25})
+    model = accelerate_model(transformers.GPT2LMHeadModel(config))
+    assert [call["dropout_p"] for call in reached(model.train(), tokens())] == [0.25, 0.25]
+    assert [call["dropout_p"] for call in reached(model.eval(), tokens())] == [0.0, 0.0]
+    model.train()
+    torch.manual_seed(0)
+    first = model(tokens()).logits
+    assert not torch.equal(model(tokens()).logits, first)
+    torch.manual_seed(0)
+    assert torch.equal(model(tokens()).logits, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses_are_transformers_own(dtype: torch.dtype):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 6, 11).to(dtype), torch.randint(0, 11, (2, 6))
+    labels[0, 2] = -100
+    shifted = torch.randint(0, 11, (2, 6))
+    for theirs, ours in integration.LOSSES.items():
+        variants = [{}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}]
+        variants += [{"shift_labels": shifted}] if ours is integration.causal_lm_loss else []
+        for options in variants:
+            values = []
+            for loss in (ours, theirs):
+                leaf = logits.clone().requires_grad_()
+                value = loss(leaf, labels, vocab_size=11, **options)
+                values.append((value, *torch.autograd.grad(value, leaf)))
+            torch.testing.assert_close(*values)
+
+
+def my_loss(logits: Tensor, labels: Tensor, **options) -> Tensor:
+    return logits.sum()
+
+
+def test_a_loss_of_ones_own_stays():
+    model = make("llama")
+    model.loss_function = my_loss
+    accelerate_model(model)
+    assert model.loss_function is my_loss
+    gptkernels.restore_modules(model)
+    assert model.loss_function is my_loss
+
+
+def test_bfloat16_and_autocast():
+    """16-bit weights, and float32 weights under autocast, where tables and queries are of different dtypes."""
+    for family, autocast in itertools.product(("gpt2", "llama", "bert"), (False, True)):
+        plain = make(family) if autocast else make(family).bfloat16()
+        ours = accelerate_model(copy.deepcopy(plain))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+            a, b = (m(tokens(), attention_mask=PADDING["left"]).logits for m in (ours, plain))
+        assert a.dtype == b.dtype
+        real = PADDING["left"].bool()
+        torch.testing.assert_close(a[real], b[real], rtol=0.05, atol=0.05)
+
+
+def test_refuses_what_is_no_transformers_model():
+    with pytest.raises(TypeError, match=r"got Linear; accepted is a transformers\.PreTrainedModel"):
+        accelerate_model(nn.Linear(2, 2))
+    wrapped = nn.ModuleDict({"inner": make("gpt2")})
+    assert accelerate_model(wrapped) is wrapped
+    assert wrapped["inner"].config._attn_implementation == "gptkernels"
