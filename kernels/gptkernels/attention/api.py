@@ -160,7 +160,9 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, dimensions: tuple[str, 
     if key.shape[-1] != head_dim:
         raise ValueError(f"key: got head_dim {key.shape[-1]}; accepted is query's, {head_dim}")
     if dimensions[0] == "batch" and key.shape[0] != query.shape[0]:
-        raise ValueError(f"key: got shape {tuple(key.shape)}; accepted is (batch {query.shape[0]}, heads, tokens, head_dim)")
+        raise ValueError(
+            f"key: got shape {tuple(key.shape)}; accepted is (batch {query.shape[0]}, heads, tokens, head_dim)"
+        )
     _check.shape("value", value, tuple(key.shape))
     heads, kv_heads = query.shape[at], key.shape[at]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
