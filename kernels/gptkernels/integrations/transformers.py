@@ -48,7 +48,8 @@ try:
     from transformers.utils.output_capturing import _active_collector
 except ImportError as error:
     raise ImportError(
-        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.18 and 5.23 ({error})"
+        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.18 and "
+        f"5.23 ({error})"
     ) from error
 if "q_length" not in inspect.signature(sdpa_mask).parameters:
     raise ImportError(
