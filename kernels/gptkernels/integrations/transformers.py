@@ -48,12 +48,13 @@ try:
     from transformers.utils.output_capturing import _active_collector
 except ImportError as error:
     raise ImportError(
-        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.23.0 ({error})"
+        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.18 and "
+        f"5.23 ({error})"
     ) from error
 if "q_length" not in inspect.signature(sdpa_mask).parameters:
     raise ImportError(
         f"gptkernels.integrations.transformers: found transformers {transformers.__version__}, whose masks are made from "
-        "cache positions; accepted are versions that make them from lengths (tested with 5.23.0)"
+        "cache positions; accepted are versions that make them from lengths (tested with 5.18 and 5.23)"
     )
 
 __all__ = ["accelerate_model"]
