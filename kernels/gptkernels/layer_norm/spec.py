@@ -104,6 +104,12 @@ SPEC = OpSpec(
         _case(6, 40, layout="transposed"),
     ),
     bench_cases=tuple(_case(4096, columns) for columns in (768, 1024, 2048, 4096, 8192, 32768)),
+    compile_cases=(
+        _case(4096, 768),
+        _case(4096, 8192),
+        _case(4096, 16384, parameter_dtype=torch.float32),
+        _case(4096, 65536, weight=False, bias=False),
+    ),
 )
 
 
@@ -142,4 +148,9 @@ ADD_SPEC = OpSpec(
         _case(6, 40, layout="transposed"),
     ),
     bench_cases=tuple(_case(4096, columns) for columns in (768, 1024, 4096)),
+    compile_cases=(
+        _case(4096, 768),
+        _case(4096, 8192, parameter_dtype=torch.float32, residual_dtype=torch.float32),
+        _case(4096, 65536),
+    ),
 )

@@ -13,18 +13,25 @@ from gptkernels.rms_norm.api import add_rms_norm, rms_norm
 
 
 def _without_bias(other: OpSpec) -> OpSpec:
-    """`other`'s inputs and cases that differ in more than the bias."""
+    """`other`'s inputs, and its cases that differ in more than the bias."""
 
     def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         inputs = other.make_inputs(case, dtype, device, seed)
         return Inputs({name: t for name, t in inputs.tensors.items() if name != "bias"})
 
-    cases = tuple(
-        Case(case.name.replace("-nobias", ""), {**case.parameters, "bias": False})
-        for case in other.cases
-        if case.parameters["bias"] or not case.parameters["weight"]
+    def without_bias(cases: tuple[Case, ...]) -> tuple[Case, ...]:
+        return tuple(
+            Case(case.name.replace("-nobias", ""), {**case.parameters, "bias": False})
+            for case in cases
+            if case.parameters["bias"] or not case.parameters["weight"]
+        )
+
+    return dataclasses.replace(
+        other,
+        make_inputs=make_inputs,
+        cases=without_bias(other.cases),
+        compile_cases=without_bias(other.compile_cases),
     )
-    return dataclasses.replace(other, make_inputs=make_inputs, cases=cases)
 
 
 SPEC = dataclasses.replace(

@@ -119,4 +119,10 @@ SPEC = OpSpec(
         _case(4, 16, 2048, 256, rotated=64, interleaved=True),
         _case(64, 32, 1, 128, positions="own"),
     ),
+    compile_cases=(
+        _case(4, 32, 4096, 128),
+        _case(8, 12, 1024, 64, interleaved=True, layout="packed"),
+        _case(4, 32, 2048, 80, rotated=32, table_dtype=torch.float32),
+        _case(64, 32, 1, 128, positions="own"),
+    ),
 )
