@@ -66,12 +66,12 @@ TARGETS = {
     )
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Matrix instructions as the disassemblers spell them.
+# Matrix instructions in PTX and in AMD's assembly.
 _MATRIX = {
-    "wgmma": r"\bHGMMA\b",
-    "tcgen05": r"\bUTC\w*MMA\b",
-    "mma": r"\bHMMA\b",
-    "mfma": r"\bv_mfma_\w+",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma\b",
+    "mma": r"\bmma\.sync",
+    "mfma": r"\bv_mfma_",
 }
 _DOT = re.compile(r"= tt\.dot .*: tensor<(\d+)x\d+x(?:bf16|f16)>")
 
@@ -217,11 +217,8 @@ def _run_without_data(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
         torch.autograd.grad(outs, list(leaves.differentiable().values()), grads, allow_unused=True)
 
 
-def _read_cubin(cubin: bytes, disassemble: bool) -> tuple[int, str]:
-    """``(registers, machine code)`` by the tools that the triton wheel carries.
-
-    The code is empty unless asked for or needed to count spills: disassembling takes longer than compiling.
-    """
+def _read_cubin(cubin: bytes) -> tuple[int, int]:
+    """``(registers, instructions on local memory)`` by the tools that the triton wheel carries."""
     import triton.backends.nvidia as nvidia
 
     tools = Path(nvidia.__path__[0]) / "bin"
@@ -235,7 +232,9 @@ def _read_cubin(cubin: bytes, disassemble: bool) -> tuple[int, str]:
         usage = re.search(r"REG:(\d+) STACK:(\d+)", output(tools / "cuobjdump", "-res-usage", file))
         assert usage is not None
         registers, stack = map(int, usage.groups())
-        return registers, output(tools / "nvdisasm", "-c", file) if disassemble or stack else ""
+        # Disassembling takes as long as compiling: only where there is local memory to be used.
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", output(tools / "nvdisasm", "-c", file))) if stack else 0
+    return registers, spills
 
 
 def _amd_metadata(name: str, assembly: str) -> int:
@@ -258,17 +257,17 @@ def _compile(launch: Launch) -> Compiled:
         return Compiled(*names, error=f"{type(error).__name__}: {message[-1]}"[:200])
     dot_rows = [int(rows) for rows in _DOT.findall(kernel.asm["ttir"])]
     if launch.target.backend == "cuda":
-        registers, code = _read_cubin(kernel.asm["cubin"], disassemble="tt.dot" in kernel.asm["ttir"])
-        spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+        assembly = kernel.asm["ptx"]
+        registers, spills = _read_cubin(kernel.asm["cubin"])
     else:
-        code = kernel.asm["amdgcn"]
-        registers, spills = _amd_metadata("vgpr_count", code), _amd_metadata("vgpr_spill_count", code)
+        assembly = kernel.asm["amdgcn"]
+        registers, spills = _amd_metadata("vgpr_count", assembly), _amd_metadata("vgpr_spill_count", assembly)
     return Compiled(
         *names,
         registers=registers,
         spills=spills,
         shared_bytes=kernel.metadata.shared,
-        matrix={kind: count for kind, name in _MATRIX.items() if (count := len(re.findall(name, code)))},
+        matrix={kind: count for kind, name in _MATRIX.items() if (count := len(re.findall(name, assembly)))},
         dots=len(dot_rows),
         dot_rows=min(dot_rows, default=0),
     )
