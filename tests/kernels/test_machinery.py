@@ -45,15 +45,6 @@ EVERY_OP = [
     if name in FUSED[spec.name]
 ]
 every_op = pytest.mark.parametrize(("spec", "backend"), EVERY_OP)
-# attention_forward and attention_backward take max_queries and max_keys as int, whose every value is a graph of its own: SymInt
-# would make them sizes like others.
-FIXED_LENGTHS = pytest.mark.xfail(
-    raises=AssertionError, reason="packed attention is compiled for each longest sequence"
-)
-DYNAMIC = [
-    pytest.param(*p.values, id=p.id, marks=FIXED_LENGTHS if p.values[0].name == "attention_varlen" else ())
-    for p in EVERY_OP
-]
 
 
 def drawn(spec: OpSpec, device: str, seed: int, case: Case | None = None) -> Inputs:
@@ -89,7 +80,7 @@ def resized(case: Case, step: int) -> Case:
     return dataclasses.replace(case, parameters={**p, **changes})
 
 
-@pytest.mark.parametrize(("spec", "backend"), DYNAMIC)
+@every_op
 def test_one_dynamic_graph_serves_every_size(spec: OpSpec, backend: str, device: str):
     """The first size is compiled for itself, the second makes the graph dynamic, the others find it; all equal eager."""
     torch._dynamo.reset()

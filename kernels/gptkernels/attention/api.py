@@ -295,7 +295,7 @@ def _fake_backward(
 # cu_queries and cu_keys make it a packed batch, (1, H, total, D), whose sequences are at most max_queries and max_keys long.
 _OPTIONS = (
     "Tensor? key_lengths, Tensor? key_mask, Tensor? cu_queries, Tensor? cu_keys, Tensor? dropout_seed,"
-    " int max_queries, int max_keys, bool is_causal, int? window, float scale, float dropout_p"
+    " SymInt max_queries, SymInt max_keys, bool is_causal, int? window, float scale, float dropout_p"
 )
 _library.register(
     "attention_forward",
