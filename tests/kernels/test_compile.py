@@ -1,13 +1,14 @@
 """Machine code for GPUs that are not there: shipped configurations spill nothing, fit, and use the matrix units.
 
-`make compile-report TARGET=all` is the whole. Here are an H100's configurations (in float32 the main ones); the main
-ones of an MI300X, which another compiler makes; and for the other generations of NVIDIA's cards those of attention, which has tiles for each.
+`make compile-report TARGET=all` is the whole. Here are an H100's configurations, in float32 the main ones; the main ones of
+an MI300X, which another compiler makes; and for other generations of NVIDIA's cards attention's, which has tiles for each.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,10 +59,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
 def test_every_kernel_is_compiled(compiled: dict[str, list[Row]], target: str):
     kernels = Path(__file__).parents[2] / "kernels" / "gptkernels"
     defined = {
-        (file.parent.name, line.split("(")[0].removeprefix("def "))
-        for file in kernels.rglob("*triton.py")
-        for line in file.read_text().splitlines()
-        if line.startswith("def _") and "_kernel(" in line
+        (file.parent.name, kernel)
+        for file in kernels.rglob("*.py")
+        for kernel in re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", file.read_text(), re.MULTILINE)
     }
     assert len(defined) >= 10
     assert defined == {(row["folder"], row["kernel"]) for row in compiled[target]}
