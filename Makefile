@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= runs/demo
+# What the targets for GPUs run: an environment with a PyTorch for CUDA (.venv holds the CPU's).
+GPU_PYTHON ?= python3
 TARGET ?= sm_90
 
-.PHONY: help demo test lint bench bench-cpu sanitize compile-report clean
+.PHONY: help demo test lint bench bench-cpu gpu-test bench-gpu sanitize compile-report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -40,6 +42,12 @@ bench: $(READY) ## time every op and a training step beside PyTorch's own
 
 bench-cpu: $(READY) ## the native kernels against PyTorch on this CPU: the table of the README, about ten minutes
 	$(BIN)/python -m bench.cpu --save
+
+gpu-test: ## on a machine with a GPU: the kernels on it, real sizes, past 2^31 elements, under CUDA graphs (about ten minutes)
+	$(GPU_PYTHON) -m pytest -q -m gpu
+
+bench-gpu: ## on a machine with a GPU: every Triton kernel and a training step against everybody else's (about ten minutes)
+	PYTHONPATH=kernels:. $(GPU_PYTHON) -m bench.gpu
 
 sanitize: $(READY) ## the native kernels over every op's cases under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m bench.sanitize

@@ -29,7 +29,7 @@ from bench.measure import BF16, FP32, RESULTS, ceilings, device, in_turns, save,
 from bench.peers import peers
 
 # Seconds of timing for each row, and rounds at most.
-ROW_SECONDS, ROUNDS = 1.5, 30
+ROW_SECONDS, ROUNDS = 1.0, 30
 GOALS_OF_ATTENTION = {"forward": {1024: 330, 2048: 400, 4096: 460}, "backward": {1024: 250, 2048: 300, 4096: 340}}
 
 
@@ -127,6 +127,15 @@ def _goal(name: str, case: Case, direction: str) -> Goal | None:
     return Goal(1 / 1.2, "of the products' speed") if name == "linear_cross_entropy" else None
 
 
+def _pointless(spec: OpSpec, case: Case, peer: str) -> bool:
+    """Peers that cost minutes and tell nothing: attention that holds its scores, FlexAttention compiled at every shape."""
+    if spec.name != "attention":
+        return False
+    return peer in ("composed", "compile") or (
+        peer == "flex" and _goal(spec.name, case, "forward") is None and not case.parameters["window"]
+    )
+
+
 def _work(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str) -> tuple[float, float]:
     """FLOPs and bytes."""
     cost = spec.cost(case, dtype)
@@ -179,6 +188,8 @@ def _op_rows(spec: OpSpec, case: Case, plan: Plan) -> Iterator[Row]:
 
     add("ours", ours)
     for name, peer in peers(spec, "cuda", compiled=not plan.dry).items():
+        if _pointless(spec, case, name) and not plan.dry:
+            continue
         try:
             add(name, peer)
         except Exception as error:  # whatever a peer cannot do is no reason to stop
@@ -310,7 +321,7 @@ def measured(group: str, plan: Plan) -> Iterator[dict[str, Any]]:
 
     compiler.donated_buffer = False  # or a compiled backward could not be run again and again
     if group == "training":
-        sources: list[tuple[str, Callable[[], Iterator[Row]]]] = [("training step", partial(_training_rows, plan))]
+        sources: list[tuple[str, Callable[[], Iterator[Row]]]] = [("GPT", partial(_training_rows, plan))]
     else:
         grouped = {name for names in OPS.values() for name in names}
         specs = [
@@ -350,12 +361,23 @@ def machine(plan: Plan, commit: str | None = None) -> dict[str, Any]:
 
 def take_in(saved: dict[str, Any], found: dict[str, Any]) -> None:
     """Adds what `measured` yielded to a result."""
+    if "name" in found:
+        saved["failed"] = {name: why for name, why in saved["failed"].items() if not found["name"].startswith(name)}
     if "failed" in found:
         saved["failed"][found["failed"]] = found["why"]
     elif "memory" in found:
         saved["memory"] = found["memory"]
     else:
         saved["rows"][found["name"]] = found
+
+
+def continue_file(saved: dict[str, Any], file: Path) -> None:
+    """Keeps the rows of an earlier run of the same commit with the same versions: the groups may be run one by one."""
+    if not file.exists():
+        return
+    earlier = json.loads(file.read_text())
+    if all(earlier["machine"].get(key) == saved["machine"][key] for key in ("gpu", "commit", "torch", "triton")):
+        saved.update({key: value for key, value in earlier.items() if key != "machine"})
 
 
 def _reached(row: dict[str, Any]) -> str:
@@ -411,6 +433,7 @@ def _run_groups(groups: Sequence[str], saved: dict[str, Any], file: Path, minute
         if left < 20:
             saved["failed"][group] = f"the {minutes:g} minutes were over"
             continue
+        saved["failed"].pop(group, None)
         print(f"{group}: {left:.0f} s left", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "bench.gpu", "--child", group]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -467,7 +490,9 @@ def main(arguments: list[str] | None = None) -> int:
                 take_in(saved, found)
         print(section(saved))
         return 0
+    torch.cuda.empty_cache()  # what the ceilings were measured with; the groups have processes of their own
     file = options.out / f"{'-'.join(saved['machine']['gpu'].lower().split())}.json"
+    continue_file(saved, file)
     _run_groups(groups, saved, file, options.minutes)
     print(section(saved))
     print(f"\nsaved as {file}", file=sys.stderr)

@@ -48,6 +48,9 @@ def test_imports(file: Path):
         assert not any(name.split(".")[0] in ("gptcore", "bench") for name in found), "kernels knows nothing of gptcore"
         if file.name not in may_import_triton and not file.name.startswith("triton"):
             assert not any(name.split(".")[0] == "triton" for name in found)
+        framework = file.stem if file.parent.name == "integrations" else None
+        assert not {name.split(".")[0] for name in found} & {"transformers"} - {framework}, "its integration alone"
+        assert not any(name.startswith("gptkernels.integrations") for name in found), "imported by users alone"
     if place.startswith("gptcore/"):
         assert not any(name.split(".")[0] == "triton" for name in found), "models never import triton"
         private = {name for name in found if name.startswith("gptkernels.")}

@@ -17,6 +17,7 @@ SMALL = {
     "softmax": "2x5x64-causal",
     "attention": "B2-H3-T37-D64-causal",
     "rotary": "B2-H3-T19-D64",
+    "attention_varlen": "T37+1+20-H2-D16",
     "linear": "7x40-N64",
     "linear_cross_entropy": "33-C16-V17-bias-sum",
 }
@@ -32,17 +33,13 @@ def test_peers_compute_the_same(spec: OpSpec):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"is_causal": True, "scale": 0.3}, {"is_causal": True, "window": 9}]
-)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "scale": 0.3}, {"is_causal": True, "window": 9}], ids=str)
 def test_flex_attention_computes_the_same(options: dict):
     spec = next(spec for spec in SPECS if spec.name == "attention")
     query, key, value = torch.randn(3, 2, 4, 37, 16, dtype=torch.float64).unbind()
     key, value = key[:, ::2], value[:, ::2]
-    try:
-        expected = spec.reference(query, key, value, **options)
-    except TypeError:
-        pytest.skip("no window yet")
+    expected = spec.reference(query, key, value, **options)
     torch.testing.assert_close(flex_attention(compiled=False)(query, key, value, **options), expected)
 
 
@@ -158,6 +155,18 @@ def test_gpu_results_are_taken_in_as_they_come(result: dict, tmp_path, monkeypat
     assert kept["rows"] == {"step": row}
     assert kept["failed"] == {"attention": "not finished: its process ended with 3"}
     assert saved["failed"]["norms"] == "the 0 minutes were over"
+
+
+def test_gpu_results_of_one_commit_are_one_file(result: dict, tmp_path):
+    save(result, tmp_path / "g.json")
+    same, other = ({"machine": {**result["machine"], "commit": c}, "rows": {}, "failed": {}} for c in ("abc", "def"))
+    bench.gpu.continue_file(same, tmp_path / "g.json")
+    bench.gpu.continue_file(other, tmp_path / "g.json")
+    assert same["rows"] == result["rows"]
+    assert same["memory"] == result["memory"]
+    assert other["rows"] == {}
+    bench.gpu.take_in(same, {"name": "softmax 4096x1024 bf16: forward", "medians": {}})
+    assert same["failed"] == {}  # what failed then has been timed now
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

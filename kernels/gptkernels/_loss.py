@@ -70,7 +70,7 @@ def take(ctx: Any, saved: tuple[Tensor, ...], inputs: int, grad_out: Tensor) -> 
 
         for gradient in gradients:
             scale_(gradient, grad_out)
-    elif gradients is not None and float(grad_out) != 1.0:
+    elif gradients is not None and not (type(grad_out) is Tensor and float(grad_out) == 1.0):  # a fake one has no value
         for gradient in gradients:  # nobody else holds them
             gradient.mul_(grad_out)  # a scalar stays float32: a loss scale need not fit float16
     return gradients

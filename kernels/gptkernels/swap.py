@@ -47,18 +47,18 @@ class SwapReport:
 
 
 class Swapped:
-    """Mixed into the class of a module that now runs on gptkernels. `original` is its own class, `kind` what it got."""
+    """Mixed into the class of a module that now runs on gptkernels, beside its own class and the kind of forward it got."""
 
-    original: type[nn.Module]
-    kind: type
+    _gptkernels_original: type[nn.Module]
+    _gptkernels_kind: type
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles by the two classes it is made of: the mixture itself has no name to be found by."""
         _, _, *state = super().__reduce_ex__(protocol)
-        return _rebuild, (self.original, self.kind), *state
+        return _rebuild, (self._gptkernels_original, self._gptkernels_kind), *state
 
     def _get_name(self) -> str:
-        return f"gptkernels.{self.original.__name__}"
+        return f"gptkernels.{self._gptkernels_original.__name__}"
 
 
 def _rebuild(original: type[nn.Module], kind: type) -> nn.Module:
@@ -70,7 +70,13 @@ def _rebuild(original: type[nn.Module], kind: type) -> nn.Module:
 def _mixture(original: type[nn.Module], kind: type) -> type[nn.Module]:
     """The subclass of `original` whose forward is `kind`'s; it bears the original's names, which others look modules up by."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (Swapped, kind, original), {**names, "original": original, "kind": kind})
+    parts = {"_gptkernels_original": original, "_gptkernels_kind": kind}
+    return type(original.__name__, (Swapped, kind, original), {**names, **parts})
+
+
+def kind_of(module: nn.Module) -> type | None:
+    """What kind of forward `module` got; None when it has its own."""
+    return module._gptkernels_kind if isinstance(module, Swapped) else None
 
 
 def swap(module: nn.Module, kind: type) -> None:
@@ -275,9 +281,10 @@ def restore_modules(model: nn.Module) -> SwapReport:
             report.changed[name] = undo(module)
         if not isinstance(module, Swapped):
             continue
-        if "original" in vars(type(module)):
-            report.changed[name] = module.original.__name__
-            module.__class__ = module.original  # type: ignore[assignment]
+        original = vars(type(module)).get("_gptkernels_original")
+        if original is not None:
+            report.changed[name] = original.__name__
+            module.__class__ = original
         else:
             report.left[name] = f"its class was exchanged again, for {type(module).__qualname__}"
     return report

@@ -225,3 +225,45 @@ def test_two_processes_train_what_one_trains(tmp_path: Path):
     for worker, output in zip(workers, said):
         assert worker.returncode == 0, output
         assert output.endswith("ddp equal\nfsdp equal\n"), output
+
+
+@pytest.mark.gpu
+def test_a_captured_training_step_replays():
+    """Forward, loss, backward and AdamW as one CUDA graph: replayed over new batches it trains what eager steps train."""
+
+    def make_step(model: GPT, tokens: Tensor, targets: Tensor) -> Callable[[], Tensor]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True, fused=True)
+
+        def step() -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                loss = model.loss(tokens, targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        return step
+
+    batches = [batch("cuda", seed=seed) for seed in range(6)]
+    eager = make("cuda", "triton")
+    static = tuple(t.clone() for t in batches[0])
+    eager_step = make_step(eager, *static)
+    graphed = make("cuda", "triton")
+    captured_step = make_step(graphed, *static)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            captured_step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        eager_step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = captured_step()
+    for x, y in batches[1:]:
+        static[0].copy_(x)
+        static[1].copy_(y)
+        graph.replay()
+        assert torch.equal(loss, eager_step())
+    assert all(torch.equal(a, b) for a, b in zip(graphed.parameters(), eager.parameters()))

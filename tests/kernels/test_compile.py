@@ -1,11 +1,13 @@
 """Machine code for GPUs that are not there: shipped configurations spill nothing, fit, and use the matrix units.
 
-`make compile-report TARGET=all` is the whole. Here are an H100's configurations, in float32 the main ones; the main ones of
-an MI300X, which another compiler makes; and for other generations of NVIDIA's cards attention's, which has tiles for each.
+`make compile-report TARGET=all` is the whole. Here are an H100's configurations (in float32 the main ones); the main ones of an
+MI300X, which another compiler makes; and for the other generations of NVIDIA's cards those of attention, which has tiles
+for each.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -40,18 +42,30 @@ def _python(*arguments: str, interpret: str = "0") -> subprocess.CompletedProces
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
-    """Each target's kernels, compiled in a process where Triton does not interpret."""
-    file = tmp_path_factory.mktemp("compiled") / "report.json"
+def _compiled(file: Path) -> list[Row]:
     rows: list[Row] = []
     for selection in SELECTIONS:
         done = _python("-m", "gptkernels.compile_report", *selection, "--json", str(file))
         assert file.exists(), done.stderr
         print(done.stderr, done.stdout)  # registers, spills and shared memory of each kernel: pytest -s, or on failure
-        rows += json.loads(file.read_text())
-        assert done.returncode == any(row["faults"] for row in rows)
+        found = json.loads(file.read_text())
+        assert done.returncode == any(row["faults"] for row in found)
+        rows += found
         file.unlink()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, list[Row]]:
+    """Each target's kernels, compiled in a process where Triton does not interpret: by the first of several workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+    report = folder / "compiled.json"
+    with (folder / "compiled.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not report.exists():
+            report.write_text(json.dumps(_compiled(folder / "report.json")))
+    rows = json.loads(report.read_text())
     return {target: [row for row in rows if row["target"] == target] for target in TARGETS}
 
 

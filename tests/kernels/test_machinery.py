@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gptkernels
+import gptkernels.nn
 import pytest
 import torch
 import torch._dynamo.testing
@@ -25,6 +28,7 @@ CASES = {
     "attention": "B2-H2-T40-D24-causal-packed",
     "attention_varlen": "T37+1+20-H2-D16",
     "linear": "7x40-N64",
+    "rotary": "B2-H3-T19-D64",
     "linear_cross_entropy": "33-C16-V17-bias-sum",
 }
 BACKENDS = [name for name in gptkernels.available_backends() if name != "reference"]
@@ -292,3 +296,37 @@ def test_threads_may_meet_at_first_use(monkeypatch: pytest.MonkeyPatch):
             assert failure is None
             assert torch.equal(out, torch.full((2, 2), 0.5))
     assert _native.loaded() == level
+
+
+MODULES = [
+    pytest.param(lambda: gptkernels.nn.LayerNorm(16), id="LayerNorm"),
+    pytest.param(lambda: gptkernels.nn.RMSNorm(16), id="RMSNorm"),
+    pytest.param(lambda: gptkernels.nn.Softmax(dim=-1), id="Softmax"),
+    pytest.param(lambda: gptkernels.nn.GELU(), id="GELU"),
+    pytest.param(lambda: swapped(torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.GELU())), id="swapped"),
+]
+
+
+def swapped(model: torch.nn.Module) -> torch.nn.Module:
+    gptkernels.replace_modules(model)
+    return model
+
+
+@pytest.mark.parametrize("make", MODULES)
+def test_modules_are_copied_pickled_compiled_and_called_functionally(make: Callable[[], torch.nn.Module], device: str):
+    module, x = make().to(device), torch.randn(5, 16, device=device)
+    with torch.no_grad():
+        for parameter in module.parameters():  # off their initial values, or a copy without them would not show
+            parameter.add_(torch.randn_like(parameter))
+    expected = module(x)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), compiled]
+    for other in copies:
+        assert torch.equal(other(x), expected)
+    other = {name: 0.5 * p.detach() for name, p in module.named_parameters()}
+    found = torch.func.functional_call(module, other, (x,))
+    with torch.no_grad():
+        for copied in copies[:2]:
+            copied.load_state_dict(other)
+            assert torch.equal(copied(x), found)
+    assert torch.equal(module(x), expected)

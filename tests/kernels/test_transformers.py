@@ -279,6 +279,14 @@ def test_sizes_beyond_the_kernels_go_to_pytorch():
         torch.testing.assert_close(out[:, 1:], expected[:, 1:])
 
 
+def test_more_queries_than_keys_and_no_mask_is_pytorchs_causal():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 3, 16)
+    out, _ = attend(nn.Identity(), q, k, k, None, is_causal=True)
+    expected = F.scaled_dot_product_attention(q, k, k, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+
+
 def test_attention_weights_when_asked_for(family: str):
     plain = make(family)
     ours, ids, mask = accelerate_model(copy.deepcopy(plain)), tokens(), PADDING["right"]
@@ -367,7 +375,7 @@ WHAT = {
 
 def test_what_is_swapped(family: str):
     model = accelerate_model(make(family))
-    kinds = [module.kind.__name__ for module in model.modules() if isinstance(module, Swapped)]
+    kinds = [module._gptkernels_kind.__name__ for module in model.modules() if isinstance(module, Swapped)]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == WHAT[family]
 
 
@@ -398,15 +406,29 @@ def test_hooks_state_dict_copies_and_files(family: str, tmp_path):
     torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_changed_afterwards_still_computes_right():
-    """A projection wrapped after the model was accelerated (as PEFT does) is called, not read."""
-    model = accelerate_model(make("gpt2"))
-    plain = copy.deepcopy(model)
-    gptkernels.restore_modules(plain)
+@pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)
+def test_what_is_changed_afterwards_still_computes_right(family: str):
+    """A projection wrapped after the model was accelerated (as PEFT does) is called, not read; another activation is taken."""
+    plain = make(family)
+    model = accelerate_model(copy.deepcopy(plain))
     for one in (model, plain):
-        wrapped = one.transformer.h[0].mlp
-        wrapped.c_fc = nn.Sequential(wrapped.c_fc, nn.Tanh())
+        if family == "gpt2":
+            first, second = (block.mlp for block in one.transformer.h)
+            first.c_fc, second.act = nn.Sequential(first.c_fc, nn.Tanh()), nn.ReLU()
+        else:
+            first, second = (layer.mlp for layer in one.model.layers)
+            first.gate_proj, second.act_fn = nn.Sequential(first.gate_proj, nn.Tanh()), nn.ReLU()
     torch.testing.assert_close(model(tokens()).logits, plain(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)
+def test_an_activation_that_somebody_listens_to_is_called(family: str):
+    model, heard = accelerate_model(make(family)), []
+    for name, module in model.named_modules():
+        if name.endswith((".act", ".act_fn")):
+            module.register_forward_hook(lambda *_: heard.append(1))
+    model(tokens())
+    assert len(heard) == 2
 
 
 def test_dropout_of_attention_weights_is_trainings_alone():
@@ -471,3 +493,23 @@ def test_refuses_what_is_no_transformers_model():
     wrapped = nn.ModuleDict({"inner": make("gpt2")})
     assert accelerate_model(wrapped) is wrapped
     assert wrapped["inner"].config._attn_implementation == "gptkernels"
+
+
+def test_a_version_it_cannot_serve_is_named(monkeypatch: pytest.MonkeyPatch):
+    import importlib.util
+
+    def load() -> None:
+        spec = importlib.util.spec_from_file_location("another", integration.__file__)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+    with monkeypatch.context() as patch:
+        patch.delattr("transformers.masking_utils.prepare_padding_mask")
+        with pytest.raises(
+            ImportError, match=rf"found transformers {transformers.__version__}; .*prepare_padding_mask"
+        ):
+            load()
+    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", lambda batch_size, cache_position, **rest: None)
+    with pytest.raises(
+        ImportError, match=r"masks are made from cache positions; accepted are versions .* 5\.18 and 5\.23"
+    ):
+        load()

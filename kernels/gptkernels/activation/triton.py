@@ -74,7 +74,7 @@ def _gelu(z, TANH: tl.constexpr):
 def _gelu_slope(z, TANH: tl.constexpr):
     """d gelu / dz."""
     if TANH:
-        square = z * z
+        square = tl.minimum(z * z, 1e4)  # where the slope has long been 0 it shall not be 0 * inf
         cdf, slope = _logistic(z * (square * CUBIC + LINEAR))
         return cdf + z * slope * (square * CUBIC_SLOPE + LINEAR)
     else:

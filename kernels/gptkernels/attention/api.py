@@ -68,10 +68,6 @@ def attention(
     softmax", arXiv 1805.02867. The derivation is in ``MATH.md``.
     """
     _validate(query, key, value, ("batch", "heads", "tokens", "head_dim"))
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(
-            f"key: got shape {tuple(key.shape)}; accepted is (batch {query.shape[0]}, heads, tokens, head_dim)"
-        )
     _validate_masks(query, key, key_lengths, key_mask)
     scale = _validate_options(query, is_causal, scale, dropout_p, dropout_seed, window, query.shape[0])
     query, key, value = _cast(query, key, value)
@@ -163,6 +159,10 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, dimensions: tuple[str, 
         raise ValueError(f"query: got head_dim {head_dim}; accepted is at most {MAX_HEAD_DIM}")
     if key.shape[-1] != head_dim:
         raise ValueError(f"key: got head_dim {key.shape[-1]}; accepted is query's, {head_dim}")
+    if dimensions[0] == "batch" and key.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"key: got shape {tuple(key.shape)}; accepted is (batch {query.shape[0]}, heads, tokens, head_dim)"
+        )
     _check.shape("value", value, tuple(key.shape))
     heads, kv_heads = query.shape[at], key.shape[at]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
@@ -295,7 +295,7 @@ def _fake_backward(
 # cu_queries and cu_keys make it a packed batch, (1, H, total, D), whose sequences are at most max_queries and max_keys long.
 _OPTIONS = (
     "Tensor? key_lengths, Tensor? key_mask, Tensor? cu_queries, Tensor? cu_keys, Tensor? dropout_seed,"
-    " int max_queries, int max_keys, bool is_causal, int? window, float scale, float dropout_p"
+    " SymInt max_queries, SymInt max_keys, bool is_causal, int? window, float scale, float dropout_p"
 )
 _library.register(
     "attention_forward",

@@ -155,8 +155,8 @@ def attention_varlen(
         assert dropout_seed is not None
         head = torch.arange(query.shape[1], device=query.device)[:, None, None]
         kept = dropout.kept(dropout_seed[sequence_q], head, at_q, at_k, dropout_p)[None]  # (1, H, total_q, total_k)
-    heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, H, total, D)
-    attended = _attend(*heads_first, visible[None, None], False, scale, kept, dropout_p, return_lse)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, H, total, D)
+    attended = _attend(query, key, value, visible[None, None], False, scale, kept, dropout_p, return_lse)
     if isinstance(attended, tuple):
         return attended[0][0].transpose(0, 1), attended[1][0]
     return attended[0].transpose(0, 1)

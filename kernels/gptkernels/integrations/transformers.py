@@ -16,6 +16,7 @@ torch.Size([1, 7, 99])
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 import types
@@ -29,9 +30,11 @@ from torch import Tensor, nn
 
 from gptkernels import attention, cross_entropy, gelu, replace_modules, rotary, swiglu
 from gptkernels import swap as _swap
+from gptkernels.attention.api import MAX_HEAD_DIM
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.activations import SiLUActivation
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
     from transformers.masking_utils import (
@@ -45,19 +48,18 @@ try:
     from transformers.utils.output_capturing import _active_collector
 except ImportError as error:
     raise ImportError(
-        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}, which lacks {error.name}; "
-        "it is tested with 5.23.0"
+        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.18 and "
+        f"5.23 ({error})"
     ) from error
-if "q_length" not in sdpa_mask.__code__.co_varnames:
+if "q_length" not in inspect.signature(sdpa_mask).parameters:
     raise ImportError(
         f"gptkernels.integrations.transformers: found transformers {transformers.__version__}, whose masks are made from "
-        "cache positions; accepted are versions that make them from lengths (tested with 5.23.0)"
+        "cache positions; accepted are versions that make them from lengths (tested with 5.18 and 5.23)"
     )
 
 __all__ = ["accelerate_model"]
 
 NAME = "gptkernels"
-MAX_HEAD_DIM = 256
 log = logging.getLogger(__name__)
 
 
@@ -167,6 +169,9 @@ def attend(
     biases to the model's own eager attention; masks that are no `Visible`, and sizes beyond the kernels', to PyTorch's.
     """
     visible = _as_visible(module, query, key, attention_mask, is_causal)
+    if visible is None and attention_mask is None:  # causal, and more queries than keys: PyTorch aligns at the first
+        shape = query.shape[2], key.shape[2]
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()[None, None]
     if _wants_weights(kwargs) or any(kwargs.get(name) is not None for name in _SCORES):
         mask = attention_mask if visible is None else visible.dense(query.device)
         return _eager(module, query, key, value, mask, dropout, scaling, kwargs)
@@ -310,9 +315,12 @@ class SwiGLU:
     act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        if _hooked(self.act_fn):
+        if type(self.act_fn) not in _SILU or _hooked(self.act_fn):
             return super().forward(x)  # type: ignore[misc]
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+_SILU = (nn.SiLU, SiLUActivation)
 
 
 class BiasGELU:
@@ -324,7 +332,7 @@ class BiasGELU:
     dropout: nn.Module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        form = _FORMS.get(getattr(self.act, "kind", None))
+        form = _FORMS.get(_swap.kind_of(self.act))
         if form is None or type(self.c_fc) is not Conv1D or _hooked(self.c_fc) or _hooked(self.act):
             return super().forward(hidden_states)  # type: ignore[misc]
         hidden = torch.matmul(hidden_states, self.c_fc.weight)
@@ -337,10 +345,10 @@ _FORMS: dict[Any, str] = {_swap.TanhGELU: "tanh", _swap.ExactGELU: "none"}
 class Rotary:
     """The forward of layers that call their file's ``apply_rotary_pos_emb``: the same code, with ours under that name."""
 
-    original: type[nn.Module]
+    _gptkernels_original: type[nn.Module]
 
     def __init_subclass__(cls) -> None:
-        theirs: Any = cls.original.forward
+        theirs: Any = cls._gptkernels_original.forward
         rotate = _fused_rotary(theirs.__globals__["apply_rotary_pos_emb"])
         # Nothing outside this class changes: the file's own function, and every other model of that file, stay as they are.
         scope = {**theirs.__globals__, "apply_rotary_pos_emb": rotate}
@@ -370,6 +378,8 @@ def _fused_rotary(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...,
 def _is_swiglu(module: Any) -> bool:
     if {n for n, _ in module.named_children()} != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return False
+    if type(module.act_fn) not in _SILU:
+        return False
     generator = torch.Generator().manual_seed(0)
     gate, up, down = (nn.Linear(n, m, bias=False).double() for n, m in ((4, 6), (4, 6), (6, 4)))
     for layer in (gate, up, down):
@@ -383,7 +393,7 @@ def _is_swiglu(module: Any) -> bool:
 def _is_gpt2_mlp(module: Any) -> bool:
     if {n for n, _ in module.named_children()} != {"c_fc", "c_proj", "act", "dropout"}:
         return False
-    if type(module.c_fc) is not Conv1D or (form := _FORMS.get(getattr(module.act, "kind", None))) is None:
+    if type(module.c_fc) is not Conv1D or (form := _FORMS.get(_swap.kind_of(module.act))) is None:
         return False
     generator = torch.Generator().manual_seed(0)
     fc, proj = Conv1D(6, 4).double(), Conv1D(4, 6).double()
