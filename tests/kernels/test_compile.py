@@ -1,8 +1,7 @@
 """Machine code for GPUs that are not there: shipped configurations spill nothing, fit, and use the matrix units.
 
-`make compile-report TARGET=all` is the whole. Here are an H100's configurations (in float32 the main ones); the main ones of an
-MI300X, which another compiler makes; and for the other generations of NVIDIA's cards those of attention, which has tiles
-for each.
+`make compile-report TARGET=all` is the whole. Here are the main configurations of an H100 and of an MI300X, which another
+compiler makes, and for the other generations of NVIDIA's cards those of attention, which has tiles for each.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ TARGETS = {
 }
 ATTENTION = [word for op in FUSED if op.startswith("attention") for word in ("--op", op)]
 SELECTIONS = (
-    ["--target", "sm_90", "--dtype", "bf16"],
-    ["--target", "sm_90", "--dtype", "fp32", "--main"],
+    ["--target", "sm_90", "--main", "--dtype", "bf16", "--dtype", "fp32"],
     ["--target", "gfx942", "--main", "--dtype", "bf16"],
     ["--target", "sm_80", "--target", "sm_89", "--target", "sm_100", "--main", "--dtype", "bf16", *ATTENTION],
 )

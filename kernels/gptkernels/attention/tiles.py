@@ -7,6 +7,8 @@ Chosen so that no kernel spills registers and each fits its target's shared memo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,18 @@ _HOPPER: _Table = {  # 227 kB of shared memory
     128: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 64, 4, 3)),
     256: (Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 64, 8, 2), Tile(16, 32, 4, 3)),
 }
+_BLACKWELL: _Table = (
+    _HOPPER
+    | {  # 227 kB too; accumulators wait in tensor memory, and their way through registers costs
+        64: (Tile(128, 64, 8, 2), *_HOPPER[64][1:]),
+        128: (_HOPPER[128][0], Tile(32, 128, 8, 1), *_HOPPER[128][2:]),
+        256: (*_HOPPER[256][:2], Tile(64, 32, 8, 2), _HOPPER[256][3]),
+    }
+)
+# Triton before 3.7 takes more registers and shared memory for the same tiles at head_dim 128.
+_HOPPER_BEFORE_3_7: _Table = _HOPPER | {
+    128: (Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3)),
+}
 _AMPERE: _Table = {  # 163 kB
     64: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 128, 4, 3)),
     128: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 4, 3)),
@@ -44,19 +58,26 @@ _HIP: _Table = {  # 64 kB of local data share, 64-thread waves
 }
 _FLOAT32: _Table = {  # IEEE products, on the general units and within 99 kB: small tiles everywhere
     64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
-    128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2), Tile(16, 16, 4, 2)),
+    128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
     256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 4, 2)),
 }
 _DIRECTIONS = ("forward", "dkdv", "dq", "decode")
-_BY_ARCH = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER, "hip": _HIP}
+_BY_ARCH = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_103": _BLACKWELL, "hip": _HIP}
 # In the interpreter a tile costs the same whatever its size; small ones bring several into short test sequences.
 _INTERPRETER = Tile(32, 16, 1, 1)
 
 
-def tile(direction: str, arch: str, itemsize: int, block_d: int, has_dropout: bool = False) -> Tile:
+@cache
+def _old_triton() -> bool:
+    return tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 7)
+
+
+def tile(direction: str, arch: str, itemsize: int, block_d: int) -> Tile:
     """The launch configuration of a direction on `arch` for elements of `itemsize` bytes."""
     if arch == "interpreter":
         return _INTERPRETER
     table = _FLOAT32 if itemsize == 4 else _BY_ARCH.get(arch, _CONSUMER)
+    if table is _HOPPER and _old_triton():
+        table = _HOPPER_BEFORE_3_7
     row = table[64 if block_d <= 64 else block_d]
     return row[_DIRECTIONS.index(direction)]

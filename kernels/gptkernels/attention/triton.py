@@ -23,7 +23,7 @@ from gptkernels.attention.triton_backward import _delta_kernel, _dkdv_kernel, _d
 from gptkernels.attention.triton_forward import _combine_kernel, _decode_kernel, _forward_kernel
 
 LOG2_E = math.log2(math.e)
-DELTA_BLOCK = 64
+DELTA_BLOCK = 32
 # Up to so many queries share a program with their group's other heads, the keys split over programs.
 DECODE_QUERIES = 8
 DECODE_ROWS = 64
@@ -116,7 +116,7 @@ def attention_forward(
     if few and not p.packed and not p.has_dropout:
         _decode(p, query, key, value, scale, out, lse)
         return out, lse
-    t = tile("forward", architecture(query), query.dtype.itemsize, p.block_d, p.has_dropout)
+    t = tile("forward", architecture(query), query.dtype.itemsize, p.block_d)
     with on_device(query):
         _forward_kernel[(triton.cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,)](
             query, key, value, out, lse, *p.tensors, scale * LOG2_E, *p.options, *p.sizes, p.max_queries,
@@ -191,13 +191,13 @@ def attention_backward(
             *p.strides(out, grad_out), *p.statistics, PACKED=p.packed, HAS_DLSE=grad_lse is not None,
             HEAD_DIM=p.head_dim, BLOCK_D=p.block_d, BLOCK_M=DELTA_BLOCK, num_warps=4, **FP_FUSION,
         )  # fmt: skip
-        t = tile("dkdv", arch, itemsize, p.block_d, p.has_dropout)
+        t = tile("dkdv", arch, itemsize, p.block_d)
         _dkdv_kernel[(triton.cdiv(p.max_keys, t.block_n) * p.sequences * p.kv_heads,)](
             *inputs, grad_key, grad_value, *p.tensors, *numbers, p.max_keys, *strides, *p.strides(grad_key, grad_value),
             **flags, EVEN_Q=p.even(t.block_m), EVEN_K=not p.packed and p.keys % t.block_n == 0,
             BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=t.num_warps, num_stages=t.num_stages, **FP_FUSION,
         )  # fmt: skip
-        t = tile("dq", arch, itemsize, p.block_d, p.has_dropout)
+        t = tile("dq", arch, itemsize, p.block_d)
         _dq_kernel[(triton.cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,)](
             *inputs, grad_query, *p.tensors, *numbers, p.max_queries, *strides, *p.strides(grad_query),
             **flags, EVEN_Q=p.even(t.block_m),
