@@ -9,7 +9,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-# Several workers (pytest -n) share the cores: threads of each for all of them would mostly wait for one another.
+# Several workers (pytest -n) share the cores: with a thread of each for every core they would mostly wait for one another.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 
