@@ -150,13 +150,18 @@ class TokenFile:
         return len(self.tokens)
 
     def batch(
-        self, batch_size: int, context: int, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        context: int,
+        generator: torch.Generator | None = None,
+        rows: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Random windows and, for each of their tokens, the next one.
 
         Every window of ``context + 1`` tokens in the file is equally likely. Returns ``(x, y)``, int64 on the
         CPU, each ``(batch_size, context)``, with ``y[:, t]`` the token after ``x[:, t]``. ``generator`` (a
-        CPU one) makes the choice repeatable.
+        CPU one) makes the choice repeatable. Of the batch only ``rows`` are read and returned: processes that
+        share one batch draw alike and take a part each.
 
         Raises:
             ValueError: if ``batch_size`` or ``context`` is less than 1, the file has fewer than ``context +
@@ -164,7 +169,7 @@ class TokenFile:
         """
         _check_positive("batch_size", batch_size)
         starts = torch.randint(self._starts(context), (batch_size,), generator=generator)
-        return self._gather(starts.tolist(), context)
+        return self._gather(starts[rows].tolist(), context)
 
     def windows(self, context: int, batch_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All of the file in order, for evaluation: every token but the first is a target once.
