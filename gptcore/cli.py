@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from gptcore.config import Kernels
+from gptcore.generate import Sampling
 from gptcore.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from gptcore.models import GPT
+    from gptcore.pretrained_tokenizer import PretrainedTokenizer
+    from gptcore.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,61 @@ class Prepare:
         return 0
 
 
-@dataclass(frozen=True)
-class Generate:
+@dataclass(frozen=True, kw_only=True)
+class _Loading:
+    """What every verb that runs a trained model is told."""
+
+    model: str
+    """Folder of a run or of Hugging Face weights (GPT-2, Llama), a .gguf file, a name that gptcore fetch brought, or the
+    hub's."""
+    tokenizer: str | None = None
+    """gpt2 or a saved tokenizer's path; the model's own if left out."""
+    kernels: Kernels = "auto"
+    """Which kernels run."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the weights. auto takes bf16, half the bytes to read for each token; on a CPU with kernels reference fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU where there is one."""
+    tune_allocator: bool = True
+    """Keep freed memory in the process (see gptkernels.tune_allocator)."""
+
+    def load(self, **changes: Any) -> tuple[GPT, Tokenizer | PretrainedTokenizer]:
+        """The model, on its device, and its tokenizer; `changes` to the model's configuration."""
+        import gptkernels
+        import torch
+
+        from gptcore.models import GPT
+        from gptcore.tokenizer import get_tokenizer
+        from gptcore.weights import locate
+
+        if self.tune_allocator:
+            gptkernels.tune_allocator()
+        with gptkernels.use_backend(self.kernels):  # one that cannot run is an error before anything is loaded
+            pass
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        wide = self.dtype == "fp32" or (self.dtype == "auto" and (device, self.kernels) == ("cpu", "reference"))
+        dtype = torch.float32 if wide else torch.bfloat16
+        place = locate(self.model)
+        model = GPT.from_pretrained(place, dtype=dtype, kernels=self.kernels, **changes).to(device).eval()
+        tokenizer = get_tokenizer(self.tokenizer or place)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"tokenizer: has {tokenizer.vocab_size} tokens; accepted are at most the model's {model.config.vocab_size}"
+            )
+        return model, tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sampling(Sampling):
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token each time."""
+
+    def options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(_Sampling, _Loading):
     """Continue a text with a trained model.
 
     For example:
@@ -93,73 +153,108 @@ class Generate:
 
     gptcore generate --model runs/demo --temperature 0 --max-new-tokens 50 "Return the"
 
-    gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --seed 7 "Once upon a time"
+    gptcore fetch smollm2-135m-instruct && gptcore generate --model smollm2-135m-instruct "The capital of France is"
+
+    gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --repetition-penalty 1.2 "Once upon a time"
+
+    gptcore generate --model runs/demo --temperature 0 "The function returns" "The class has"
     """
 
-    prompt: Positional[str]
-    """Text to continue."""
-    model: str
-    """Folder of a run, of Hugging Face weights, or a GPT-2's name on the hub."""
-    tokenizer: str | None = None
-    """gpt2 or a saved tokenizer's path; the model folder's own if left out."""
+    prompts: Positional[tuple[str, ...]]
+    """Text to continue; several are continued as one batch, and shown when all are done."""
     max_new_tokens: int = 100
     """Tokens to add at most."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token each time."""
-    top_k: int | None = None
-    """Sample among this many likeliest tokens."""
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together hold this probability."""
-    seed: int | None = None
-    """Makes the sample repeatable."""
-    kernels: Kernels = "auto"
-    """Which kernels run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto takes a GPU where there is one."""
-
-    tune_allocator: bool = True
-    """Keep freed memory in the process (see gptkernels.tune_allocator)."""
+    stop: tuple[str, ...] = ()
+    """End before any of these strings."""
 
     def run(self) -> int:
-        import gptkernels
+        from gptcore.generate import generate_text, stream_text
+
+        if not self.prompts or not all(self.prompts):
+            raise ValueError("prompts: got an empty one; accepted are one or more, none empty")
+        model, tokenizer = self.load()
+        options = {"stop": self.stop, **self.options()}
+        prompt, *others = self.prompts
+        if others:
+            texts = generate_text(model, tokenizer, self.prompts, self.max_new_tokens, **options)
+            print("\n\n".join(prompt + text for prompt, text in zip(self.prompts, texts)))
+            return 0
+        pieces = stream_text(model, tokenizer, tokenizer.encode_prompt(prompt), self.max_new_tokens, **options)
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(_Sampling, _Loading):
+    """Talk with a model that was trained to converse; /reset begins anew, /quit or Ctrl-D ends, Ctrl-C ends a reply.
+
+    For example:
+
+    gptcore fetch smollm2-135m-instruct && gptcore chat --model smollm2-135m-instruct
+
+    gptcore chat --model runs/tuned --system "You answer in one sentence." --temperature 0.2
+
+    echo "What is a kernel?" | gptcore chat --model smollm2-135m-instruct --temperature 0
+    """
+
+    system: str | None = None
+    """What the model is told before the first turn; the template's own if left out."""
+    max_new_tokens: int = 256
+    """Longest reply, in tokens."""
+
+    def run(self) -> int:
+        from gptcore.chat import Chat as Conversation
+        from gptcore.chat import converse
+
+        model, tokenizer = self.load()
+        chat = Conversation(
+            model, tokenizer, system=self.system, max_new_tokens=self.max_new_tokens, **self.options()
+        )  # fmt: skip
+        prompt = "you> " if sys.stdin.isatty() else ""
+        converse(chat, lambda: input(prompt), lambda text: print(text, end="", flush=True))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a model as a folder that Hugging Face transformers loads: weights, configuration and tokenizer.
+
+    For example:
+
+    gptcore export --model runs/demo --out exported/demo
+
+    gptcore export --model smollm2-135m-instruct --out exported/smollm2 --dtype bf16
+    """
+
+    model: str
+    """Folder of a run or of weights, a .gguf file, a name that gptcore fetch brought, or the hub's."""
+    out: Path
+    """Folder to make; must not hold anything."""
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
+    """Of the weights in it; keep leaves the model's (fp32 from a GGUF file)."""
+
+    def run(self) -> int:
         import torch
 
-        from gptcore.generate import generate_stream
         from gptcore.models import GPT
         from gptcore.tokenizer import get_tokenizer
+        from gptcore.weights import config_to_huggingface, locate, save_huggingface
 
-        if self.tune_allocator:
-            gptkernels.tune_allocator()
-        with gptkernels.use_backend(self.kernels):
-            pass
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        model = GPT.from_pretrained(self.model, kernels=self.kernels).to(device)
-        tokenizer = get_tokenizer(self.tokenizer or Path(self.model) / "tokenizer.json")
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"tokenizer: has {tokenizer.vocab_size} tokens; accepted are at most the model's {model.config.vocab_size}"
-            )
-        tokens = tokenizer.encode(self.prompt)
-        print(self.prompt, end="", flush=True)
-        shown = self.prompt
-        for ids in generate_stream(
-            model,
-            torch.tensor([tokens], device=device).long(),
-            self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=tokenizer.eot_token,
-        ):
-            if int(ids[0]) == tokenizer.eot_token:
-                break
-            tokens.append(int(ids[0]))
-            text = tokenizer.decode(tokens)
-            if not text.endswith("\ufffd"):  # a token may end inside a character
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-        print()
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise FileExistsError(f"out: {self.out} holds something; accepted are a new or an empty folder")
+        dtypes = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        place = locate(self.model)
+        model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
+        config_to_huggingface(
+            model.config
+        )  # a model that Hugging Face has no twin of is an error before anything is written
+        tokenizer = get_tokenizer(place)
+        save_huggingface(self.out, model.config, model.state_dict())
+        tokenizer.save_huggingface(self.out)
+        print(f"{self.out}: {model.num_parameters():,} parameters; load it with AutoModelForCausalLM and AutoTokenizer")
         return 0
 
 
@@ -183,7 +278,14 @@ class Train(TrainConfig):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; an error that the user can mend is one line and exit status 2."""
-    verbs = {"info": Info, "prepare": Prepare, "train": Train, "generate": Generate}
+    verbs = {
+        "info": Info,
+        "prepare": Prepare,
+        "train": Train,
+        "generate": Generate,
+        "chat": Chat,
+        "export": Export,
+    }
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             verbs, prog="gptcore", description="Build a GPT from scratch, on fused kernels.", args=arguments

@@ -8,13 +8,30 @@ from typing import Any, Literal, get_args
 
 Kernels = Literal["auto", "reference", "triton", "native"]
 AttentionImpl = Literal["fused", "explicit"]
+Norm = Literal["layer_norm", "rms_norm"]
+Positions = Literal["learned", "rotary"]
+Activation = Literal["gelu", "swiglu"]
 
 MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
+class RotaryScaling:
+    """Llama 3.1's stretching of rotary positions beyond the context that a model was trained on first."""
+
+    factor: float
+    """How many times longer the slow rotations become."""
+    low_freq_factor: float
+    """Rotations with fewer turns than this in `original_context` are stretched whole."""
+    high_freq_factor: float
+    """Those with more turns than this stay; between the two the stretching fades."""
+    original_context: int
+    """Tokens of the first training's sequences."""
+
+
+@dataclass(frozen=True)
 class GPTConfig:
-    """Sizes and choices of a `gptcore.GPT`. The defaults are GPT-2's smallest model.
+    """Sizes and choices of a `gptcore.GPT`. The defaults are GPT-2's smallest model; `PRESETS` has Llama's choices too.
 
     Raises:
         ValueError: a size, probability or name that is not accepted.
@@ -28,39 +45,79 @@ class GPTConfig:
     """Number of blocks."""
     n_head: int = 12
     """Attention heads of each block; divides width."""
+    n_kv_head: int | None = None
+    """Heads of keys and values, each shared by n_head / n_kv_head query heads (grouped-query attention); None: n_head."""
     width: int = 768
-    """Width of the residual stream; the MLP is four times as wide."""
+    """Width of the residual stream."""
+    mlp_width: int | None = None
+    """Width of the MLP's hidden layer; None: four times width."""
+    norm: Norm = "layer_norm"
+    """layer_norm, or rms_norm: no mean is subtracted and nothing added (Llama)."""
+    positions: Positions = "learned"
+    """learned: a vector for each position; rotary: queries and keys are turned by angles that grow with it (Llama)."""
+    rotary_base: float = 10000.0
+    """The slowest rotation takes nearly 2 pi times this many tokens."""
+    rotary_scaling: RotaryScaling | None = None
+    """Llama 3.1's stretching of the rotations; None: none."""
+    activation: Activation = "gelu"
+    """gelu (tanh form), or swiglu: SiLU of one hidden layer times another (Llama)."""
+    bias: bool = True
+    """Whether linear layers add a bias."""
+    tied: bool = True
+    """Whether the output layer's weights are the token embedding."""
     dropout: float = 0.0
     """Probability of dropping an element of the embeddings, the attention weights and each block's two outputs, in training."""
     eps: float = 1e-5
-    """Added to the variance in every layer norm."""
+    """Added to the variance, or the mean square, in every norm."""
     kernels: Kernels = "auto"
-    """Which kernels compute layer norms, softmaxes and attention; auto takes the fastest that can run."""
+    """Which kernels compute all but the matrix products; auto takes the fastest that can run."""
     attention_impl: AttentionImpl = "fused"
     """fused: one kernel, memory linear in the tokens; explicit: softmax(QK^T)V step by step, whose weights can be read."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "n_layer", "n_head", "width"):
+        sizes = ["vocab_size", "context", "n_layer", "n_head", "width"]
+        sizes += [name for name in ("n_kv_head", "mlp_width") if getattr(self, name) is not None]
+        for name in sizes:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: got {value!r}; accepted are positive integers")
         if self.width % self.n_head:
             raise ValueError(f"n_head: got {self.n_head}; accepted are divisors of width, {self.width}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_kv_head: got {self.n_kv_head}; accepted are divisors of n_head, {self.n_head}")
         if self.head_dim > MAX_HEAD_DIM:
             raise ValueError(
                 f"n_head: got {self.n_head}, heads of {self.head_dim}; accepted are heads of at most {MAX_HEAD_DIM}"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}; accepted is 0 <= dropout < 1")
-        if not self.eps > 0.0:
-            raise ValueError(f"eps: got {self.eps}; accepted are positive numbers")
-        for name, accepted in (("kernels", get_args(Kernels)), ("attention_impl", get_args(AttentionImpl))):
+        for name in ("eps", "rotary_base"):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; accepted are positive numbers")
+        choices = {"kernels": Kernels, "attention_impl": AttentionImpl, "norm": Norm}
+        choices |= {"positions": Positions, "activation": Activation}
+        for name, literal in choices.items():
+            accepted = get_args(literal)
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {', '.join(map(repr, accepted))}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"n_head: got {self.n_head}, heads of {self.head_dim}; accepted for rotary are even heads")
+        if self.rotary_scaling is not None and self.positions != "rotary":
+            raise ValueError(f"rotary_scaling: got it with positions {self.positions!r}; accepted is 'rotary'")
 
     @property
     def head_dim(self) -> int:
         return self.width // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return 4 * self.width if self.mlp_width is None else self.mlp_width
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
@@ -75,8 +132,12 @@ class GPTConfig:
         accepted = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(accepted)):
             raise ValueError(f"{unknown[0]}: is no field of GPTConfig; accepted are {', '.join(accepted)}")
+        if isinstance(scaling := values.get("rotary_scaling"), dict):
+            values = values | {"rotary_scaling": RotaryScaling(**scaling)}
         return cls(**values)
 
+
+_LLAMA = {"norm": "rms_norm", "positions": "rotary", "activation": "swiglu", "bias": False}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Tests: runs in Triton's interpreter.
@@ -89,4 +150,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": {"context": 1024, "n_layer": 24, "n_head": 16, "width": 1024},
     "gpt2-large": {"context": 1024, "n_layer": 36, "n_head": 20, "width": 1280},
     "gpt2-xl": {"context": 1024, "n_layer": 48, "n_head": 25, "width": 1600},
+    # Llama's choices at the first sizes, and SmolLM2's two small ones.
+    "llama-tiny": _LLAMA | {"context": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "width": 64, "mlp_width": 192},
+    "llama-mini": _LLAMA | {"context": 128, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "width": 256, "mlp_width": 704},
+    "llama-small": _LLAMA
+    | {"context": 256, "n_layer": 6, "n_head": 6, "n_kv_head": 2, "width": 384, "mlp_width": 1024},
+    "smollm2-135m": _LLAMA
+    | {"context": 8192, "n_layer": 30, "n_head": 9, "n_kv_head": 3, "width": 576, "mlp_width": 1536}
+    | {"rotary_base": 100000.0, "vocab_size": 49152},
+    "smollm2-360m": _LLAMA
+    | {"context": 8192, "n_layer": 32, "n_head": 15, "n_kv_head": 5, "width": 960, "mlp_width": 2560}
+    | {"rotary_base": 100000.0, "vocab_size": 49152},
 }

@@ -15,9 +15,12 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptcore._files import atomic_writer
+
+if TYPE_CHECKING:
+    from gptcore.pretrained_tokenizer import PretrainedTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 """The special token that ends every document. It is the last id of every vocabulary."""
@@ -72,7 +75,11 @@ class Tokenizer:
             raise ValueError(f"special_tokens must hold {END_OF_TEXT!r}; got {sorted(special_tokens)}")
         self.name = name
         self.eot_token = special_tokens[END_OF_TEXT]
-        """The id of ``<|endoftext|>``."""
+        """The id of ``<|endoftext|>``, which stands between documents."""
+        self.stop_tokens: tuple[int, ...] = (self.eot_token,)
+        """Ids after which generation ends."""
+        self.chat_template: str | None = None
+        """A trained BPE knows no roles."""
         self._pattern = pattern
         self._mergeable_ranks = mergeable_ranks
         self._special_tokens = special_tokens
@@ -104,6 +111,10 @@ class Tokenizer:
                 f"{sorted(self._special_tokens)}"
             )
         return self._encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """`encode`: these models want nothing before a text."""
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``[self.encode(text) for text in texts]``, on all processor cores."""
@@ -150,6 +161,13 @@ class Tokenizer:
         }
         with atomic_writer(Path(path)) as file:
             file.write(json.dumps(state, ensure_ascii=False, indent=0).encode())
+
+    def save_huggingface(self, folder: Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` as transformers reads them."""
+        from gptcore.pretrained_tokenizer import PretrainedTokenizer, byte_level_bpe
+
+        inner = byte_level_bpe(self._pattern, self._tokens_in_order(), dict(self._specials_in_order()))
+        PretrainedTokenizer(inner, self.name, end=END_OF_TEXT).save_huggingface(folder)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -266,28 +284,45 @@ class Tokenizer:
         return sorted(self._special_tokens.items(), key=lambda item: item[1])
 
 
-def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """``"gpt2"``, or a tokenizer from the file (or the folder with a ``tokenizer.json``) at a path.
+def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
+    """``"gpt2"``, or a tokenizer at a path: a file, a folder with a ``tokenizer.json``, or a GGUF file.
+
+    A ``tokenizer.json`` may be ours or Hugging Face's. GPT-2's is read from where ``gptcore fetch gpt2-bpe`` put it, if
+    it did.
 
     Raises:
         FileNotFoundError: if it is neither; otherwise as :meth:`Tokenizer.gpt2` and :meth:`Tokenizer.load`.
     """
+    from gptcore.pretrained_tokenizer import FORMAT, PretrainedTokenizer
+
     if str(name_or_path) == "gpt2":
         return Tokenizer.gpt2()
-    if not Path(name_or_path).exists():
+    path = Path(name_or_path)
+    if path.suffix == ".gguf" and path.is_file():
+        return PretrainedTokenizer.from_gguf(path)
+    if path.is_dir():
+        path = path / _FILE_NAME
+    if not path.exists():
         raise FileNotFoundError(
-            f"tokenizer must be 'gpt2', a tokenizer file or a folder with a {_FILE_NAME}; "
-            f"got {str(name_or_path)!r}, which does not exist"
+            f"tokenizer must be 'gpt2', a tokenizer file, a folder with a {_FILE_NAME} or a .gguf file; "
+            f"got {str(name_or_path)!r}, where there is none"
         )
-    return Tokenizer.load(name_or_path)
+    state = _read_json(path)
+    if isinstance(state, dict) and (state.get("format") == FORMAT or ("format" not in state and "model" in state)):
+        return PretrainedTokenizer.from_state(state, path)
+    return Tokenizer.load(path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:  # broken JSON, or bytes that are not text
+        raise ValueError(f"{path} is not a tokenizer file, or is truncated: {error}") from error
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     """The JSON object of a tokenizer file, checked to be of our format and version."""
-    try:
-        state = json.loads(path.read_bytes())
-    except ValueError as error:  # broken JSON, or bytes that are not text
-        raise ValueError(f"{path} is not a tokenizer file, or is truncated: {error}") from error
+    state = _read_json(path)
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f'{path} is not a gptcore tokenizer file (no "format": "{_FORMAT}" in it)')
     if state.get("version") != _VERSION:

@@ -86,7 +86,7 @@ def test_weights_move_both_ways_bit_by_bit(gpt2, tmp_path):
     theirs, _ = gpt2
     model = make()
     state = model.state_dict()
-    back = from_huggingface(to_huggingface(state))
+    back = from_huggingface(to_huggingface(state, model.config))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
     save_huggingface(tmp_path, model.config, state)

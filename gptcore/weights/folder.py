@@ -1,0 +1,158 @@
+"""Folders of weights: reading ours, Hugging Face's and GGUF files; writing ours and Hugging Face's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from gptcore._files import atomic_writer
+from gptcore.config import GPTConfig
+from gptcore.weights.huggingface import (
+    WeightsError,
+    config_from_huggingface,
+    config_to_huggingface,
+    from_huggingface,
+    to_huggingface,
+)
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What is fetched from the hub: safetensors, never pickles, and what the tokenizer needs.
+_WANTED = [CONFIG, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+
+
+def save_huggingface(folder: str | Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
+    """Writes a folder that Hugging Face's ``AutoModelForCausalLM.from_pretrained`` loads, as a GPT-2 or a Llama.
+
+    Raises:
+        WeightsError: a configuration that is neither GPT-2's nor Llama's; names the field. Nothing is written then.
+    """
+    _write(folder, config_to_huggingface(config), to_huggingface(state, config))
+
+
+def save_folder(folder: str | Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
+    """Writes a folder that `load` loads: each file appears whole or not at all."""
+    _write(folder, dataclasses.asdict(config), state)
+
+
+def _write(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with atomic_writer(folder / WEIGHTS) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+    with atomic_writer(folder / CONFIG) as file:
+        file.write(json.dumps(config, indent=2).encode())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a missing or damaged one is a `WeightsError` that names it."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: is damaged or no safetensors file ({error})") from error
+
+
+def load(path_or_name: str | Path, changes: dict[str, Any]) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Configuration (with `changes`) and checked state dict of what `locate` finds."""
+    place = locate(path_or_name)
+    if place.is_file():
+        from gptcore.weights.gguf_file import load_gguf
+
+        config, state = load_gguf(place)
+        source = place
+    else:
+        config, state, source = _read_folder(place)
+    check_state(state, config, source)
+    return dataclasses.replace(config, **changes), state
+
+
+def _read_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Path]:
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text())
+        foreign = "model_type" in values
+        config = config_from_huggingface(values) if foreign else GPTConfig.from_dict(values)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: describes no model this version can load ({error})") from error
+    if (folder / INDEX).is_file():
+        state, source = _read_shards(folder), folder / INDEX
+    else:
+        pickles = sorted(
+            p.name for pattern in _PICKLES for p in folder.glob(pattern) if p.suffix != ".bin" or "model" in p.name
+        )
+        if pickles and not (folder / WEIGHTS).is_file():
+            raise WeightsError(
+                f"{folder / pickles[0]}: is a pickle, which can run any code when it is read; accepted is {WEIGHTS}"
+            )
+        state, source = read_tensors(folder / WEIGHTS), folder / WEIGHTS
+    return config, from_huggingface(state, tied=config.tied) if foreign else state, source
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    """Weights that Hugging Face has cut into several files, listed in an index."""
+    try:
+        where: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{folder / INDEX}: is damaged ({error!r})") from error
+    if outside := [name for name in where.values() if Path(name).name != name]:
+        raise WeightsError(f"{folder / INDEX}: names {outside[0]!r}; accepted are files beside it")
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(where.values())):
+        state |= read_tensors(folder / name)
+    return state
+
+
+def locate(path_or_name: str | Path) -> Path:
+    """The folder or GGUF file that `path_or_name` stands for: a path, a name that ``gptcore fetch`` brought, or the hub's.
+
+    Raises:
+        WeightsError: there is none; says what to do.
+    """
+    place = Path(path_or_name).expanduser()
+    if place.is_dir():
+        files = sorted(place.glob("*.gguf"))
+        return files[0] if len(files) == 1 and not (place / CONFIG).is_file() else place
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise WeightsError(f"{place}: is a file; accepted are folders with {CONFIG} and {WEIGHTS}, and .gguf files")
+        return place
+    return _download(str(path_or_name))
+
+
+def check_state(state: dict[str, Tensor], config: GPTConfig, source: Path) -> None:
+    """Raises `WeightsError` unless `state` holds exactly the tensors of a GPT of `config`."""
+    from gptcore.models import GPT
+
+    with torch.device("meta"):
+        expected = GPT(config).state_dict()
+    if missing := sorted(set(expected) - set(state)):
+        raise WeightsError(f"{source}: {missing[0]} is missing ({len(missing)} of {len(expected)} tensors are)")
+    if extra := sorted(set(state) - set(expected)):
+        raise WeightsError(f"{source}: {extra[0]} belongs to no GPT ({len(extra)} such tensors)")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            accepted = tuple(expected[name].shape)
+            raise WeightsError(f"{source}: {name} has shape {tuple(tensor.shape)}; accepted is {accepted}")
+
+
+def _download(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise WeightsError(f"{name}: there is no such folder")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise WeightsError(f"{name}: is no local folder, and huggingface_hub is not installed to fetch it") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except Exception as error:  # the hub raises a dozen kinds, of three libraries
+        raise WeightsError(f"{name}: is no local folder and could not be fetched from the hub ({error})") from error

@@ -1,0 +1,119 @@
+"""Llama-family models in GGUF files: weights dequantised by the ``gguf`` library, and the tokenizer beside them."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptcore.config import GPTConfig
+from gptcore.weights.huggingface import WeightsError, from_huggingface
+
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_PARTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@lru_cache(maxsize=1)
+def _reader(path: Path) -> Any:
+    """The library's reader; kept for the tokenizer after the weights, since it looks at every token of the vocabulary."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise WeightsError(f"{path}: reading GGUF needs the gguf package; pip install 'gptcore[pretrained]'") from error
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # the reader checks nothing: damage shows as whatever numpy makes of it
+        raise WeightsError(f"{path}: is damaged or no GGUF file ({error})") from error
+
+
+def fields(path: Path, *prefixes: str) -> dict[str, Any]:
+    """The file's metadata whose names begin with one of `prefixes`."""
+    reader = _reader(path)
+    return {name: field.contents() for name, field in reader.fields.items() if name.startswith(prefixes)}
+
+
+def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Configuration and float32 state dict of a Llama-family GGUF file.
+
+    Raises:
+        WeightsError: a file that is damaged, of another architecture, or the gguf package is missing.
+    """
+    import gguf
+
+    reader = _reader(path)
+    values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+    kind = values.get("general.architecture")
+    if kind != "llama":
+        raise WeightsError(f"{path}: general.architecture: got {kind!r}; accepted is 'llama'")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    try:
+        config = _config(values, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: describes no model this version can load ({error})") from error
+    state = {}
+    for name, tensor in tensors.items():
+        if name == "rope_freqs.weight":
+            raise WeightsError(f"{path}: rope_freqs.weight: got scaled rotary frequencies; accepted are unscaled ones")
+        module, _, kind = name.rpartition(".")
+        block = re.fullmatch(r"blk\.(\d+)\.(.+)", module)
+        prefix, part = (f"model.layers.{block[1]}.", block[2]) if block else ("", module)
+        known = _PARTS if block else _OUTSIDE
+        try:
+            weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        except Exception as error:
+            raise WeightsError(f"{path}: {name} cannot be dequantised ({error})") from error
+        if part in ("attn_q", "attn_k"):
+            weight = _half_split(weight, config.n_head if part == "attn_q" else config.kv_heads)
+        state[f"{prefix}{known.get(part, part)}.{kind}"] = weight
+    return config, from_huggingface(state, tied=config.tied)
+
+
+def _half_split(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a projection from GGUF's order, rotated pairs side by side, to a head's first halves, then its second.
+
+    ``(heads * D, C)``: row ``2 i + j`` of a head becomes row ``j * D / 2 + i``. Scores are sums over a head's
+    dimensions, so queries and keys may be reordered alike.
+    """
+    rows, width = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
+
+
+def _config(values: dict[str, Any], tensors: dict[str, Any]) -> GPTConfig:
+    def value(name: str, *default: Any) -> Any:
+        return values.get(f"llama.{name}", *default) if default else values[f"llama.{name}"]
+
+    if (scaling := value("rope.scaling.type", "none")) != "none":
+        raise ValueError(f"rope.scaling.type: got {scaling!r}; accepted is 'none'")
+    heads, width = int(value("attention.head_count")), int(value("embedding_length"))
+    if (turned := value("rope.dimension_count", width // heads)) != width // heads:
+        raise ValueError(f"rope.dimension_count: got {turned}; accepted is the head's {width // heads}")
+    return GPTConfig(
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        context=int(value("context_length")),
+        n_layer=int(value("block_count")),
+        n_head=heads,
+        n_kv_head=int(value("attention.head_count_kv", heads)),
+        width=width,
+        mlp_width=int(value("feed_forward_length")),
+        norm="rms_norm",
+        positions="rotary",
+        rotary_base=float(value("rope.freq_base", 10000.0)),
+        activation="swiglu",
+        bias=False,
+        tied="output.weight" not in tensors,
+        eps=float(value("attention.layer_norm_rms_epsilon")),
+    )
