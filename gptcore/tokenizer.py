@@ -293,10 +293,11 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
     Raises:
         FileNotFoundError: if it is neither; otherwise as :meth:`Tokenizer.gpt2` and :meth:`Tokenizer.load`.
     """
+    from gptcore import fetch
     from gptcore.pretrained_tokenizer import FORMAT, PretrainedTokenizer
 
     if str(name_or_path) == "gpt2":
-        return Tokenizer.gpt2()
+        return Tokenizer.gpt2(fetch.find("gpt2-bpe"))
     path = Path(name_or_path)
     if path.suffix == ".gguf" and path.is_file():
         return PretrainedTokenizer.from_gguf(path)

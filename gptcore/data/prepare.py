@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from gptcore._files import atomic_writer, sync_folder, temporary_sibling
 from gptcore.data.corpus import Document, documents, source_list, sources_state
 from gptcore.data.token_file import TokenFile, TokenWriter
 from gptcore.tokenizer import Tokenizer, get_tokenizer
+
+if TYPE_CHECKING:
+    from gptcore.pretrained_tokenizer import PretrainedTokenizer
 
 _FORMAT = "gptcore-corpus"
 _VERSION = 1
@@ -245,7 +248,9 @@ def _text(parts: list[_Part], advance: _Advance) -> Iterator[str]:
             advance(len(piece))
 
 
-def _encode(parts: list[_Part], tokenizer: Tokenizer, path: Path, bars: _Bars) -> tuple[SplitReport, NDArray[np.int64]]:
+def _encode(
+    parts: list[_Part], tokenizer: Tokenizer | PretrainedTokenizer, path: Path, bars: _Bars
+) -> tuple[SplitReport, NDArray[np.int64]]:
     """Write a split's token file. Also returns how often each token comes, ``(vocab_size,)``."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     size = 0
@@ -324,7 +329,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _check(folder: Path, report: PrepareReport) -> None:
     """Raise ``ValueError`` or ``FileNotFoundError`` unless the folder holds what its report says."""
-    fingerprints = [Tokenizer.load(folder / "tokenizer.json").fingerprint]
+    fingerprints = [get_tokenizer(folder / "tokenizer.json").fingerprint]
     for name, split in ("train.bin", report.train), ("val.bin", report.val):
         tokens = TokenFile.open(folder / name)
         fingerprints.append(tokens.fingerprint)

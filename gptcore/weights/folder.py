@@ -126,7 +126,14 @@ def locate(path_or_name: str | Path) -> Path:
         if place.suffix != ".gguf":
             raise WeightsError(f"{place}: is a file; accepted are folders with {CONFIG} and {WEIGHTS}, and .gguf files")
         return place
-    return _download(str(path_or_name))
+    from gptcore import fetch
+
+    name = str(path_or_name)
+    if fetched := fetch.find(name):
+        return locate(fetched)
+    if name in fetch.CATALOGUE:
+        raise WeightsError(f"{name}: is not here yet; gptcore fetch {name} brings it")
+    return _download(name)
 
 
 def check_state(state: dict[str, Tensor], config: GPTConfig, source: Path) -> None:
