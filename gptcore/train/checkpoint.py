@@ -134,6 +134,8 @@ class Checkpoint:
         if extra := sorted(set(found) - set(moments)):
             raise WeightsError(f"{source}: {extra[0]} belongs to no parameter")
         random = read_tensors(self.folder / RANDOM)
+        if "data" not in random:
+            raise WeightsError(f"{self.folder / RANDOM}: data is missing")
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         _load(weights, self.folder / WEIGHTS)
         _load(moments, source)

@@ -73,7 +73,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Prints text that stays, above the live view."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, done: int, loss: float, seconds: float, tokens_per_second: float, mfu: float) -> None:
         """Shows that a step has been done."""

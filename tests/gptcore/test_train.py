@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from gptkernels import BackendUnavailableError, available_backends
 
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import config, contents, make_corpus, records
+
 from gptcore import GPT, GPTConfig
-from gptcore.data.prepare import prepare
-from gptcore.train import TrainConfig, train
+from gptcore.train import train
 from gptcore.train.job import evaluate, make_optimizer
 from gptcore.weights import WeightsError
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """A few thousand tokens of arithmetic: quickly learnt, and no download."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for part in range(8):
-        lines = (f"{a} plus {b} is {a + b}." for a in range(part * 9, part * 9 + 9) for b in range(30))
-        (folder / f"{part}.txt").write_text("\n".join(lines))
-    out = folder / "prepared"
-    prepare([str(folder / "*.txt")], out, vocab_size=300, progress=False)
-    return out
-
-
-def config(corpus: Path, out: Path, **changes) -> TrainConfig:
-    small = {
-        "preset": "tiny",
-        "context": 16,
-        "batch_size": 2,
-        "steps": 8,
-        "warmup": 2,
-        "lr": 3e-3,
-        "min_lr": 3e-4,
-        "eval_interval": 4,
-        "eval_windows": 2,
-        "sample_tokens": 0,
-        "dtype": "fp32",
-        "kernels": "reference",
-    }
-    return TrainConfig(data=corpus, out=out, **(small | changes))
-
-
-def records(out: Path, key: str) -> list[float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def run(*args, **changes):
