@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,9 @@ def _load(tensors: dict[str, Tensor], source: Path) -> None:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=not is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads alone
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=not is_initialized())
         return
     with torch.no_grad(), safe_open(source, framework="pt") as file:
         for name, tensor in tensors.items():

@@ -70,7 +70,8 @@ ALONE = World()
 def processes(device: str) -> Iterator[tuple[World, torch.device]]:
     """The processes that `torchrun` started and this one's device; a process that was started alone is the only one.
 
-    A process group that is already there is used and left alone.
+    A process group that is already there is used and left alone. Without one, `torchrun`'s processes can be joined once
+    in their lives: PyTorch does not find the others a second time.
     """
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not started and not dist.is_initialized():

@@ -13,13 +13,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import config
 
-import gptcore.cli
 from gptcore.train import train
 from gptcore.train.job import Job
 from gptcore.train.parallel import Replica, processes
 
 RANK = int(os.environ["RANK"])
-RUN = {"batch_size": 4, "accumulate": 2, "sample_tokens": 3}
+RUN = {"batch_size": 4, "accumulate": 2}
 
 
 def say(text: object) -> None:
@@ -47,16 +46,6 @@ def main(corpus: Path, folder: Path) -> None:
     def run(name: str, **changes):
         return train(config(corpus, folder / name, **(RUN | changes)), progress=False)
 
-    # The command itself first: it joins the processes and lets go of them.
-    try:
-        options = (
-            "--preset tiny --context 16 --batch-size 4 --accumulate 2 --steps 2 --eval-interval 1 --sample-tokens 3"
-        )
-        gptcore.cli.main(
-            f"train --data {corpus} --out {folder}/command --kernels reference --parallel fsdp {options}".split()
-        )
-    except SystemExit as end:
-        say(f"command {end.code}")
     with processes("cpu") as (world, _):
         run("ddp")
         run("fsdp", parallel="fsdp")
