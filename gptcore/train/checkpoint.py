@@ -232,10 +232,16 @@ def _write(job: Job, position: Position, folder: Path) -> None:
         for key, value in job.optimizer.state[parameter].items()
     }
     if job.replica.sharded:
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        save(moments, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
+        try:
+            save(moments, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
+        except CheckpointException as error:  # no Exception, and it comes to every process
+            raise OSError(
+                "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
+            ) from error
     elif main:
         save_file({name: tensor.cpu().contiguous() for name, tensor in moments.items()}, folder / OPTIMIZER)
     random = {"data": job.generator.get_state()}
@@ -250,7 +256,7 @@ def _write(job: Job, position: Position, folder: Path) -> None:
 def _describe(job: Job, position: Position, folder: Path) -> None:
     """The files of JSON, the last of which knows all others."""
     (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(job.model.config), indent=2))
-    job.tokenizer.save(folder / TOKENIZER)
+    shutil.copyfile(job.config.data / TOKENIZER, folder / TOKENIZER)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     state = {
         "format": _FORMAT,
@@ -313,12 +319,17 @@ def _load(tensors: dict[str, Tensor], source: Path) -> None:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if source.is_dir():
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads alone
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=not is_initialized())
+            try:
+                load(tensors, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=not is_initialized())
+            except CheckpointException as error:  # no Exception, and it comes to every process
+                reason = next(iter(error.failures.values()))[0]
+                raise WeightsError(f"{source}: is damaged or of another model ({reason})") from error
         return
     with torch.no_grad(), safe_open(source, framework="pt") as file:
         for name, tensor in tensors.items():

@@ -19,6 +19,7 @@ from gptcore import GPT
 from gptcore.train import train
 from gptcore.train.checkpoint import newest
 
+pytestmark = pytest.mark.slow
 RUN = {"batch_size": 4, "accumulate": 2}
 STEPS = [f"step-{step:08d}" for step in (4, 8)]
 
@@ -108,6 +109,12 @@ def test_what_one_process_meets_stops_all(runs: Path):
         assert f"{rank}: stopped 3" in said  # the signal came to the second alone
         assert any(line.startswith(f"{rank}: step 3: the loss is nan") for line in said)
         assert f"{rank}: done" in said
+        full = [line for line in said if line.startswith(f"{rank}: the checkpoint of step 4 could not be written")]
+        assert len(full) == 1
+        assert "process 1: " in full[0]
+        assert "File too large" in full[0]
+    assert list((runs / "full").rglob("*.tmp")) == []
+    assert newest(runs / "full", fall_back=False) is None
     assert newest(runs / "stopped", fall_back=False).position.step == 3
     assert newest(runs / "nan", fall_back=False) is None
 
