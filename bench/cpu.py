@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import BF16, FP32, RESULTS, ceilings, in_turns, save, short, versions
-from gptcore.train.loop import multiplies_bf16
+from gptcore.train.hardware import multiplies_bf16
 
 MAX_SECONDS = 60.0  # of a row: no more rounds than fit
 # Training and its loss in the precision that this machine trains in: without bfloat16 products, float32.

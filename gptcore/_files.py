@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,5 +48,49 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("xb") as file:
             yield file
             publish(file, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Make the finished folder ``temporary`` durable with all that is in it, and rename it to ``path``.
+
+    A folder that is already there is moved aside first and deleted last.
+    """
+    for file in sorted(temporary.rglob("*")):
+        if file.is_dir():
+            sync_folder(file)
+        else:
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+    sync_folder(temporary)
+    aside = temporary_sibling(path) if path.exists() else None
+    if aside:
+        path.rename(aside)
+    temporary.rename(path)
+    sync_folder(path.parent)
+    if aside:
+        shutil.rmtree(aside)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that a crash leaves all of it or nothing under its name."""
+    aside = temporary_sibling(path)
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """``target`` becomes the file ``source`` in one step: a hard link where the file system has them, else a copy."""
+    temporary = temporary_sibling(target)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+        temporary.replace(target)
+        sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)

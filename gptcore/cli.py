@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from tyro.conf import Positional
 
 from gptcore.config import Kernels
 from gptcore.generate import Sampling
-from gptcore.train.config import TrainConfig
+from gptcore.train.config import TrainConfig, read_values
 
 if TYPE_CHECKING:
     from gptcore.models import GPT
@@ -292,22 +293,41 @@ class Export:
 class Train(TrainConfig):
     __doc__ = TrainConfig.__doc__
 
+    config: Path | None = None
+    """YAML file with values of these options (a run leaves its own, config.yaml); options given here come first."""
+    find_lr: bool = False
+    """Do not train: try learning rates on a model that is thrown away, suggest one, and draw out/lr.png."""
     tune_allocator: bool = True
     """Keep freed memory in the process: faster steps on a CPU (see gptkernels.tune_allocator)."""
+
+    @classmethod
+    def parse(cls, arguments: list[str]) -> Train:
+        """The options in `arguments`, on top of those in the file that ``--config`` names."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", type=Path)
+        path = finder.parse_known_args(arguments)[0].config
+        if path is None:
+            return tyro.cli(cls, prog="gptcore train", args=arguments)
+        values: dict[str, Any] = {"data": tyro.MISSING, "out": tyro.MISSING} | read_values(path)
+        return tyro.cli(cls, prog="gptcore train", args=arguments, default=cls(**values, config=path))
 
     def run(self) -> int:
         import gptkernels
 
-        from gptcore.train import train
+        from gptcore.train import find_lr, train
 
         if self.tune_allocator:
             gptkernels.tune_allocator()
-
+        if self.find_lr:
+            sweep = find_lr(self)
+            print(f"suggestion: --lr {sweep.suggestion:.1e} ({self.out / 'lr.png'} shows the sweep)")
+            return 0
         return 130 if train(self).interrupted else 0
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; an error that the user can mend is one line and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     verbs = {
         "info": Info,
         "fetch": Fetch,
@@ -318,9 +338,12 @@ def main(arguments: list[str] | None = None) -> None:
         "export": Export,
     }
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            verbs, prog="gptcore", description="Build a GPT from scratch, on fused kernels.", args=arguments
-        )
+        if arguments[:1] == ["train"]:
+            command = Train.parse(arguments[1:])
+        else:
+            command = tyro.extras.subcommand_cli_from_dict(
+                verbs, prog="gptcore", description="Build a GPT from scratch, on fused kernels.", args=arguments
+            )
         status = command.run()
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"gptcore: error: {error}", file=sys.stderr)

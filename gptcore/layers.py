@@ -86,17 +86,19 @@ class Documents(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Tensor, end_of_text: int) -> Documents:
-        """Documents in ``(B, T)`` ids: each ends with `end_of_text`, or where its row does."""
+        """Documents in ``(B, T)`` ids on the CPU: each ends with `end_of_text`, or where its row does."""
         batch, length = tokens.shape
         begins = torch.ones(batch, length, dtype=torch.bool)
-        begins[:, 1:] = tokens[:, :-1].cpu() == end_of_text
+        begins[:, 1:] = tokens[:, :-1] == end_of_text
         starts = begins.flatten().nonzero().flatten()  # (documents,)
         bounds = torch.cat([starts, starts.new_tensor([batch * length])])
         lengths = bounds.diff()
         positions = torch.arange(batch * length) - starts.repeat_interleave(lengths)
-        device = tokens.device
-        cu_lengths = bounds.to(device, torch.int32)
-        return cls(cu_lengths, int(lengths.max()), positions.view(batch, length).to(device))
+        return cls(bounds.int(), int(lengths.max()), positions.view(batch, length))
+
+    def to(self, device: torch.device) -> Documents:
+        """The same with its tensors on `device`."""
+        return Documents(self.cu_lengths.to(device), self.max_length, self.positions.to(device))
 
 
 class Surroundings(NamedTuple):

@@ -1,6 +1,7 @@
-"""Training: one configuration, one loop, checkpoints that resume."""
+"""Training: one configuration, one loop, checkpoints that resume, any number of processes."""
 
 from gptcore.train.config import TrainConfig
 from gptcore.train.loop import TrainResult, train
+from gptcore.train.lr_finder import LrSweep, find_lr
 
-__all__ = ["TrainConfig", "TrainResult", "train"]
+__all__ = ["LrSweep", "TrainConfig", "TrainResult", "find_lr", "train"]

@@ -1,96 +1,340 @@
-"""A run on disk: weights that load anywhere, and one file from which training goes on as if it had never stopped."""
+"""Checkpoints: folders from which training goes on as if it had never stopped, and from which the model loads anywhere.
+
+``out/checkpoints/step-00000300/`` holds
+
+| file | what it holds |
+| --- | --- |
+| ``model.safetensors``, ``config.json``, ``tokenizer.json`` | the model; `GPT.from_pretrained` loads the folder |
+| ``optimizer.safetensors`` | ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and ``step.NAME`` of every parameter |
+| ``optimizer/`` | the same in a shard of each process, instead, where the model was sharded |
+| ``random.safetensors`` | ``data``: the generator of the batches; ``cpu.RANK`` and ``cuda.RANK``: PyTorch's of each process |
+| ``state.json`` | step, tokens, losses, configuration, the tokenizer's fingerprint, and the size of each other file |
+
+Such a folder is written under a temporary name, made durable, and then renamed: what has the name is whole.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from gptcore._files import atomic_writer
-from gptcore.models import GPT
+from gptcore._files import link_or_copy, publish_folder, remove_folder
 from gptcore.train.config import TrainConfig
-from gptcore.weights import WeightsError, check_state
+from gptcore.train.job import TOKENIZER, Job
+from gptcore.train.parallel import whole
+from gptcore.weights import CONFIG, WEIGHTS, WeightsError, check_state, read_tensors
 
-STATE = "training.safetensors"
+FOLDER = "checkpoints"
+STATE, OPTIMIZER, SHARDS, RANDOM = "state.json", "optimizer.safetensors", "optimizer", "random.safetensors"
+_FORMAT = 1
 # Fields that may differ between a run and its continuation: where and how it computes, not what.
-_FREE = {"data", "out", "kernels", "precision", "compile", "device", "resume", "overwrite"}
-_FREE |= {"steps", "eval_interval", "eval_windows", "sample_prompt", "sample_tokens"}
+_FREE = {"data", "out", "kernels", "dtype", "compile", "device", "parallel", "checkpoint_activations", "tensorboard"}
+_FREE |= {"steps", "eval_interval", "eval_windows", "sample_prompt", "sample_tokens", "keep", "keep_best"}
+_FREE |= {"accumulate", "tokens_per_step"}  # what they come to is compared
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens trained on."""
+    val_loss: float | None = None
+    """Of the last evaluation, nats per token."""
+    best_step: int | None = None
+    """The evaluation that found the lowest loss on the first `eval_windows` sequences."""
+    best_val_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose files are all there, each of the size it was written with."""
+
+    folder: Path
+    position: Position
+    config: dict[str, Any]
+    fingerprint: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Looks at sizes and headers, not yet at the tensors.
+
+        Raises:
+            WeightsError: a file that is missing, damaged or a pickle; names it.
+        """
+        path = folder / STATE
+        try:
+            state = json.loads(path.read_bytes())
+            if state["format"] != _FORMAT:
+                raise WeightsError(f"{path}: is of format {state['format']!r}; accepted is {_FORMAT}")
+            position, files = Position(**state["position"]), dict(state["files"])
+            config, fingerprint = dict(state["config"]), str(state["fingerprint"])
+        except FileNotFoundError as error:
+            raise WeightsError(f"{path}: there is no such file") from error
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            if isinstance(error, WeightsError):
+                raise
+            raise WeightsError(f"{path}: is damaged or no checkpoint of gptcore train ({error!r})") from error
+        for name, size in files.items():
+            file = folder / name
+            if not file.is_file():
+                pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".pkl"))
+                instead = f"; {pickles[0]} is a pickle, which can run code when it is read" if pickles else ""
+                raise WeightsError(f"{file}: there is no such file{instead}")
+            if file.suffix == ".safetensors":
+                _refuse_pickle(file)
+            if (actual := file.stat().st_size) != size:
+                raise WeightsError(f"{file}: is damaged: it has {actual} bytes of {size}")
+        return cls(folder, position, config, fingerprint)
+
+    def check(self, config: TrainConfig, fingerprint: str) -> None:
+        """Refuses to continue as another run.
+
+        Raises:
+            ValueError: a configuration or a tokenizer that differs; names the field and both values.
+        """
+        for name, value in _fixed(config).items():
+            if (saved := self.config.get(name)) != value:
+                raise ValueError(f"{name}: got {value!r}; accepted when resuming is the run's, {saved!r}")
+        if self.fingerprint != fingerprint:
+            raise ValueError(f"data: {config.data} was made with another tokenizer than the run in {config.out}")
+
+    def restore(self, job: Job) -> None:
+        """Puts weights, moments and random states into `job`. Nothing is changed if the model's do not fit.
+
+        The random states of processes that the checkpoint does not know are left as they are.
+
+        Raises:
+            WeightsError: a file that is damaged, or tensors that are missing, too many or of another shape.
+        """
+        model, optimizer = job.model, job.optimizer
+        check_state(_shapes(self.folder / WEIGHTS), model.config, self.folder / WEIGHTS)
+        sharded = (self.folder / SHARDS).is_dir()
+        source = self.folder / SHARDS if sharded else self.folder / OPTIMIZER
+        moments = _empty_moments(job)
+        found = _shapes(*(sorted(source.glob("*.safetensors")) if sharded else [source]))
+        for name, tensor in moments.items():
+            if name not in found:
+                raise WeightsError(f"{source}: {name} is missing")
+            if not sharded and found[name].shape != tensor.shape:
+                raise WeightsError(
+                    f"{source}: {name} has shape {tuple(found[name].shape)}; accepted is {tuple(tensor.shape)}"
+                )
+        if extra := sorted(set(found) - set(moments)):
+            raise WeightsError(f"{source}: {extra[0]} belongs to no parameter")
+        random = read_tensors(self.folder / RANDOM)
+        if "data" not in random:
+            raise WeightsError(f"{self.folder / RANDOM}: data is missing")
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        _load(weights, self.folder / WEIGHTS)
+        _load(moments, source)
+        for name, parameter in model.named_parameters():
+            optimizer.state[parameter] = {key: moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        job.generator.set_state(random["data"])
+        if (state := random.get(f"cpu.{job.world.rank}")) is not None:
+            torch.set_rng_state(state)
+        if job.device.type == "cuda" and (state := random.get(f"cuda.{job.world.rank}")) is not None:
+            torch.cuda.set_rng_state(state, job.device)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the newest first."""
+    return sorted((p for p in (out / FOLDER).glob("step-*") if p.is_dir()), reverse=True)
+
+
+def newest(out: Path, fall_back: bool, warn: Any = print) -> Checkpoint | None:
+    """The newest checkpoint of a run; None if there is none.
+
+    With `fall_back` a damaged one is passed over for the one before it, and `warn` is called with the reason.
+
+    Raises:
+        WeightsError: the newest checkpoint is damaged, or with `fall_back` each of them; says which file of it.
+    """
+    first: WeightsError | None = None
+    for folder in checkpoints(out):
+        try:
+            return Checkpoint.read(folder)
+        except WeightsError as error:
+            if not fall_back:
+                raise WeightsError(f"{error}; --resume auto goes on from the checkpoint before it") from error
+            warn(f"warning: {error}; going on from the checkpoint before it")
+            first = first or error
+    if first:
+        raise first
+    return None
+
+
+def save_checkpoint(job: Job, position: Position) -> Path:
+    """Writes a checkpoint, makes `out` hold its model, and only then deletes those that are not to be kept.
+
+    Raises:
+        OSError: it could not be written (a full disk); what was there before is as it was.
+    """
+    config, out = job.config, job.config.out
+    folder = out / FOLDER / f"step-{position.step:08d}"
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        if job.world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        job.world.barrier()
+        _write(job, position, temporary)
+        job.world.barrier()
+        if job.world.is_main:
+            _describe(job, position, temporary)
+            publish_folder(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the checkpoint of step {position.step} could not be written ({error}); {out / FOLDER} keeps the earlier ones"
+        ) from error
+    finally:
+        if job.world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if job.world.is_main:
+        publish_model(folder, out)
+        _prune(out, position, config.keep, config.keep_best)
+    return folder
+
+
+def publish_model(folder: Path, out: Path) -> None:
+    """Makes `out` itself a folder with a checkpoint's model. Within a run only the weights change: one rename."""
+    for name in (TOKENIZER, CONFIG, WEIGHTS):
+        link_or_copy(folder / name, out / name)
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    values = {name: value for name, value in config.plain().items() if name not in _FREE}
+    return values | {"batches of a step": config.batches()}
 
 
-def save_run(
-    config: TrainConfig,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    step: int,
-    fingerprint: str,
-) -> None:
-    """Writes the run's state after `step` steps, then the model alone. Each file appears whole or not at all."""
-    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    tensors["generator"] = generator.get_state()
-    tensors["random"] = torch.get_rng_state()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    about = {"step": step, "fingerprint": fingerprint, "config": _fixed(config)}
-    with atomic_writer(config.out / STATE) as file:
-        file.write(save(tensors, metadata={"training": json.dumps(about)}))
-    model.save_pretrained(config.out)
+def _write(job: Job, position: Position, folder: Path) -> None:
+    """This process's part of the tensors."""
+    main = job.world.is_main
+    weights = {name: whole(tensor).detach().cpu() for name, tensor in job.model.state_dict().items()}
+    if main:
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    del weights
+    moments = {
+        f"{key}.{name}": value.detach()
+        for name, parameter in job.model.named_parameters()
+        for key, value in job.optimizer.state[parameter].items()
+    }
+    if job.replica.sharded:
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        try:
+            save(moments, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
+        except CheckpointException as error:  # no Exception, and it comes to every process
+            raise OSError(
+                "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
+            ) from error
+    elif main:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in moments.items()}, folder / OPTIMIZER)
+    random = {"data": job.generator.get_state()}
+    random |= {f"cpu.{rank}": state for rank, state in enumerate(job.world.gather(torch.get_rng_state()))}
+    if job.device.type == "cuda":
+        states = job.world.gather(torch.cuda.get_rng_state(job.device))
+        random |= {f"cuda.{rank}": state for rank, state in enumerate(states)}
+    if main:
+        save_file(random, folder / RANDOM)
 
 
-def load_run(
-    config: TrainConfig,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    fingerprint: str,
-) -> int:
-    """Restores what `save_run` wrote; returns how many steps were done. Nothing is changed if it does not fit.
+def _describe(job: Job, position: Position, folder: Path) -> None:
+    """The files of JSON, the last of which knows all others."""
+    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(job.model.config), indent=2))
+    shutil.copyfile(job.config.data / TOKENIZER, folder / TOKENIZER)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    state = {
+        "format": _FORMAT,
+        "position": dataclasses.asdict(position),
+        "config": job.config.plain() | _fixed(job.config),
+        "fingerprint": job.tokenizer.fingerprint,
+        "processes": job.world.size,
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+    }
+    (folder / STATE).write_text(json.dumps(state, indent=2))
 
-    Raises:
-        WeightsError: no checkpoint, or a damaged one.
-        ValueError: a checkpoint of another configuration or tokenizer; names the field.
-    """
-    path = config.out / STATE
-    if not path.is_file():
-        raise WeightsError(f"{path}: there is no such file; nothing to resume (leave out --resume to start)")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["training"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        step, saved = int(about["step"]), about["config"]
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise WeightsError(f"{path}: is damaged or no checkpoint of gptcore train ({error})") from error
-    for name, value in _fixed(config).items():
-        if saved.get(name) != value:
-            raise ValueError(f"{name}: got {value!r}; accepted when resuming is the run's, {saved.get(name)!r}")
-    if about["fingerprint"] != fingerprint:
-        raise ValueError(f"data: {config.data} was made with another tokenizer than the run in {config.out}")
-    if step >= config.steps:
-        raise ValueError(f"steps: got {config.steps}; the run in {config.out} has done {step}, accepted are more")
-    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    check_state(weights, model.config, path)
-    moments: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, key, parameter = name.split(".", 2)
-            moments.setdefault(parameter, {})[key] = tensor
-    model.load_state_dict(weights)
-    for name, parameter in model.named_parameters():
-        restored = {key: t.to(parameter.device) if t.dim() else t for key, t in moments.get(name, {}).items()}
-        if optimizer.defaults.get("fused"):  # the fused optimizer counts its steps on the device
-            restored = {key: t.to(parameter.device) for key, t in restored.items()}
-        optimizer.state[parameter] = restored
-    generator.set_state(tensors["generator"])
-    torch.set_rng_state(tensors["random"])
-    return step
+
+def _prune(out: Path, position: Position, keep: int, keep_best: bool) -> None:
+    """Deletes all but the last `keep` checkpoints, the best one, and none of a run that went another way."""
+    done = [folder for folder in checkpoints(out) if _step(folder) <= position.step]
+    kept = {_step(folder) for folder in done[:keep]} | ({position.best_step} if keep_best else set())
+    for folder in checkpoints(out):
+        if _step(folder) not in kept:
+            remove_folder(folder)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _empty_moments(job: Job) -> dict[str, Tensor]:
+    """The optimizer's state before anything is loaded into it, sharded as the parameters are."""
+    moments = {}
+    for name, parameter in job.model.named_parameters():
+        place = parameter.device if job.optimizer.defaults.get("fused") else "cpu"  # where it counts its steps
+        moments[f"step.{name}"] = torch.zeros((), device=place)
+        moments[f"exp_avg.{name}"] = torch.zeros_like(parameter.detach())
+        moments[f"exp_avg_sq.{name}"] = torch.zeros_like(parameter.detach())
+    return moments
+
+
+def _refuse_pickle(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(9)  # of a safetensors file: the length of its header, and the brace that opens it
+    if start[8:] != b"{" and (start[:1] == b"\x80" or start[:2] == b"PK"):
+        raise WeightsError(f"{path}: is a pickle, which can run code when it is read; accepted is a safetensors file")
+
+
+def _shapes(*paths: Path) -> dict[str, Tensor]:
+    """The tensors of safetensors files, without their values."""
+    found = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    found[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path}: is damaged or no safetensors file ({error})") from error
+    return found
+
+
+def _load(tensors: dict[str, Tensor], source: Path) -> None:
+    """Fills `tensors`, whole or sharded, from a safetensors file, or from a folder of shards of any number of processes."""
+    from torch.distributed import is_initialized
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if source.is_dir():
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads alone
+            try:
+                load(tensors, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=not is_initialized())
+            except CheckpointException as error:  # no Exception, and it comes to every process
+                reason = next(iter(error.failures.values()))[0]
+                raise WeightsError(f"{source}: is damaged or of another model ({reason})") from error
+        return
+    with torch.no_grad(), safe_open(source, framework="pt") as file:
+        for name, tensor in tensors.items():
+            value = file.get_tensor(name)
+            if isinstance(tensor, DTensor):  # each process reads for itself and keeps its part
+                value = value.to(tensor.device)
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.copy_(value)

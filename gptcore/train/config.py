@@ -1,13 +1,21 @@
-"""Everything that decides a training run; the command line is made from it."""
+"""Everything that decides a training run; the command line and the YAML file are made from it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from gptcore._files import atomic_writer
 from gptcore.config import AttentionImpl, GPTConfig, Kernels
+
+Resume = Literal["never", "auto", "always"]
+Parallel = Literal["auto", "ddp", "fsdp"]
+# How a run was started, not what it is: not in the file that the run leaves.
+_OF_THE_CALL = {"resume", "overwrite"}
 
 
 @dataclass(frozen=True)
@@ -18,29 +26,39 @@ class TrainConfig:
 
     gptcore train --data data/python-docs --out runs/demo
 
-    gptcore train --data data/python-docs --out runs/demo --resume --steps 800
+    gptcore train --data data/python-docs --out runs/demo --resume auto --steps 1200
 
-    gptcore train --data data/books --out runs/small --preset small --batch-size 32 --kernels triton
+    gptcore train --data data/books --out runs/small --preset small --batch-size 32 --tokens-per-step 65536
+
+    gptcore train --config runs/small/config.yaml --out runs/other --seed 2
+
+    gptcore train --data data/books --out runs/small --preset small --find-lr
+
+    torchrun --nproc-per-node 2 -m gptcore train --data data/books --out runs/two --parallel fsdp
     """
 
     data: Path
-    """Folder with train.bin, val.bin and tokenizer.json."""
+    """Folder with the token files and tokenizer.json."""
     out: Path
-    """Folder for the checkpoint, metrics.jsonl and loss.png; must not hold another run."""
+    """Folder for checkpoints, metrics.jsonl and loss.png; must not hold another run."""
     preset: str = "mini"
     """Size of the model: tiny, mini, small, gpt2-124m, gpt2-medium, gpt2-large or gpt2-xl."""
     context: int | None = None
     """Tokens in a sequence; the preset's if left out."""
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
+    document_mask: bool = False
+    """Keep attention within each document, and count positions from its beginning."""
     kernels: Kernels = "auto"
     """Which kernels run; auto takes the fastest that can, anything else must be able to run here."""
     attention_impl: AttentionImpl = "fused"
     """fused, or explicit: softmax(QK^T)V step by step."""
     batch_size: int = 8
-    """Sequences in one forward and backward."""
+    """Sequences in one forward and backward, those of all processes together."""
     accumulate: int = 1
     """Batches whose gradients are added up for one optimizer step."""
+    tokens_per_step: int | None = None
+    """Tokens of one optimizer step, instead of accumulate: a multiple of batch_size times context."""
     steps: int = 900
     """Optimizer steps; the learning rate's schedule ends here."""
     lr: float = 1e-3
@@ -57,7 +75,7 @@ class TrainConfig:
     """AdamW's decay of the mean squared gradient."""
     clip: float = 1.0
     """Largest norm of all gradients together; 0 for no limit."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast; auto takes it where the hardware multiplies bfloat16."""
     eval_interval: int = 300
     """Steps between evaluations, samples and checkpoints."""
@@ -67,19 +85,29 @@ class TrainConfig:
     """What the sample at each evaluation continues."""
     sample_tokens: int = 40
     """Length of that sample; 0 for none."""
+    keep: int = 2
+    """How many of the latest checkpoints to keep."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest validation loss as well."""
     compile: bool = False
     """Run the model through torch.compile."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of each block and compute the rest again in the backward: less memory, a third more work."""
+    parallel: Parallel = "auto"
+    """Under torchrun: ddp, a whole model in each process; fsdp, the model in shards over all; auto takes ddp."""
     device: str = "auto"
     """cuda, cpu, ...; auto takes a GPU where there is one."""
     seed: int = 1337
     """Of the initial weights and the order of the data."""
-    resume: bool = False
-    """Go on from the checkpoint in out."""
+    tensorboard: bool = False
+    """Write the curves for TensorBoard as well, into out/tensorboard."""
+    resume: Resume = "never"
+    """always: go on from the newest checkpoint in out; auto: the same if there is one, else start."""
     overwrite: bool = False
     """Replace the run in out."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "steps", "eval_interval", "eval_windows"):
+        for name in ("batch_size", "accumulate", "steps", "eval_interval", "eval_windows", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted are positive integers")
         for name in ("warmup", "weight_decay", "clip", "min_lr", "sample_tokens"):
@@ -90,9 +118,11 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted is 0 <= {name} < 1")
         if not self.min_lr <= self.lr < math.inf or self.lr == 0:
             raise ValueError(f"lr: got {self.lr}; accepted are positive numbers not under min_lr, {self.min_lr}")
-        if self.resume and self.overwrite:
-            raise ValueError("overwrite: got True with resume; accepted is one of them")
-        self.model(vocab_size=1)
+        if self.resume != "never" and self.overwrite:
+            raise ValueError(f"overwrite: got True with resume {self.resume}; accepted is one of them")
+        if self.document_mask and self.attention_impl == "explicit":
+            raise ValueError("document_mask: got True with attention_impl 'explicit'; accepted is it with 'fused'")
+        self.batches()
 
     def model(self, vocab_size: int) -> GPTConfig:
         """The model's configuration for a tokenizer of `vocab_size`."""
@@ -106,9 +136,79 @@ class TrainConfig:
             **changes,
         )
 
+    def batches(self) -> int:
+        """How many batches make one optimizer step."""
+        batch = self.batch_size * self.model(vocab_size=1).context
+        if self.tokens_per_step is None:
+            return self.accumulate
+        if self.accumulate != 1:
+            raise ValueError(f"tokens_per_step: got it with accumulate {self.accumulate}; accepted is one of them")
+        if self.tokens_per_step < 1 or self.tokens_per_step % batch:
+            raise ValueError(
+                f"tokens_per_step: got {self.tokens_per_step}; accepted are multiples of a batch's {batch} tokens "
+                f"(batch_size {self.batch_size} times context {batch // self.batch_size})"
+            )
+        return self.tokens_per_step // batch
+
     def lr_at(self, step: int) -> float:
         """Learning rate of `step` (from 0): linear warmup, then a cosine down to `min_lr` at the last step."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         progress = min((step - self.warmup) / max(self.steps - 1 - self.warmup, 1), 1.0)
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def plain(self) -> dict[str, Any]:
+        """The fields of the run as JSON and YAML hold them."""
+        names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in _OF_THE_CALL]
+        values = {name: getattr(self, name) for name in names}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    def save(self, path: Path) -> None:
+        """Writes the YAML file that `read_values` reads."""
+        import yaml
+
+        with atomic_writer(path) as file:
+            file.write(yaml.safe_dump(self.plain(), sort_keys=False).encode())
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The fields of `TrainConfig` that a YAML file gives, converted to their types.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no YAML mapping, a key that is no field, or a value of another type; names file and key.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"config: there is no file {path}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path} holds {values!r}; accepted are lines of the form 'steps: 900'")
+    hints = get_type_hints(TrainConfig)
+    if unknown := [str(name) for name in values if name not in hints]:
+        raise ValueError(f"config: {path}: {unknown[0]} is no option; accepted are {', '.join(hints)}")
+    return {name: _converted(path, name, value, hints[name]) for name, value in values.items()}
+
+
+def _converted(path: Path, name: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise ValueError(f"config: {path}: {name}: got {value!r}; accepted are {', '.join(get_args(hint))}")
+    accepted = get_args(hint) or (hint,)  # X | None
+    for kind in accepted:
+        if kind is Path and type(value) is str:
+            return Path(value)
+        if kind is float and type(value) in (int, str):
+            try:
+                return float(value)  # YAML 1.1 takes 1e-3, without a point, for text
+            except ValueError:
+                continue
+        if type(value) is kind:
+            return value
+    names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in accepted)
+    raise ValueError(f"config: {path}: {name}: got {value!r}; accepted is {names}")

@@ -26,7 +26,7 @@ def test_from_text_to_text(capsys, tmp_path: Path):
     status, shown, _ = gptcore(capsys, "prepare", tmp_path / "*.txt", "--out", data, "--vocab-size", 270)
     assert status == 0
     assert "unigram entropy" in shown
-    size = ("--preset", "tiny", "--context", 16, "--batch-size", 4, "--warmup", 5, "--precision", "fp32")
+    size = ("--preset", "tiny", "--context", 16, "--batch-size", 4, "--warmup", 5, "--dtype", "fp32")
     common = ("train", "--data", data, "--out", out, *size, "--sample-tokens", 5, "--sample-prompt", "the cat")
     status, shown, _ = gptcore(capsys, *common, "--steps", 60, "--eval-interval", 30)
     assert status == 0
@@ -37,7 +37,7 @@ def test_from_text_to_text(capsys, tmp_path: Path):
     status, _, error = gptcore(capsys, *common, "--steps", 60)
     assert status == 2
     assert "holds another run" in error
-    status, shown, _ = gptcore(capsys, *common, "--steps", 70, "--resume")
+    status, shown, _ = gptcore(capsys, *common, "--steps", 70, "--resume", "always")
     assert status == 0
     generate = ("generate", "--model", out, "--max-new-tokens", 12, "--temperature", 0, "the cat")
     status, shown, _ = gptcore(capsys, *generate)

@@ -63,11 +63,6 @@ def test_greedy_takes_the_likeliest_and_keeps_the_newer_half(model: GPT):
     assert torch.equal(out, model.generate(PROMPT, 30, top_k=1, seed=0))
 
 
-def test_a_prompt_longer_than_the_context_is_seen_from_its_end(model: GPT):
-    long = torch.arange(30)[None]
-    assert torch.equal(model.generate(long, 1, temperature=0.0)[:, -1], model(long[:, -16:])[:, -1].argmax(-1))
-
-
 def test_seeds(model: GPT):
     state = torch.get_rng_state()
     a, b, c = (model.generate(PROMPT, 12, seed=seed, temperature=2.0) for seed in (1, 1, 2))
@@ -119,6 +114,12 @@ def test_the_training_mode_is_restored(model: GPT):
         (r"max_new_tokens: got -1", {"max_new_tokens": -1}),
         (r"tokens: got shape \(1, 0\)", {"tokens": torch.empty(1, 0, dtype=torch.long)}),
         (r"tokens: got shape \(3,\)", {"tokens": torch.tensor([1, 2, 3])}),
+        (
+            r"tokens: got a prompt of 17; accepted is up to the model's context, 16",
+            {"tokens": torch.ones(1, 17).long()},
+        ),
+        (r"repetition_penalty: got 0", {"repetition_penalty": 0.0}),
+        (r"padding: got \[3, 0\]; accepted are 2 numbers from 0 to 2", {"padding": torch.tensor([3, 0])}),
         (r"tokens: got id 37; accepted are 0 to 36", {"tokens": torch.tensor([[37]])}),
     ],
 )

@@ -1,0 +1,101 @@
+"""What a run shows: a live view in a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
+
+
+def chart(values: Sequence[float], width: int, height: int) -> list[str]:
+    """A curve as `height` lines of text of `width` characters, in braille dots, with its extremes at the left."""
+    values = [value for value in values if math.isfinite(value)]
+    labels = [f"{edge:8.3f} " for edge in (max(values, default=0.0), min(values, default=0.0))]
+    columns = max(2 * (width - len(labels[0])), 2)
+    rows = 4 * height
+    cells = [[0x2800] * (columns // 2) for _ in range(height)]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    count = min(columns, len(values))
+    for column in range(count):
+        part = values[column * len(values) // count : (column + 1) * len(values) // count]
+        mean = sum(part) / len(part)
+        row = round((high - mean) / (high - low) * (rows - 1)) if high > low else rows - 1
+        cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
+    lines = ["".join(map(chr, row)) for row in cells]
+    edges = [labels[0], *[" " * len(labels[0])] * (height - 2), labels[1]]
+    return [edge + line for edge, line in zip(edges, lines)]
+
+
+class Display:
+    """Progress, curve, speed and the latest sample. Use it in a ``with`` block.
+
+    Args:
+        shown: nothing at all is printed if False.
+        steps: of the whole run.
+        done: how many of them were done before.
+        console: where to; a `rich.console.Console` on the standard output if left out.
+    """
+
+    def __init__(self, shown: bool, steps: int, done: int = 0, console: Any = None) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = console or Console(quiet=not shown, highlight=False)
+        self.steps, self.done = steps, done
+        self.losses: list[float] = []
+        self.status, self.sample = "", ""
+        columns = TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=self.console, expand=True)
+        self._task = self._bar.add_task("training", total=steps, completed=done)
+        live = shown and self.console.is_terminal
+        self._live = Live(self, console=self.console, refresh_per_second=4, transient=True) if live else None
+        self._seconds, self._timed = 0.0, 0  # of the steps shown so far
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        lines = chart(self.losses, min(self.console.width, 100), 8) if self.losses else []
+        sample = [Text(self.sample, style="dim")] if self.sample else []
+        return Group(*map(Text, lines), Text(self.status), self._bar, *sample)
+
+    def say(self, text: str) -> None:
+        """Prints text that stays, above the live view."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, done: int, loss: float, seconds: float, tokens_per_second: float, mfu: float) -> None:
+        """Shows that a step has been done."""
+        self.done = done
+        self.losses.append(loss)
+        self._seconds += seconds
+        self._timed += 1
+        self.status = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, MFU {mfu:.0%}"
+        self._bar.update(self._task, completed=done)
+        if self._live is None and done % max(self.steps // 20, 1) == 0:
+            left = round(self._seconds / self._timed * (self.steps - done))
+            self.say(f"step {done}/{self.steps}: {self.status}, {left // 60}:{left % 60:02d} left")
+
+    def sweep(self, done: int, lr: float, loss: float) -> None:
+        """Shows a step of the search for a learning rate."""
+        self.losses.append(loss)
+        self.status = f"lr {lr:.1e}, loss {loss:.3f}"
+        self._bar.update(self._task, completed=done)
+
+    def evaluated(self, step: int, val_loss: float, sample: str) -> None:
+        """Shows an evaluation's result and what the model makes of the prompt."""
+        self.say(f"step {step}: validation loss {val_loss:.3f}")
+        self.sample = "  " + sample.replace("\n", "\n  ") if sample else ""
+        if self.sample and self._live is None:
+            self.say(self.sample)

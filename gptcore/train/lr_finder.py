@@ -1,0 +1,96 @@
+"""Which learning rate? A short sweep from far too small to far too large ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gptcore.train.config import TrainConfig
+from gptcore.train.display import Display
+from gptcore.train.folder import check_folder
+from gptcore.train.job import Job
+from gptcore.train.parallel import processes
+from gptcore.train.records import save_figure
+
+LR_PLOT = "lr.png"
+_SMOOTHING, _DIVERGED = 0.9, 1.5
+
+
+@dataclass(frozen=True)
+class LrSweep:
+    """What `find_lr` found."""
+
+    lrs: tuple[float, ...]
+    """Learning rates, one a step, as far as the loss stayed finite and near its lowest."""
+    losses: tuple[float, ...]
+    """Of the same steps, nats per token, smoothed."""
+    suggestion: float
+    """A tenth of the rate at which the smoothed loss was lowest."""
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Running means with weights that decay by 0.9 a step, without the pull of their start."""
+    mean, means = 0.0, []
+    for step, loss in enumerate(losses, start=1):
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
+        means.append(mean / (1 - _SMOOTHING**step))
+    return means
+
+
+def find_lr(
+    config: TrainConfig, *, low: float = 1e-6, high: float = 1.0, steps: int = 100, progress: bool = True
+) -> LrSweep:
+    """Trains a throw-away model with learning rates that grow from `low` to `high` by a constant factor a step.
+
+    It ends early where the loss leaves its lowest value behind. Only ``lr.png`` is written, into ``config.out``.
+
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, section 3.3; that a tenth of
+    the rate of the lowest loss is a good one to start from is a rule of thumb.
+
+    Raises:
+        ValueError: as `train` does; several processes; a range that is none.
+    """
+    if not 0 < low < high < math.inf or steps < 2:
+        raise ValueError(
+            f"low, high, steps: got {low}, {high}, {steps}; accepted are 0 < low < high and 2 steps or more"
+        )
+    with processes(config.device) as (world, device):
+        if world.size > 1:
+            raise ValueError(f"find_lr: got {world.size} processes; accepted is one")
+        check_folder(config.out)
+        job = Job(config, world, device)
+        job.model.train()
+        lrs: list[float] = []
+        losses: list[float] = []
+        with Display(progress, steps) as display:
+            for step in range(steps):
+                lr = low * (high / low) ** (step / (steps - 1))
+                loss, norm, _ = job.gradients()
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    break
+                lrs.append(lr)
+                losses.append(loss)
+                means = smoothed(losses)
+                if means[-1] > _DIVERGED * min(means):
+                    break
+                job.update(lr)
+                display.sweep(step + 1, lr, loss)
+    means = smoothed(losses)
+    if not means:
+        raise FloatingPointError("the loss of the initial weights is not finite: no learning rate can be found")
+    suggestion = lrs[means.index(min(means))] / 10
+    sweep = LrSweep(tuple(lrs), tuple(means), suggestion)
+    config.out.mkdir(parents=True, exist_ok=True)
+    _plot(sweep, config)
+    return sweep
+
+
+def _plot(sweep: LrSweep, config: TrainConfig) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="learning rate", ylabel="smoothed loss, nats per token", xscale="log")
+    axes.plot(sweep.lrs, sweep.losses)
+    axes.axvline(sweep.suggestion, color="grey", linestyle="--", label=f"suggestion {sweep.suggestion:.1e}")
+    axes.legend()
+    save_figure(figure, config.out / LR_PLOT)

@@ -1,0 +1,47 @@
+"""A small corpus and a small run, for the tests of training and the processes that they start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gptcore.train import TrainConfig
+
+
+def make_corpus(folder: Path) -> Path:
+    """A few thousand tokens of arithmetic: quickly learnt, and no download."""
+    from gptcore.data.prepare import prepare
+
+    for part in range(8):
+        lines = (f"{a} plus {b} is {a + b}." for a in range(part * 9, part * 9 + 9) for b in range(30))
+        (folder / f"{part}.txt").write_text("\n".join(lines))
+    out = folder / "prepared"
+    prepare([str(folder / "*.txt")], out, vocab_size=300, progress=False)
+    return out
+
+
+def config(corpus: Path, out: Path, **changes) -> TrainConfig:
+    small = {
+        "preset": "tiny",
+        "context": 16,
+        "batch_size": 2,
+        "steps": 8,
+        "warmup": 2,
+        "lr": 3e-3,
+        "min_lr": 3e-4,
+        "eval_interval": 4,
+        "eval_windows": 2,
+        "sample_tokens": 0,
+        "dtype": "fp32",
+        "kernels": "reference",
+    }
+    return TrainConfig(data=corpus, out=out, **(small | changes))
+
+
+def records(out: Path, key: str, file: str = "metrics.jsonl") -> list[float]:
+    lines = [json.loads(line) for line in (out / file).read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -1,0 +1,91 @@
+"""What each of two processes does for test_distributed.py: ``torchrun --nproc-per-node 2 several_trainings.py CORPUS FOLDER``."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import config
+
+from gptcore.train import train
+from gptcore.train.job import Job
+from gptcore.train.parallel import Replica, processes
+
+RANK = int(os.environ["RANK"])
+RUN = {"batch_size": 4, "accumulate": 2}
+
+
+def say(text: object) -> None:
+    """A line of this process, in one write so that the other's does not mix with it."""
+    os.write(1, f"{RANK}: {text}\n".encode())
+
+
+def at_step(number: int, action) -> None:
+    """Calls `action` in the second process as it comes to its `number`-th step from now on."""
+    gradients, calls = Job.gradients, 0
+
+    def instead(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == number and RANK == 1:
+            action()
+        return gradients(self, *args)
+
+    Job.gradients = instead
+
+
+def main(corpus: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+
+    def run(name: str, **changes):
+        return train(config(corpus, folder / name, **(RUN | changes)), progress=False)
+
+    with processes("cpu") as (world, _):
+        run("ddp")
+        run("fsdp", parallel="fsdp")
+        run("checkpointed", parallel="fsdp", checkpoint_activations=True)
+        # From the middle of one process's run, and of one's own.
+        run("one-then-two", parallel="fsdp", resume="always")
+        run("ddp-dropout", dropout=0.2)
+        run("fsdp-dropout", dropout=0.2, parallel="fsdp")
+        if world.is_main:
+            for name in ("ddp-dropout", "fsdp-dropout"):
+                shutil.copytree(folder / name, folder / f"{name}-again")
+                shutil.rmtree(folder / f"{name}-again/checkpoints/step-00000008")
+        world.barrier()
+        run("ddp-dropout-again", dropout=0.2, resume="auto")
+        run("fsdp-dropout-again", dropout=0.2, parallel="fsdp", resume="auto")
+        try:
+            run("odd", batch_size=3)
+        except ValueError as error:
+            say(error)
+        gradients = Job.gradients
+        at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        say(f"stopped {run('stopped', parallel='fsdp').steps}")
+        Job.gradients = gradients
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if RANK == 1:  # its shard no longer fits, and the model of the first still does
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            run("full", parallel="fsdp")
+        except OSError as error:
+            say(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        loss = Replica.loss
+        at_step(3, lambda: setattr(Replica, "loss", lambda *args, **options: loss(*args, **options) * torch.nan))
+        try:
+            run("nan")
+        except FloatingPointError as error:
+            say(error)
+    say("done")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
