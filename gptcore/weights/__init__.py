@@ -1,6 +1,6 @@
 """Weights on disk: safetensors and json, our own and Hugging Face's GPT-2 and Llama; and GGUF files."""
 
-from gptcore.weights.folder import check_state, load, locate, read_tensors, save_folder, save_huggingface
+from gptcore.weights.folder import CONFIG, WEIGHTS, check_state, load, locate, read_tensors, save_folder, save_huggingface
 from gptcore.weights.huggingface import (
     WeightsError,
     config_from_huggingface,
@@ -10,6 +10,8 @@ from gptcore.weights.huggingface import (
 )
 
 __all__ = [
+    "CONFIG",
+    "WEIGHTS",
     "WeightsError",
     "check_state",
     "config_from_huggingface",
