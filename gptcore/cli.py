@@ -24,12 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Info:
-    """Show versions, devices, and which kernels run where, with the reason for each that does not.
+    """Show versions, devices and which kernels run where; of a model what it is made of, what it costs and what it runs on.
 
     For example:
 
     gptcore info
+
+    gptcore info smollm2-135m-instruct
+
+    gptcore info gpt2-124m
     """
+
+    model: Positional[str | None] = None
+    """A preset's name, or whatever gptcore generate takes as a model."""
 
     def run(self) -> int:
         from importlib import metadata
@@ -38,7 +45,18 @@ class Info:
         import torch
 
         import gptcore
+        from gptcore.config import PRESETS
+        from gptcore.inside import describe
+        from gptcore.models import GPT
 
+        if self.model is not None:
+            if self.model in PRESETS:
+                with torch.device("meta"):
+                    model = GPT(gptcore.GPTConfig.preset(self.model))
+                print(describe(model.to_empty(device="cpu")))
+            else:
+                print(describe(GPT.from_pretrained(self.model)))
+            return 0
         print(f"gptcore {gptcore.__version__}, Python {sys.version.split()[0]}, PyTorch {torch.__version__}")
         try:
             print(f"triton {metadata.version('triton')}")
@@ -250,6 +268,36 @@ class Chat(_Sampling, _Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionMap(_Loading):
+    """Draw which tokens of a text look at which: a heatmap for each layer and head, as a PNG.
+
+    For example:
+
+    gptcore attention-map --model runs/demo "The function returns a list"
+
+    gptcore attention-map --model smollm2-135m-instruct --layers 5 --heads 3 "The cat sat because it was tired"
+    """
+
+    text: Positional[str]
+    """What the model reads."""
+    out: Path = Path("attention.png")
+    """The picture."""
+    layers: tuple[int, ...] | None = None
+    """Layers to draw, counted from 0; all if left out."""
+    heads: tuple[int, ...] | None = None
+    """Heads to draw, counted from 0; all if left out. One layer and one head show the tokens along the sides."""
+
+    def run(self) -> int:
+        from gptcore.inside import draw_attention
+
+        model, tokenizer = self.load(attention_impl="explicit")
+        weights = draw_attention(model, tokenizer, self.text, self.out, layers=self.layers, heads=self.heads)
+        layers, heads, tokens, _ = weights.shape
+        print(f"{self.out}: {layers} layers, {heads} heads, {tokens} tokens")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """Write a model as a folder that Hugging Face transformers loads: weights, configuration and tokenizer.
 
@@ -336,6 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
         "generate": Generate,
         "chat": Chat,
         "export": Export,
+        "attention-map": AttentionMap,
     }
     try:
         if arguments[:1] == ["train"]:

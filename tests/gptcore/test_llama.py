@@ -66,7 +66,11 @@ def test_logits_and_gradients_are_hugging_faces(changes: dict, kernels: str, dev
         x, y = tokens(2, 29, seed=2 * draw + 1).to(device), tokens(2, 29, seed=2 * draw + 2).to(device)
         for model, found in zip((plain, exact, ours), results):
             logits = model(x) if model is ours else model(x).logits
-            loss = ours.loss(x, y) if model is ours else torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+            loss = (
+                ours.loss(x, y)
+                if model is ours
+                else torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+            )
             names, parameters = zip(*model.named_parameters())
             gradients = dict(zip(names, torch.autograd.grad(loss, parameters)))
             values = gradients if model is ours else from_huggingface(gradients, tied=config.tied)
@@ -307,7 +311,11 @@ def test_a_gguf_file_is_the_model_it_was_made_from(gguf_file):
     path, theirs = gguf_file
     ours = GPT.from_pretrained(path, kernels="reference")
     for layer, block in zip(theirs.model.layers, ours.h):
-        for projection in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):  # Q8_0: 8 bits and a scale for 32
+        for projection in (
+            layer.mlp.gate_proj,
+            layer.mlp.up_proj,
+            layer.mlp.down_proj,
+        ):  # Q8_0: 8 bits and a scale for 32
             rows = projection.weight.data.view(-1, 32)
             step = rows.abs().amax(1, keepdim=True) / 127
             assert float(((rows / step).round() * step - rows).abs().max()) > 0  # there is something to lose

@@ -1,0 +1,154 @@
+"""Looking inside a model: what it costs and on what it runs, and which tokens look at which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gptcore._files import atomic_writer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from gptcore.models.gpt import GPT
+    from gptcore.pretrained_tokenizer import PretrainedTokenizer
+    from gptcore.tokenizer import Tokenizer
+
+_LABELLED = 40
+"""Most tokens whose texts still fit along the side of a map."""
+
+
+def describe(model: GPT) -> str:
+    """A table for people: parameters and where they are, memory, floating-point operations, and each kernel's backend.
+
+    Memory of training counts float32 weights, gradients and AdamW's two moments, and no activations.
+    """
+    import gptkernels
+
+    config = model.config
+    groups: dict[str, int] = {"token embedding": model.wte.weight.numel()}
+    if model.wpe is not None:
+        groups["position embedding"] = model.wpe.weight.numel()
+    for name, part in (("attention", ".attn."), ("MLP", ".mlp.")):
+        groups[name] = sum(p.numel() for full, p in model.named_parameters() if part in full)
+    if model.lm_head is not None:
+        groups["output layer"] = model.lm_head.weight.numel()
+    total = model.num_parameters()
+    groups["norms"] = total - sum(groups.values())
+    shared = f" over {config.kv_heads} of keys and values" if config.kv_heads != config.n_head else ""
+    lines = [
+        f"{config.n_layer} layers, width {config.width}, {config.n_head} heads of {config.head_dim}{shared}, MLP {config.hidden} "
+        f"({config.activation}), {config.norm}, {config.positions} positions, context {config.context:,}, "
+        f"vocabulary {config.vocab_size:,}{'' if config.tied else ', output layer of its own'}",
+        "",
+        f"{'parameters':<22}{total:>16,}",
+        *(f"  {name:<20}{count:>16,}  {count / total:6.1%}" for name, count in groups.items()),
+        "",
+        f"{'weights':<22}{_size(4 * total):>16}  in fp32, {_size(2 * total)} in bf16",
+        f"{'training':<22}{_size(16 * total):>16}  fp32 weights, gradients and AdamW's moments, without activations",
+        f"{'key/value cache':<22}{_size(cache_bytes_per_token(model, 2)):>16}  a token in bf16; "
+        f"{_size(cache_bytes_per_token(model, 2) * config.context)} for a full context",
+        f"{'training':<22}{model.flops_per_token(config.context) / 1e6:>12,.0f} MF  a token, at the full context",
+        f"{'generation':<22}{model.flops_per_token(0) / 3e6:>12,.0f} MF  a token, without attention to what came before",
+        "",
+    ]
+    device = next(model.parameters()).device
+    for row in gptkernels.report().rows:
+        if torch.device(row.device).type == device.type:
+            runs = row.auto if config.kernels == "auto" else config.kernels
+            lines.append(f"{row.op:<22}{runs:>16}")
+    return "\n".join(lines)
+
+
+def cache_bytes_per_token(model: GPT, itemsize: int) -> int:
+    """Bytes of keys and values that a token leaves in the cache, with values of `itemsize` bytes."""
+    config = model.config
+    return 2 * config.n_layer * config.kv_heads * config.head_dim * itemsize
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+@torch.no_grad()
+def attention_weights(model: GPT, tokens: Sequence[int]) -> Tensor:
+    """``(layers, heads, T, T)`` float32: how much of each token's (row's) attention goes to each (column).
+
+    Raises:
+        ValueError: a model whose attention is fused and never holds the weights; no tokens, or more than the context.
+    """
+    if not tokens:
+        raise ValueError("text: got none; accepted is a text of one token or more")
+    device = next(model.parameters()).device
+    _, weights = model(torch.tensor([list(tokens)], device=device), return_attention=True)
+    return torch.cat(weights).float().cpu()
+
+
+def draw_attention(
+    model: GPT,
+    tokenizer: Tokenizer | PretrainedTokenizer,
+    text: str,
+    out: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Tensor:
+    """Draws a heatmap for each of `layers` (rows of the picture) and `heads` (columns) and writes a PNG.
+
+    Args:
+        model: with ``attention_impl="explicit"``.
+        tokenizer: the model's.
+        text: what it reads.
+        out: the picture; appears whole or not at all.
+        layers, heads: counted from 0; None for all.
+
+    Returns:
+        What is drawn, ``(layers, heads, T, T)``.
+
+    Raises:
+        ValueError: a layer or head that the model does not have, or as `attention_weights`.
+    """
+    from matplotlib.figure import Figure
+
+    config = model.config
+    chosen = []
+    for name, wanted, count in (("layers", layers, config.n_layer), ("heads", heads, config.n_head)):
+        indices = list(range(count)) if wanted is None else list(wanted)
+        if not indices or not all(0 <= i < count for i in indices):
+            raise ValueError(f"{name}: got {indices}; accepted are one or more of 0 to {count - 1}")
+        chosen.append(indices)
+    rows, columns = chosen
+    tokens = tokenizer.encode_prompt(text)
+    weights = attention_weights(model, tokens)[rows][:, columns]
+    labels = [tokenizer.decode([token]).replace("\n", "\\n") for token in tokens]
+    single = len(rows) * len(columns) == 1
+    side = max(3.0, 0.28 * len(tokens)) if single else 1.3
+    figure = Figure(figsize=(side * len(columns) + 1.2, side * len(rows) + 0.9), layout="constrained")
+    grid: list[list[Axes]] = figure.subplots(len(rows), len(columns), squeeze=False).tolist()
+    image = None
+    for layer, line in enumerate(grid):
+        for head, axes in enumerate(line):
+            image = axes.imshow(weights[layer, head].numpy(), vmin=0, vmax=1, cmap="magma", interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if layer == 0:
+                axes.set_title(f"head {columns[head]}", fontsize=8)
+            if head == 0:
+                axes.set_ylabel(f"layer {rows[layer]}", fontsize=8)
+            if single and len(tokens) <= _LABELLED:
+                axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8)
+                axes.set_yticks(range(len(tokens)), labels, fontsize=8)
+    figure.suptitle("rows look at columns", fontsize=9)
+    assert image is not None
+    figure.colorbar(image, ax=[axes for line in grid for axes in line], shrink=0.6, label="share of attention")
+    with atomic_writer(out) as file:
+        figure.savefig(file, format="png", dpi=120)
+    return weights
