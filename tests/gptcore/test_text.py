@@ -1,0 +1,223 @@
+"""Text in and out of a model: batches of different lengths, streams, stop strings, conversations, exports, and maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptcore import GPT, GPTConfig
+from gptcore.chat import Chat, converse, render
+from gptcore.generate import _Text, generate_text, pad_left, penalise, stream_text
+from gptcore.inside import cache_bytes_per_token, describe, draw_attention
+from gptcore.pretrained_tokenizer import PretrainedTokenizer
+from gptcore.tokenizer import Tokenizer, get_tokenizer
+
+TEXT = "the cat sat on the mat and the dog sat on the log, naïve \U0001f600 1999. " * 30
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([TEXT], vocab_size=290)
+
+
+@pytest.fixture(scope="module")
+def talker() -> PretrainedTokenizer:
+    """A byte-level tokenizer with roles."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Library(models.BPE(alphabet, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    return PretrainedTokenizer(made, "talker", end="<|im_end|>", chat_template=TEMPLATE)
+
+
+def make(vocab_size: int, preset: str = "llama-tiny", **changes) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.preset(preset, vocab_size=vocab_size, kernels="reference", **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # far from uniform: a wrong token shows
+    return model.eval()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "llama-tiny"])
+@pytest.mark.parametrize("new", [6, 30], ids=["inside the context", "past it"])
+def test_prompts_of_different_lengths_in_one_batch(preset: str, new: int):
+    model = make(50, preset, context=24)
+    prompts = [[5, 6, 7, 8, 9, 1, 2], [3], [11, 12, 13]]
+    tokens, padding = pad_left(prompts)
+    assert padding.tolist() == [0, 6, 4]
+    out = model.generate(tokens, new, temperature=0.0, padding=padding)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(torch.tensor([prompt]), min(new, 24 - 7), temperature=0.0)[0, len(prompt) :]
+        # Until the longest outgrows the context: then all rows keep the newer half of what the batch sees.
+        assert out[row, 7 : 7 + len(alone)].tolist() == alone.tolist()
+    assert out.shape == (3, 7 + new)
+
+
+def test_padding_is_no_prompt():
+    for prompts, match in (([], "got none"), ([[1], []], "got an empty one")):
+        with pytest.raises(ValueError, match=match):
+            pad_left(prompts)
+
+
+def test_the_repetition_penalty_is_its_definition():
+    logits = torch.tensor([[2.0, -2.0, 3.0, -1.0]])
+    seen = torch.tensor([[True, True, False, False]])
+    assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -1.0]]
+    model = make(50)
+    free = model.generate(torch.tensor([[1, 2, 3]]), 30, temperature=0.0)[0].tolist()
+    never = model.generate(torch.tensor([[1, 2, 3]]), 30, temperature=0.0, repetition_penalty=1e9)[0].tolist()
+    assert len(set(free)) < len(free)
+    assert len(set(never)) == len(never)
+    # A row's padding was not its prompt: its id may come.
+    tokens, padding = pad_left([[1, 2, 3], [4]], fill=0)
+    out = model.generate(tokens, 46, temperature=0.0, repetition_penalty=1e9, padding=padding)
+    assert sorted(out[1, 2:].tolist()) == sorted(set(out[1, 2:].tolist()))
+    assert 0 in out[1, 3:].tolist()
+
+
+def push(tokenizer, ids: list[int], stop: tuple[str, ...]) -> tuple[list[str], bool]:
+    text = _Text(tokenizer, stop)
+    pieces = [text.push(i) for i in ids]
+    finished = text.finished
+    return [*pieces, "" if finished else text.end()], finished
+
+
+def test_a_stream_shows_whole_characters_and_nothing_of_a_stop_string(tokenizer: Tokenizer):
+    ids = tokenizer.encode("the naïve \U0001f600 cat")
+    pieces, finished = push(tokenizer, ids, ())
+    assert "".join(pieces) == "the naïve \U0001f600 cat"
+    assert not finished
+    assert all("\ufffd" not in piece for piece in pieces)
+    bytewise = [tokenizer.encode(c)[0] if c.isascii() else None for c in "a--b---c"]
+    pieces, finished = push(tokenizer, [i for i in bytewise if i is not None], ("---", "xyz"))
+    assert "".join(pieces) == "a--b"
+    assert finished
+    assert pieces[:4] == ["a", "", "", "--b"]  # held back while it might become the stop string
+    pieces, finished = push(tokenizer, [*tokenizer.encode("on "), tokenizer.eot_token, 5], ())
+    assert ("".join(pieces), finished) == ("on ", True)
+    broken = tokenizer.encode("\U0001f600")
+    cut = [t for t in broken if t < 256][:1] or [0x80]
+    assert "".join(push(tokenizer, cut, ())[0]) == tokenizer.decode(cut)
+
+
+def test_text_is_what_the_tokens_say(tokenizer: Tokenizer):
+    model = make(tokenizer.vocab_size)
+    prompts = ["the cat sat", "log", "on the mat and the"]
+    texts = generate_text(model, tokenizer, prompts, 20, temperature=0.0)
+    for prompt, text in zip(prompts, texts):
+        ids = tokenizer.encode(prompt)
+        out = model.generate(torch.tensor([ids]), 20, temperature=0.0, stop=tokenizer.eot_token)[0, len(ids) :].tolist()
+        out = out[: out.index(tokenizer.eot_token)] if tokenizer.eot_token in out else out
+        assert text == tokenizer.decode(out)
+        assert "".join(stream_text(model, tokenizer, ids, 20, temperature=0.0)) == text
+    whole = next(text for text in texts if len(text) > 4)
+    stopped = "".join(
+        stream_text(
+            model, tokenizer, tokenizer.encode(prompts[texts.index(whole)]), 20, stop=[whole[2:4]], temperature=0.0
+        )
+    )
+    assert stopped == whole[: whole.index(whole[2:4])]
+
+
+def test_a_conversation(talker: PretrainedTokenizer):
+    model = make(talker.vocab_size, context=128)
+    chat = Chat(model, talker, system="be brief", max_new_tokens=8, temperature=0.0)
+    expected = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert render(TEMPLATE, [*chat.system, {"role": "user", "content": "hi"}]) == expected
+    ids = talker.encode(expected, allowed_special="all")
+    assert talker.decode(ids) == expected
+    assert len(ids) < len(expected)  # special tokens are tokens, not characters
+    answer = "".join(chat.reply("hi"))
+    assert answer == "".join(stream_text(model, talker, ids, 8, temperature=0.0))
+    assert [turn["role"] for turn in chat.turns] == ["user", "assistant"]
+    shown: list[str] = []
+    says = iter(["", "again", "/reset", "x" * 200, "/quit", "never"])
+    converse(chat, lambda: next(says), shown.append)
+    assert "(a new conversation)\n" in shown
+    assert any("message: got" in text and "accepted are up to 120" in text for text in shown)
+    assert chat.turns == []
+    assert next(says) == "never"
+    for text in ("a" * 50, "b" * 50):
+        "".join(chat.reply(text))
+    assert chat.forgotten == 2  # the oldest question and answer made room
+    assert chat.turns[0]["content"] == "b" * 50
+
+
+def test_with_whom_no_conversation_can_be_had(talker: PretrainedTokenizer):
+    model = make(talker.vocab_size)
+    with pytest.raises(ValueError, match="chat_template: no system"):
+        render("{{ raise_exception('no system') }}", [])
+    with pytest.raises(ValueError, match="chat_template"):
+        render("{{ ().__class__.__mro__ }}{% for %}", [])
+    with pytest.raises(ValueError, match=r"max_new_tokens: got 64; accepted are 1 to 63"):
+        Chat(model, talker, max_new_tokens=64)
+    plain = Tokenizer.train([TEXT], vocab_size=270)
+    with pytest.raises(ValueError, match="has no chat template"):
+        Chat(model, plain)
+
+
+def test_an_exported_folder_is_what_transformers_loads(tokenizer: Tokenizer, tmp_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gptcore.cli import main
+
+    model = make(tokenizer.vocab_size)
+    model.save_pretrained(tmp_path / "run")
+    tokenizer.save(tmp_path / "run" / "tokenizer.json")
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "hf")])
+    assert stop.value.code == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("the cat sat", "naïve \U0001f600  1999\n\n x", "unseen WORDS?!"):
+        ids = their_tokenizer(text)["input_ids"]
+        assert ids == tokenizer.encode(text)
+        torch.testing.assert_close(theirs(torch.tensor([ids])).logits, model(torch.tensor([ids])), rtol=1e-4, atol=1e-5)
+    assert their_tokenizer.eos_token_id == tokenizer.eot_token
+    again = get_tokenizer(tmp_path / "hf")
+    assert again.encode("the dog") == tokenizer.encode("the dog")
+    assert again.eot_token == tokenizer.eot_token
+    for _ in range(2):  # a folder that holds something is left alone
+        with pytest.raises(SystemExit) as stop:
+            main(["export", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "hf")])
+        assert stop.value.code == 2
+
+
+def test_attention_is_drawn(tokenizer: Tokenizer, tmp_path: Path):
+    model = make(tokenizer.vocab_size, attention_impl="explicit")
+    out = tmp_path / "map.png"
+    weights = draw_attention(model, tokenizer, "the cat sat on the mat", out, layers=[1], heads=[0, 3])
+    count = len(tokenizer.encode("the cat sat on the mat"))
+    assert weights.shape == (1, 2, count, count)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, count))
+    assert (weights.triu(1) == 0).all()
+    assert out.read_bytes().startswith(b"\x89PNG")
+    out.unlink()
+    for changes, match in (({"layers": [2]}, r"layers: got \[2\]; accepted are one or more of 0 to 1"),
+                           ({"heads": []}, r"heads: got \[\]"), ({"text": ""}, "text: got none")):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            draw_attention(model, tokenizer, **({"text": "a", "out": out} | changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_described():
+    model = make(50, tied=False)
+    shown = describe(model)
+    assert f"{model.num_parameters():,}" in shown
+    assert "output layer" in shown
+    assert "rotary" in shown
+    # 2 (keys, values) * 2 layers * 2 heads * 16 dimensions * 2 bytes
+    assert cache_bytes_per_token(model, 2) == 256
+    assert "256 B  a token" in shown
+    rows = [line.split() for line in shown.splitlines() if line.startswith("attention ")]
+    assert ["attention", "reference"] in rows
