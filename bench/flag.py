@@ -18,7 +18,7 @@ from gptcore.config import Kernels
 KERNELS: tuple[Kernels, ...] = ("reference", "auto")
 
 
-def _run(data: Path, kernels: Kernels, steps: int, preset: str) -> dict[str, Any]:
+def _run(data: Path, kernels: Kernels, steps: int, **size: Any) -> dict[str, Any]:
     import gptkernels
 
     from gptcore.train import TrainConfig, train
@@ -26,10 +26,23 @@ def _run(data: Path, kernels: Kernels, steps: int, preset: str) -> dict[str, Any
     gptkernels.tune_allocator()
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            data=data, out=Path(folder) / "run", preset=preset, kernels=kernels, steps=steps, sample_tokens=0
+            data=data, out=Path(folder) / "run", kernels=kernels, steps=steps, sample_tokens=0, eval_interval=steps, **size
         )  # fmt: skip
         result = train(config, progress=False)
-    return {"tokens_per_second": result.tokens_per_second, "peak": result.peak_memory, "val_loss": result.val_loss}
+    about = {"tokens_per_second": result.tokens_per_second, "mfu": result.mfu, "peak": result.peak_memory}
+    return about | {"val_loss": result.val_loss}
+
+
+def compare(data: Path, steps: int, **size: Any) -> dict[str, dict[str, Any]]:
+    """``steps`` steps by each choice of kernels, each in a process of its own; `size`: fields of `TrainConfig`."""
+    rows: dict[str, dict[str, Any]] = {}
+    for kernels in KERNELS:
+        print(f"{steps} steps with --kernels {kernels} ...", file=sys.stderr, flush=True)
+        run = json.dumps({"kernels": kernels, "data": str(data), "steps": steps, **size})
+        command = [sys.executable, "-m", "bench.flag", "--run", run]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows[kernels] = json.loads(done.stdout.splitlines()[-1])
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,24 +52,22 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m bench.flag --data data/python-docs --steps 60 --preset small",
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder that gptcore prepare made")
+    parser.add_argument("--data", type=Path, help="folder that gptcore prepare made")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
     parser.add_argument("--preset", default="mini", help="size of the model (default: mini)")
-    parser.add_argument("--kernels", choices=KERNELS, help=argparse.SUPPRESS)  # one run, for the parent
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, for the parent
     options = parser.parse_args(arguments)
-    if options.kernels:
-        print(json.dumps(_run(options.data, options.kernels, options.steps, options.preset)))
+    if options.run:
+        run = json.loads(options.run)
+        print(json.dumps(_run(Path(run.pop("data")), **run)))
         return 0
-    rows: dict[str, dict[str, Any]] = {}
-    for kernels in KERNELS:
-        print(f"{options.steps} steps with --kernels {kernels} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "bench.flag", "--kernels", kernels, "--data", str(options.data)]
-        command += ["--steps", str(options.steps), "--preset", options.preset]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows[kernels] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{'--kernels':<12}{'tokens/s':>12}{'peak memory, MiB':>20}{'validation loss':>18}")
+    if options.data is None:
+        parser.error("--data: got none; accepted is a folder that gptcore prepare made")
+    rows = compare(options.data, options.steps, preset=options.preset)
+    print(f"{'--kernels':<12}{'tokens/s':>12}{'MFU':>8}{'peak memory, MiB':>20}{'validation loss':>18}")
     for kernels, row in rows.items():
-        print(f"{kernels:<12}{row['tokens_per_second']:>12,.0f}{row['peak'] / 2**20:>20,.0f}{row['val_loss']:>18.4f}")
+        speed = f"{row['tokens_per_second']:>12,.0f}{row['mfu']:>8.1%}"
+        print(f"{kernels:<12}{speed}{row['peak'] / 2**20:>20,.0f}{row['val_loss']:>18.4f}")
     plain, fast = (rows[kernels] for kernels in KERNELS)
     speed, memory = fast["tokens_per_second"] / plain["tokens_per_second"], fast["peak"] / plain["peak"]
     print(f"what the flag bought here: {speed:.2f}x the speed, {memory:.2f}x the memory of the whole process")

@@ -159,9 +159,14 @@ def versions() -> dict[str, str]:
 
 
 def results(kind: str) -> dict[str, dict[str, Any]]:
-    """The saved results of this kind of machine, "cpu" or "gpu", by file name."""
+    """The saved results of a kind, by file name: "cpu" or "gpu" (the kernels there), or "gpt" (whole models)."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
-    return {name: saved for name, saved in found.items() if kind in saved["machine"]}
+
+    def kinds(saved: dict[str, Any]) -> set[str]:
+        # What a file without a kind of its own is about follows from its machine.
+        return {saved["kind"]} if "kind" in saved else set(saved["machine"])
+
+    return {name: saved for name, saved in found.items() if kind in kinds(saved)}
 
 
 def save(saved: dict[str, Any], file: Path) -> None:

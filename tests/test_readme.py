@@ -37,14 +37,15 @@ def test_links_lead_somewhere(file: str):
         assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("kind", ["cpu", "gpu", "gpt"])
 def test_tables_are_made_from_saved_results(kind: str):
     """The table of a kind of machine is one of its saved results; there is none before there is a result."""
     import bench.cpu
+    import bench.gpt
     import bench.gpu
     from bench.measure import results
 
-    section = {"cpu": bench.cpu.section, "gpu": bench.gpu.section}[kind]
+    section = {"cpu": bench.cpu.section, "gpu": bench.gpu.section, "gpt": bench.gpt.section}[kind]
     saved = [section(result) for result in results(kind).values()]
     shown = re.findall(rf"<!-- {kind} -->\n(.*?)\n<!-- /{kind} -->", README, re.DOTALL)
     assert len(shown) == (1 if saved else 0)

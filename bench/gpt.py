@@ -1,0 +1,157 @@
+"""Whole models on this machine: GPT-2 124M trained on real text, and generation against Hugging Face generate.
+
+Training: ``gptcore train`` by ``--kernels reference`` and by ``auto``, each a process of its own. Generation: one
+sequence, greedy, with a cache, the same weights in both; the peer in fp32, and in bf16 where the CPU multiplies that, ours in bf16; they take turns in
+one process, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gptkernels
+import torch
+from torch import Tensor
+
+from bench import flag
+from bench.cpu import machine
+from bench.measure import RESULTS, save
+from gptcore.train.hardware import multiplies_bf16
+
+
+def _models(name: str) -> tuple[Any, Any]:
+    """Ours in bf16, and transformers' model of the same float32 weights."""
+    import transformers
+
+    from gptcore import GPT, GPTConfig
+    from gptcore.weights import config_to_huggingface, to_huggingface
+
+    if name == "gpt2-124m":
+        torch.manual_seed(0)
+        ours = GPT(GPTConfig.preset(name))
+        theirs: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config_to_huggingface(ours.config)))
+    else:
+        ours = GPT.from_pretrained(name)
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config_to_huggingface(ours.config)))
+    theirs.load_state_dict(to_huggingface(ours.state_dict(), ours.config), strict=False)
+    theirs.tie_weights()
+    return ours.to(torch.bfloat16).eval(), theirs.eval()
+
+
+def _time(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(name: str, prompt: int, new: int, rounds: int) -> dict[str, Any]:
+    """Seconds of each contender for `new` tokens after `prompt`, round by round."""
+    ours, theirs = _models(name)
+    tokens = torch.randint(0, ours.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(tokens)
+
+    def hugging_face(model: Any) -> Callable[[], Tensor]:
+        return lambda: model.generate(tokens, **options)
+
+    contenders: dict[str, Callable[[], object]] = {"fp32": hugging_face(theirs)}
+    if multiplies_bf16(torch.device("cpu")):  # elsewhere PyTorch takes minutes for it
+        contenders["bf16"] = hugging_face(copy.deepcopy(theirs).to(torch.bfloat16))
+    contenders["ours"] = lambda: ours.generate(tokens, new, temperature=0.0)
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for work in contenders.values():
+        work()
+    for _ in range(rounds):
+        for contender, work in contenders.items():
+            seconds[contender].append(_time(work))
+    return {"model": name, "prompt": prompt, "new": new, "seconds": seconds}
+
+
+def decoding_table(measured: list[dict[str, Any]]) -> list[str]:
+    """Markdown: each contender's tokens a second, and ours beside the best peer's."""
+    rows = ["| generation, one sequence | Hugging Face generate, tokens/s | ours in bf16 | ratio |"]
+    rows.append("| --- | --- | --- | --- |")
+    for result in measured:
+        speeds = {name: result["new"] / statistics.median(seconds) for name, seconds in result["seconds"].items()}
+        ours = speeds.pop("ours")
+        best = max(speeds, key=speeds.__getitem__)
+        name = f"{result['model']}, {result['prompt']} + {result['new']} tokens"
+        rows.append(f"| {name} | {speeds[best]:.1f} ({best}) | {ours:.1f} | {ours / speeds[best]:.2f}x |")
+    return rows
+
+
+def training_table(training: dict[str, Any]) -> list[str]:
+    """Markdown: a row for each choice of kernels."""
+    steps, preset, about = training["steps"], training["preset"], training["about"]
+    rows = [f"| training {preset}, {steps} steps of {about} | tokens/s | MFU | peak memory | validation loss |"]
+    rows.append("| --- | --- | --- | --- | --- |")
+    for kernels, row in training["rows"].items():
+        memory = f"{row['peak'] / 2**20:,.0f} MiB"
+        rows.append(
+            f"| `--kernels {kernels}` | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} | {memory} | {row['val_loss']:.4f} |"
+        )
+    return rows
+
+
+def section(saved: dict[str, Any]) -> str:
+    """What the README shows of a saved result."""
+    m = saved["machine"]
+    head = f"{m['cpu']}, {m['instructions']}, {m['threads']} threads, PyTorch {m['torch']}, commit {m['commit']}, {m['date']}."
+    tables = []
+    if "training" in saved:
+        tables.append("\n".join(training_table(saved["training"])))
+    if "decoding" in saved:
+        tables.append("\n".join(decoding_table(saved["decoding"])))
+    return "\n\n".join([head, *tables])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpt",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  gptcore fetch smollm2-135m-instruct && python -m bench.gpt\n"
+        "  gptcore fetch shakespeare && gptcore prepare shakespeare --tokenizer gpt2 --out data/shakespeare && "
+        "python -m bench.gpt --data data/shakespeare --save\n"
+        "  python -m bench.gpt --models gpt2-124m --new 32",
+    )
+    default = ["gpt2-124m", "smollm2-135m-instruct"]
+    parser.add_argument("--models", nargs="*", default=default, help=f"to generate with (default: {' '.join(default)})")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt (default: 32)")
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate (default: 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
+    parser.add_argument(
+        "--data", type=Path, help="folder that gptcore prepare made, to train on; no training without it"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each training run (default: 50)")
+    parser.add_argument("--preset", default="gpt2-124m", help="size of the model to train (default: gpt2-124m)")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a training sequence (default: 512)")
+    parser.add_argument("--save", action="store_true", help="write the figures to bench/results/gpt-<cpu>.json")
+    options = parser.parse_args(arguments)
+    saved: dict[str, Any] = {"kind": "gpt", "machine": machine()}
+    if options.data:
+        size = {"preset": options.preset, "context": options.context, "batch_size": 1}
+        rows = flag.compare(options.data, steps=options.steps, **size)
+        about = f"one sequence of {options.context} tokens, {options.data.name}"
+        saved["training"] = {"steps": options.steps, "preset": options.preset, "about": about, "rows": rows}
+    if options.models:
+        gptkernels.tune_allocator()
+        saved["decoding"] = [measure(name, options.prompt, options.new, options.rounds) for name in options.models]
+    print(section(saved))
+    if options.save:
+        name = "-".join(["gpt", *saved["machine"]["cpu"].lower().split(), saved["machine"]["instructions"]])
+        save(saved, RESULTS / f"{name}.json")
+        print(f"\nsaved as {RESULTS / name}.json", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
