@@ -83,12 +83,19 @@ class Prepare:
     gptcore prepare books/ 'notes/*.md' --out data/mine --vocab-size 8192
 
     gptcore prepare books/ --out data/books --tokenizer gpt2
+
+    gptcore prepare 'crawl/*.jsonl.gz' --field content --out data/crawl
+
+    gptcore prepare hf:roneneldan/TinyStories --out data/stories
     """
 
     sources: Positional[tuple[str, ...]]
-    """Files, folders, globs, or python-docs: the documentation that comes with Python."""
+    """Files (.jsonl, .jsonl.gz and .parquet hold a document per record), folders, globs, the names of fetched texts,
+    hf:NAME[:CONFIG[:SPLIT]] for a Hugging Face dataset, or python-docs: the documentation that comes with Python."""
     out: Path
     """Folder to make."""
+    field: str = "text"
+    """Field of a record that holds its text."""
     tokenizer: str = "bpe"
     """bpe: trained on the corpus; gpt2; or a saved tokenizer's path."""
     vocab_size: int = 4096
@@ -104,6 +111,7 @@ class Prepare:
         report = prepare(
             list(self.sources),
             self.out,
+            field=self.field,
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             val_fraction=self.val_fraction,

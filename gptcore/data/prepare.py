@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from gptcore.data.token_file import TokenFile, TokenWriter
 from gptcore.tokenizer import Tokenizer, get_tokenizer
 
 _FORMAT = "gptcore-corpus"
-_VERSION = 1
+_VERSION = 2
 _REPORT = "corpus.json"
 _FILES = {"train.bin", "val.bin", "tokenizer.json", _REPORT}
 _BATCH_CHARACTERS = 1 << 22
+_CHANGED = "the sources changed while they were being read; run it again"
 
 _Advance = Callable[[int], None]
 """Called with a number of characters as they are done."""
@@ -57,6 +60,8 @@ class PrepareReport:
     val_fraction: float
     train: SplitReport
     val: SplitReport
+    empty_documents: int
+    """Documents without text, which are in neither split."""
     unigram_entropy: float
     """Nats per validation token of a model that knows only how often each token comes; see ``prepare``."""
     reused: bool = False
@@ -74,35 +79,61 @@ class PrepareReport:
         for name, split in ("train", self.train), ("val", self.val):
             counts = f"{split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes"
             lines.append(f"  {name:<9}  {counts}")
+        if self.empty_documents:
+            lines.append(f"  {self.empty_documents:,} documents without text were left out")
         lines.append(f"  {self.bytes_per_token:.2f} bytes per token")
         lines.append(f"  unigram entropy {self.unigram_entropy:.4f} nats per token: a model must do better")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The characters from ``start`` to ``stop`` of a document: nearly always all of it."""
+class _Split:
+    """What of a corpus is for validation: whole documents by their keys, or the end of each one."""
 
-    document: Document
-    start: int
-    stop: int
-    digest: bytes = b""  # of all of the document's text
+    keys: NDArray[np.uint64]
+    """Of each document, in order, empty ones included: the first 8 bytes of a hash of its text."""
+    threshold: int
+    """Documents with a smaller key are for validation."""
+    cut: int | None
+    """If not None, of every document the characters from this one on are for validation instead."""
+    characters: int
+    """In the whole corpus."""
 
-    def pieces(self) -> Iterator[str]:
-        position = 0
-        for piece in self.document.pieces():
-            if position >= self.stop:
-                return
-            wanted = piece[max(self.start - position, 0) : self.stop - position]
-            position += len(piece)
-            if wanted:
-                yield wanted
+    def pieces(self, corpus: Iterable[Document], advance: _Advance) -> Iterator[_Piece]:
+        """Read the corpus again, and tell where each piece of it belongs.
+
+        Raises ``RuntimeError`` if there are not as many documents as there are keys.
+        """
+        for document, key in zip_longest(corpus, self.keys):
+            if document is None or key is None:
+                raise RuntimeError(_CHANGED)
+            position = 0
+            for text, is_last in _mark_last(document.pieces()):
+                if self.cut is None:
+                    yield _Piece(text, int(key) < self.threshold, is_last)
+                else:
+                    head, tail = text[: max(self.cut - position, 0)], text[max(self.cut - position, 0) :]
+                    position += len(text)
+                    if head:
+                        yield _Piece(head, False, position >= self.cut)
+                    if tail:
+                        yield _Piece(tail, True, is_last)
+                advance(len(text))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    text: str
+    in_val: bool
+    is_last: bool
+    """Of its document, or of the part of it that is in this split."""
 
 
 def prepare(
     sources: str | Path | Sequence[str | Path],
     out_dir: str | Path,
     *,
+    field: str = "text",
     tokenizer: str | Path = "bpe",
     vocab_size: int = 4096,
     val_fraction: float = 0.1,
@@ -112,10 +143,11 @@ def prepare(
     """Turn text into token files for training and validation.
 
     The corpus is read three times as a stream (to survey it, to train the tokenizer, to encode it), so it may
-    be much larger than memory. Each document is followed by an end-of-text token.
+    be much larger than memory; of each document 9 bytes are kept. Each document is followed by an end-of-text
+    token; those without text are left out, and counted.
 
-    **The split** is by document: one goes to validation if the BLAKE2b hash of its text, as a fraction of the
-    largest hash, is less than ``val_fraction``. It depends on neither names nor order, and copies of a
+    **The split** is by document: one goes to validation if the BLAKE2b hash of its text (of 16 bytes, the first 8),
+    as a fraction of the largest hash, is less than ``val_fraction``. It depends on neither names nor order, and copies of a
     document stay together. If that leaves one side empty, the documents with the smallest hash are the
     validation split, or those with the largest hash the training split. If all documents are the same, as
     when there is only one, each is cut: the last ``val_fraction`` of its characters, at least one, is for
@@ -130,8 +162,10 @@ def prepare(
     unchanged sources does nothing but return the same report, with ``reused`` set.
 
     Args:
-        sources: files, folders, globs, ``"python-docs"``; see :func:`gptcore.data.corpus.documents`.
+        sources: files of text or of records (JSON Lines, Parquet), folders, globs, ``"python-docs"``, fetched texts
+            by name, Hugging Face datasets; see :func:`gptcore.data.corpus.documents`.
         out_dir: the folder to make.
+        field: the field of records that holds their text.
         tokenizer: ``"bpe"`` to train one on the corpus, ``"gpt2"``, or the path of a saved tokenizer.
         vocab_size: for ``"bpe"``, the number of tokens with end-of-text; otherwise of no effect.
         val_fraction: the share of the corpus to keep for validation, greater than 0 and less than 1.
@@ -139,11 +173,11 @@ def prepare(
         progress: show a progress bar on the standard error stream.
 
     Raises:
-        ValueError: if a setting is out of range, or the corpus is empty or too short to split.
+        ValueError: if a setting is out of range, a record is bad, or the corpus is empty or too short to split.
         FileExistsError: if ``out_dir`` holds something that is no prepared corpus (then ``overwrite`` does
             not help either), or another or a damaged corpus and ``overwrite`` is False.
         FileNotFoundError, OSError, ValueError: from sources and tokenizers that cannot be read.
-        RuntimeError: if the sources change while they are being read.
+        RuntimeError: if the sources change while they are being read, or a library that they need is missing.
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction must be greater than 0 and less than 1; got {val_fraction}")
@@ -157,6 +191,7 @@ def prepare(
         "tokenizer": given.fingerprint if given else "bpe",
         "vocab_size": None if given else vocab_size,
         "val_fraction": val_fraction,
+        "field": field,
         "sources_state": sources_state(names),
     }
     existing = _existing(out_dir, settings, overwrite)
@@ -168,24 +203,32 @@ def prepare(
     temporary.mkdir()
     try:
         with _Bars(progress) as bars:
-            train, val = _split(_survey(documents(names), bars.start("Reading")), val_fraction)
-            trained = given or Tokenizer.train(_text(train, bars.start("Training the tokenizer", train)), vocab_size)
-            train_report, train_counts = _encode(train, trained, temporary / "train.bin", bars)
-            val_report, val_counts = _encode(val, trained, temporary / "val.bin", bars)
+            split, empty = _survey(documents(names, field=field), val_fraction, bars.start("Reading"))
+
+            def read(step: str) -> Iterator[_Piece]:
+                return split.pieces(documents(names, field=field), bars.start(step, split.characters))
+
+            if given is None:
+                texts = (piece.text for piece in read("Training the tokenizer") if not piece.in_val)
+                used = Tokenizer.train(texts, vocab_size)
+            else:
+                used = given
+            train, val = _encode(read("Encoding"), used, temporary)
         if sources_state(names) != settings["sources_state"]:
-            raise RuntimeError("the sources changed while they were being read; run it again")
+            raise RuntimeError(_CHANGED)
         report = PrepareReport(
             out_dir=out_dir,
             sources=tuple(names),
             tokenizer=str(tokenizer),
-            vocab_size=trained.vocab_size,
-            tokenizer_fingerprint=trained.fingerprint,
+            vocab_size=used.vocab_size,
+            tokenizer_fingerprint=used.fingerprint,
             val_fraction=val_fraction,
-            train=train_report,
-            val=val_report,
-            unigram_entropy=_unigram_entropy(train_counts, val_counts),
+            train=train.report,
+            val=val.report,
+            empty_documents=empty,
+            unigram_entropy=_unigram_entropy(train.counts, val.counts),
         )
-        trained.save(temporary / "tokenizer.json")
+        used.save(temporary / "tokenizer.json")
         _write_report(report, settings, temporary / _REPORT)
         _publish_folder(temporary, out_dir)
     finally:
@@ -203,78 +246,92 @@ def read_report(folder: str | Path) -> PrepareReport:
     return _read_report(Path(folder))[0]
 
 
-def _survey(corpus: Iterable[Document], advance: _Advance) -> list[_Part]:
-    """Read every document once, to measure and to hash it; those without text are left out."""
-    surveyed = []
+def _survey(corpus: Iterable[Document], val_fraction: float, advance: _Advance) -> tuple[_Split, int]:
+    """Read every document once, to decide the split as :func:`prepare` describes it; also counts the empty ones."""
+    keys = array("Q")
+    full = bytearray()  # for each document, whether it holds text
+    characters = longest = 0
     for document in corpus:
         digest = hashlib.blake2b(digest_size=16)
-        characters = 0
+        length = 0
         for piece in document.pieces():
             digest.update(piece.encode())
-            characters += len(piece)
+            length += len(piece)
             advance(len(piece))
-        if characters:
-            surveyed.append(_Part(document, 0, characters, digest.digest()))
-    if not surveyed:
+        keys.append(int.from_bytes(digest.digest()[:8], "big"))
+        full.append(length > 0)
+        characters += length
+        longest = max(longest, length)
+    all_keys = np.frombuffer(keys, dtype=np.uint64)
+    with_text = all_keys[np.frombuffer(full, dtype=np.bool_)]
+    if not len(with_text):
         raise ValueError("the corpus is empty: its documents hold no text")
-    return surveyed
+    lowest, highest = int(with_text.min()), int(with_text.max())
+    threshold, cut = int(val_fraction * 2**64), None
+    if lowest == highest:
+        if longest < 2:
+            raise ValueError(f"the corpus is too short to split: it has {longest} character, and 2 are needed")
+        cut = longest - min(max(round(longest * val_fraction), 1), longest - 1)
+    elif threshold <= lowest:
+        threshold = lowest + 1
+    elif threshold > highest:
+        threshold = highest
+    return _Split(all_keys, threshold, cut, characters), len(all_keys) - len(with_text)
 
 
-def _split(corpus: list[_Part], val_fraction: float) -> tuple[list[_Part], list[_Part]]:
-    """The training and the validation split, as :func:`prepare` describes them; neither is empty."""
-    digests = {part.digest for part in corpus}
-    if len(digests) == 1:
-        length = corpus[0].stop
-        if length < 2:
-            raise ValueError(f"the corpus is too short to split: it has {length} character, and 2 are needed")
-        cut = length - min(max(round(length * val_fraction), 1), length - 1)
-        return [replace(part, stop=cut) for part in corpus], [replace(part, start=cut) for part in corpus]
-    limit = int(val_fraction * 2**128)
-    in_val = {digest for digest in digests if int.from_bytes(digest, "big") < limit}
-    in_val = in_val or {min(digests)}
-    if in_val == digests:
-        in_val = digests - {max(digests)}
-    train = [part for part in corpus if part.digest not in in_val]
-    return train, [part for part in corpus if part.digest in in_val]
+def _mark_last(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Each text, with whether no other follows."""
+    text = next(texts, None)
+    for following in texts:
+        assert text is not None
+        yield text, False
+        text = following
+    if text is not None:
+        yield text, True
 
 
-def _text(parts: list[_Part], advance: _Advance) -> Iterator[str]:
-    for part in parts:
-        for piece in part.pieces():
-            yield piece
-            advance(len(piece))
+class _Encoded:
+    """The token file of one split as it is written, and what is counted meanwhile."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        self._eot, self._vocab_size = tokenizer.eot_token, tokenizer.vocab_size
+        self.writer = TokenWriter(path, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+        self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        """How often each token comes, ``(vocab_size,)``."""
+        self._documents = self._bytes = 0
+
+    def write(self, piece: _Piece, ids: list[int]) -> None:
+        tokens = np.asarray([*ids, self._eot] if piece.is_last else ids, dtype=np.int64)
+        self.writer.write(tokens)
+        self.counts += np.bincount(tokens, minlength=self._vocab_size)
+        self._documents += piece.is_last
+        self._bytes += len(piece.text.encode())
+
+    @property
+    def report(self) -> SplitReport:
+        return SplitReport(documents=self._documents, bytes=self._bytes, tokens=self.writer.count)
 
 
-def _encode(parts: list[_Part], tokenizer: Tokenizer, path: Path, bars: _Bars) -> tuple[SplitReport, NDArray[np.int64]]:
-    """Write a split's token file. Also returns how often each token comes, ``(vocab_size,)``."""
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    size = 0
-    advance = bars.start(f"Encoding {path.name}", parts)
-    with TokenWriter(path, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint) as writer:
-        for batch in _batches(parts):
-            texts = [text for text, _ in batch]
-            for (text, is_last), ids in zip(batch, tokenizer.encode_batch(texts)):
-                tokens = np.asarray([*ids, tokenizer.eot_token] if is_last else ids, dtype=np.int64)
-                writer.write(tokens)
-                counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
-                size += len(text.encode())
-                advance(len(text))
-        return SplitReport(documents=len(parts), bytes=size, tokens=writer.count), counts
+def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer, folder: Path) -> tuple[_Encoded, _Encoded]:
+    """Write the token files of the training and of the validation split."""
+    train, val = (_Encoded(folder / name, tokenizer) for name in ("train.bin", "val.bin"))
+    with train.writer, val.writer:
+        for batch in _batches(pieces):
+            for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch])):
+                (val if piece.in_val else train).write(piece, ids)
+    return train, val
 
 
-def _batches(parts: list[_Part]) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces, each with whether it ends its document, in lists long enough to keep every core encoding."""
-    batch: list[tuple[str, bool]] = []
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Lists of pieces that are long enough to keep every core encoding."""
+    batch: list[_Piece] = []
     characters = 0
-    for part in parts:
-        position = part.start
-        for piece in part.pieces():
-            position += len(piece)
-            characters += len(piece)
-            batch.append((piece, position == part.stop))
-            if characters >= _BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
     if batch:
         yield batch
 
@@ -306,7 +363,7 @@ def _existing(out_dir: Path, settings: dict[str, Any], overwrite: bool) -> Prepa
             return replace(report, reused=True)
         problem = f"holds a corpus that was prepared with {'; '.join(different)}"
     except (ValueError, FileNotFoundError) as error:
-        problem = f"holds a damaged corpus ({error})"
+        problem = f"holds a corpus that cannot be used ({error})"
     if not overwrite:
         raise FileExistsError(f"out_dir {out_dir} {problem}; {way_out}")
     return None
@@ -351,8 +408,10 @@ def _read_report(folder: Path) -> tuple[PrepareReport, dict[str, Any]]:
         state = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT or state.get("version") != _VERSION:
-        raise ValueError(f"{path} is not the report of a corpus prepared by this version of gptcore")
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not the report of a prepared corpus")
+    if (version := state.get("version")) != _VERSION:
+        raise ValueError(f"{path} has format version {version}, and this gptcore reads {_VERSION}: prepare again")
     del state["format"], state["version"]
     state.pop("bytes_per_token", None)  # a property of the report
     try:
@@ -397,8 +456,7 @@ class _Bars:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def start(self, description: str, parts: list[_Part] | None = None) -> _Advance:
-        """A new bar over ``parts``, or over work of unknown size; returns what moves it."""
-        total = None if parts is None else sum(part.stop - part.start for part in parts)
+    def start(self, description: str, total: int | None = None) -> _Advance:
+        """A new bar over ``total`` characters, or over work of unknown size; returns what moves it."""
         task = self._progress.add_task(description, total=total)
         return lambda characters: self._progress.advance(task, characters)

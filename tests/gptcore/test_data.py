@@ -504,7 +504,7 @@ def test_preparing_again_does_nothing(library: Path, tmp_path: Path, monkeypatch
     first = run(library, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
-    def never(*_: object) -> Iterator[object]:
+    def never(*_: object, **__: object) -> Iterator[object]:
         raise AssertionError("the corpus was read again")
 
     monkeypatch.setattr(prepare_module, "documents", never)
@@ -547,7 +547,7 @@ def test_changed_sources_are_noticed(library: Path, tmp_path: Path) -> None:
         ("val.bin", patch(24, b"\0"), "different tokenizers"),
         ("tokenizer.json", lambda data: data[:99], "is not a tokenizer file, or is truncated"),
         ("corpus.json", lambda data: data[:99], "corpus.json is truncated or damaged"),
-        ("corpus.json", lambda data: b"{}", "is not the report of a corpus"),
+        ("corpus.json", lambda data: b"{}", "is not the report of a prepared corpus"),
         ("corpus.json", lambda data: data.replace(b'"train"', b'"trian"'), "corpus.json is damaged"),
     ],
 )
@@ -557,7 +557,7 @@ def test_a_damaged_corpus_is_not_reused(
     first = run(library, tmp_path / "out")
     path = tmp_path / "out" / name
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(FileExistsError, match=rf"holds a damaged corpus \(.*{message}"):
+    with pytest.raises(FileExistsError, match=rf"holds a corpus that cannot be used \(.*{message}"):
         run(library, tmp_path / "out")
     assert run(library, tmp_path / "out", overwrite=True) == first
 
@@ -565,7 +565,7 @@ def test_a_damaged_corpus_is_not_reused(
 def test_a_missing_part_is_damage(library: Path, tmp_path: Path) -> None:
     run(library, tmp_path / "out")
     (tmp_path / "out/val.bin").unlink()
-    with pytest.raises(FileExistsError, match=r"damaged corpus \(there is no token file at .*val\.bin"):
+    with pytest.raises(FileExistsError, match=r"cannot be used \(there is no token file at .*val\.bin"):
         run(library, tmp_path / "out")
 
 
@@ -637,8 +637,8 @@ def test_a_failed_swap_puts_the_old_corpus_back(library: Path, tmp_path: Path, m
 
 
 def test_sources_that_change_meanwhile(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def changing(sources: list[str]) -> Iterator[object]:
-        yield from documents(sources)
+    def changing(sources: list[str], *, field: str) -> Iterator[object]:
+        yield from documents(sources, field=field)
         (library / "late.txt").write_text("late")
 
     monkeypatch.setattr(prepare_module, "documents", changing)
@@ -677,7 +677,7 @@ def test_progress_goes_to_standard_error(library: Path, tmp_path: Path, capsys: 
     run(library, tmp_path / "out", progress=True)
     shown = capsys.readouterr()
     assert shown.out == ""
-    for step in ("Reading", "Training the tokenizer", "Encoding train.bin", "Encoding val.bin"):
+    for step in ("Reading", "Training the tokenizer", "Encoding"):
         assert step in shown.err
     run(library, tmp_path / "quiet", progress=False)
     assert capsys.readouterr().err == ""
