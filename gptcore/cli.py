@@ -102,6 +102,8 @@ class Prepare:
     """Tokens of a trained BPE."""
     val_fraction: float = 0.1
     """Share of the text kept for validation."""
+    shard_tokens: int = 100_000_000
+    """Tokens in each token file, of 2 bytes if the vocabulary has at most 65,536 tokens, otherwise of 4."""
     overwrite: bool = False
     """Replace what was prepared there with other settings."""
 
@@ -115,6 +117,7 @@ class Prepare:
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             val_fraction=self.val_fraction,
+            shard_tokens=self.shard_tokens,
             overwrite=self.overwrite,
         )
         print(report)

@@ -1,33 +1,36 @@
 """``prepare``: a corpus becomes a folder of token files, ready to train on.
 
-The folder holds ``train.bin``, ``val.bin`` (see :mod:`gptcore.data.token_file`), ``tokenizer.json`` and
-``corpus.json``, the report. It appears as a whole, by one rename.
+The folder holds the shards of the training and of the validation split, ``train-00000.bin`` and ``val-00000.bin``
+onwards (see :mod:`gptcore.data.token_file`), ``tokenizer.json`` and ``corpus.json``, the report. It appears as a
+whole, by one rename. :func:`open_split` opens one split of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptcore._files import atomic_writer, sync_folder, temporary_sibling
 from gptcore.data.corpus import Document, documents, source_list, sources_state
-from gptcore.data.token_file import TokenFile, TokenWriter
+from gptcore.data.token_file import ShardWriter, TokenFile
 from gptcore.tokenizer import Tokenizer, get_tokenizer
 
 _FORMAT = "gptcore-corpus"
 _VERSION = 2
 _REPORT = "corpus.json"
-_FILES = {"train.bin", "val.bin", "tokenizer.json", _REPORT}
+_FILES = re.compile(rf"(train|val)(-\d{{5,}})?\.bin|tokenizer\.json|{re.escape(_REPORT)}")
+"""What a prepared corpus consists of; version 1 had no shards."""
 _BATCH_CHARACTERS = 1 << 22
 _CHANGED = "the sources changed while they were being read; run it again"
 
@@ -37,13 +40,15 @@ _Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one of the two token files holds."""
+    """What the token files of one split hold."""
 
     documents: int
     bytes: int
     """Of UTF-8 text; end-of-text tokens stand for none."""
     tokens: int
     """One end-of-text token per document included."""
+    shards: tuple[int, ...]
+    """The number of tokens in each token file, in order."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class PrepareReport:
         lines.append(f"  tokenizer  {self.tokenizer}, {self.vocab_size:,} tokens, {self.tokenizer_fingerprint}")
         for name, split in ("train", self.train), ("val", self.val):
             counts = f"{split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes"
-            lines.append(f"  {name:<9}  {counts}")
+            shards = f", {len(split.shards):,} shards" if len(split.shards) > 1 else ""
+            lines.append(f"  {name:<9}  {counts}{shards}")
         if self.empty_documents:
             lines.append(f"  {self.empty_documents:,} documents without text were left out")
         lines.append(f"  {self.bytes_per_token:.2f} bytes per token")
@@ -137,6 +143,7 @@ def prepare(
     tokenizer: str | Path = "bpe",
     vocab_size: int = 4096,
     val_fraction: float = 0.1,
+    shard_tokens: int = 100_000_000,
     overwrite: bool = False,
     progress: bool = True,
 ) -> PrepareReport:
@@ -169,6 +176,7 @@ def prepare(
         tokenizer: ``"bpe"`` to train one on the corpus, ``"gpt2"``, or the path of a saved tokenizer.
         vocab_size: for ``"bpe"``, the number of tokens with end-of-text; otherwise of no effect.
         val_fraction: the share of the corpus to keep for validation, greater than 0 and less than 1.
+        shard_tokens: tokens in each file of a split but the last; at least 1.
         overwrite: replace a corpus that was prepared in ``out_dir`` with other settings.
         progress: show a progress bar on the standard error stream.
 
@@ -181,6 +189,8 @@ def prepare(
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction must be greater than 0 and less than 1; got {val_fraction}")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens must be at least 1; got {shard_tokens}")
     out_dir = Path(out_dir).expanduser().resolve()
     names = source_list(sources)
     # Loaded now, so that a tokenizer that cannot be had is an error before any work.
@@ -192,6 +202,7 @@ def prepare(
         "vocab_size": None if given else vocab_size,
         "val_fraction": val_fraction,
         "field": field,
+        "shard_tokens": shard_tokens,
         "sources_state": sources_state(names),
     }
     existing = _existing(out_dir, settings, overwrite)
@@ -213,7 +224,7 @@ def prepare(
                 used = Tokenizer.train(texts, vocab_size)
             else:
                 used = given
-            train, val = _encode(read("Encoding"), used, temporary)
+            train, val = _encode(read("Encoding"), used, temporary, shard_tokens)
         if sources_state(names) != settings["sources_state"]:
             raise RuntimeError(_CHANGED)
         report = PrepareReport(
@@ -244,6 +255,23 @@ def read_report(folder: str | Path) -> PrepareReport:
         ValueError: if that is not one that :func:`prepare` wrote.
     """
     return _read_report(Path(folder))[0]
+
+
+def open_split(folder: str | Path, split: Literal["train", "val"]) -> TokenFile:
+    """The tokens of one split of a prepared corpus, mapped from its shards as if they were one file.
+
+    Raises:
+        ValueError: if ``split`` is neither; the corpus was prepared by another version of gptcore; or a shard is
+            damaged, has another number of tokens than the report says, or is of another tokenizer.
+        FileNotFoundError: if the folder holds no ``corpus.json``, or lacks a shard.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be 'train' or 'val'; got {split!r}")
+    report = read_report(folder)
+    tokens = TokenFile.open_shards(folder, split, (report.train if split == "train" else report.val).shards)
+    if tokens.fingerprint != report.tokenizer_fingerprint:
+        raise ValueError(f"{tokens.path} was made with another tokenizer than {_REPORT} says")
+    return tokens
 
 
 def _survey(corpus: Iterable[Document], val_fraction: float, advance: _Advance) -> tuple[_Split, int]:
@@ -291,11 +319,13 @@ def _mark_last(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
 
 
 class _Encoded:
-    """The token file of one split as it is written, and what is counted meanwhile."""
+    """The shards of one split as they are written, and what is counted meanwhile."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: Path, name: str, shard_tokens: int, tokenizer: Tokenizer) -> None:
         self._eot, self._vocab_size = tokenizer.eot_token, tokenizer.vocab_size
-        self.writer = TokenWriter(path, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+        self.writer = ShardWriter(
+            folder, name, shard_tokens, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint
+        )
         self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         """How often each token comes, ``(vocab_size,)``."""
         self._documents = self._bytes = 0
@@ -309,12 +339,15 @@ class _Encoded:
 
     @property
     def report(self) -> SplitReport:
-        return SplitReport(documents=self._documents, bytes=self._bytes, tokens=self.writer.count)
+        shards = self.writer.shards
+        return SplitReport(documents=self._documents, bytes=self._bytes, tokens=sum(shards), shards=shards)
 
 
-def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer, folder: Path) -> tuple[_Encoded, _Encoded]:
-    """Write the token files of the training and of the validation split."""
-    train, val = (_Encoded(folder / name, tokenizer) for name in ("train.bin", "val.bin"))
+def _encode(
+    pieces: Iterable[_Piece], tokenizer: Tokenizer, folder: Path, shard_tokens: int
+) -> tuple[_Encoded, _Encoded]:
+    """Write the shards of the training and of the validation split."""
+    train, val = (_Encoded(folder, name, shard_tokens, tokenizer) for name in ("train", "val"))
     with train.writer, val.writer:
         for batch in _batches(pieces):
             for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch])):
@@ -351,8 +384,9 @@ def _existing(out_dir: Path, settings: dict[str, Any], overwrite: bool) -> Prepa
     found = {path.name for path in out_dir.iterdir()}
     if not found:
         return None
-    if _REPORT not in found or found - _FILES:
-        foreign = ", ".join(sorted(found - _FILES)[:3]) or "parts of a corpus only"
+    others = sorted(name for name in found if not _FILES.fullmatch(name))
+    if _REPORT not in found or others:
+        foreign = ", ".join(others[:3]) or "parts of a corpus only"
         raise FileExistsError(f"out_dir {out_dir} holds something else ({foreign}); choose another folder")
     way_out = "pass overwrite=True to replace it, or choose another folder"
     try:
@@ -381,14 +415,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _check(folder: Path, report: PrepareReport) -> None:
     """Raise ``ValueError`` or ``FileNotFoundError`` unless the folder holds what its report says."""
-    fingerprints = [Tokenizer.load(folder / "tokenizer.json").fingerprint]
-    for name, split in ("train.bin", report.train), ("val.bin", report.val):
-        tokens = TokenFile.open(folder / name)
-        fingerprints.append(tokens.fingerprint)
-        if len(tokens) != split.tokens:
-            raise ValueError(f"{name} has {len(tokens)} tokens, but {_REPORT} says {split.tokens}")
-    if set(fingerprints) != {report.tokenizer_fingerprint}:
-        raise ValueError("its files are of different tokenizers")
+    if get_tokenizer(folder / "tokenizer.json").fingerprint != report.tokenizer_fingerprint:
+        raise ValueError(f"tokenizer.json is another tokenizer than {_REPORT} says")
+    open_split(folder, "train")
+    open_split(folder, "val")
 
 
 def _write_report(report: PrepareReport, settings: dict[str, Any], path: Path) -> None:
@@ -417,10 +447,17 @@ def _read_report(folder: Path) -> tuple[PrepareReport, dict[str, Any]]:
     try:
         settings = dict(state.pop("settings"))
         state["sources"] = tuple(state["sources"])
-        splits = {name: SplitReport(**state.pop(name)) for name in ("train", "val")}
+        splits = {name: _read_split(state.pop(name)) for name in ("train", "val")}
         return PrepareReport(out_dir=folder, **splits, **state), settings
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def _read_split(state: dict[str, Any]) -> SplitReport:
+    split = replace(SplitReport(**state), shards=tuple(state["shards"]))
+    if not all(isinstance(count, int) for count in split.shards) or sum(split.shards) != split.tokens:
+        raise ValueError(f"shards of {list(split.shards)} tokens do not make {split.tokens}")
+    return split
 
 
 def _publish_folder(temporary: Path, out_dir: Path) -> None:

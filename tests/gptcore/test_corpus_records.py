@@ -17,8 +17,7 @@ from gptcore.data import corpus as corpus_module
 from gptcore.data import prepare as prepare_module
 from gptcore.data import records
 from gptcore.data.corpus import documents, sources_state
-from gptcore.data.prepare import prepare, read_report
-from gptcore.data.token_file import TokenFile
+from gptcore.data.prepare import open_split, prepare, read_report
 from gptcore.tokenizer import END_OF_TEXT, Tokenizer
 
 TEXTS = ["first\nof two lines\r\n", "naïve 🙂", "", 'a "quoted" text', "last\u2028line"]
@@ -331,7 +330,7 @@ def test_prepare_takes_records(tmp_path: Path, write: Write) -> None:
     assert (report.train.documents + report.val.documents) == 60
     assert read_report(tmp_path / "out") == report
     tokenizer = Tokenizer.load(tmp_path / "out")
-    found = [tokenizer.decode(TokenFile.open(tmp_path / "out" / name).tokens) for name in ("train.bin", "val.bin")]
+    found = [tokenizer.decode(open_split(tmp_path / "out", name).tokens) for name in ("train", "val")]
     assert sorted("".join(found).split(END_OF_TEXT)) == sorted([*values, ""])
     assert prepare(path, tmp_path / "out", **options).reused  # type: ignore[arg-type]
     with pytest.raises(FileExistsError, match="field='body', not 'text'"):
@@ -348,7 +347,7 @@ def test_prepare_splits_records_as_files(tmp_path: Path) -> None:
         for i, source in enumerate([tmp_path / "files", json_lines("a.jsonl")(tmp_path, "text", values)])
     ]
     assert (reports[0].train, reports[0].val) == (reports[1].train, reports[1].val)
-    for name in ("train.bin", "val.bin", "tokenizer.json"):
+    for name in ("train-00000.bin", "val-00000.bin", "tokenizer.json"):
         assert (tmp_path / "out0" / name).read_bytes() == (tmp_path / "out1" / name).read_bytes()
 
 
