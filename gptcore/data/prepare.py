@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -31,11 +34,13 @@ _VERSION = 2
 _REPORT = "corpus.json"
 _FILES = re.compile(rf"(train|val)(-\d{{5,}})?\.bin|tokenizer\.json|{re.escape(_REPORT)}")
 """What a prepared corpus consists of; version 1 had no shards."""
-_BATCH_CHARACTERS = 1 << 22
+_BATCH_CHARACTERS = 1 << 18
+"""Encoded by one thread at a time: enough to make starting it cheap."""
 _CHANGED = "the sources changed while they were being read; run it again"
 
 _Advance = Callable[[int], None]
 """Called with a number of characters as they are done."""
+_Ids = Sequence[int] | NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -322,7 +327,7 @@ class _Encoded:
     """The shards of one split as they are written, and what is counted meanwhile."""
 
     def __init__(self, folder: Path, name: str, shard_tokens: int, tokenizer: Tokenizer) -> None:
-        self._eot, self._vocab_size = tokenizer.eot_token, tokenizer.vocab_size
+        self._eot = np.array([tokenizer.eot_token], dtype=np.uint32)
         self.writer = ShardWriter(
             folder, name, shard_tokens, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint
         )
@@ -330,12 +335,18 @@ class _Encoded:
         """How often each token comes, ``(vocab_size,)``."""
         self._documents = self._bytes = 0
 
-    def write(self, piece: _Piece, ids: list[int]) -> None:
-        tokens = np.asarray([*ids, self._eot] if piece.is_last else ids, dtype=np.int64)
+    def write(self, encoded: Iterable[tuple[_Piece, _Ids]]) -> None:
+        """Append pieces of this split with their ids; many at once, as each call costs as much as a vocabulary."""
+        parts = [self._eot[:0]]
+        for piece, ids in encoded:
+            parts.append(np.asarray(ids, dtype=np.uint32))
+            if piece.is_last:
+                parts.append(self._eot)
+            self._documents += piece.is_last
+            self._bytes += len(piece.text.encode())
+        tokens = np.concatenate(parts)
         self.writer.write(tokens)
-        self.counts += np.bincount(tokens, minlength=self._vocab_size)
-        self._documents += piece.is_last
-        self._bytes += len(piece.text.encode())
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
 
     @property
     def report(self) -> SplitReport:
@@ -349,20 +360,44 @@ def _encode(
     """Write the shards of the training and of the validation split."""
     train, val = (_Encoded(folder, name, shard_tokens, tokenizer) for name in ("train", "val"))
     with train.writer, val.writer:
-        for batch in _batches(pieces):
-            for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch])):
-                (val if piece.in_val else train).write(piece, ids)
+        for encoded in _encoded_batches(pieces, tokenizer):
+            for split, in_val in (train, False), (val, True):
+                split.write(pair for pair in encoded if pair[0].in_val == in_val)
     return train, val
 
 
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Lists of pieces that are long enough to keep every core encoding."""
+def _encoded_batches(pieces: Iterable[_Piece], tokenizer: Tokenizer) -> Iterator[list[tuple[_Piece, _Ids]]]:
+    """The pieces in order, each with its ids. While some are encoded on every core, the next are read."""
+    workers = os.cpu_count() or 1
+    if isinstance(tokenizer, Tokenizer):
+        threads, characters = workers, _BATCH_CHARACTERS
+    else:  # another kind has threads of its own, and need not bear to be called from several
+        threads, characters = 1, _BATCH_CHARACTERS * workers
+
+    def encode(batch: list[_Piece]) -> list[tuple[_Piece, _Ids]]:
+        texts = [piece.text for piece in batch]
+        if isinstance(tokenizer, Tokenizer):
+            return list(zip(batch, map(tokenizer.encode_array, texts)))
+        return list(zip(batch, tokenizer.encode_batch(texts)))
+
+    pending: deque[Future[list[tuple[_Piece, _Ids]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in _batches(pieces, characters):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _batches(pieces: Iterable[_Piece], size: int) -> Iterator[list[_Piece]]:
+    """Lists of pieces that together have ``size`` characters or a few more."""
     batch: list[_Piece] = []
     characters = 0
     for piece in pieces:
         batch.append(piece)
         characters += len(piece.text)
-        if characters >= _BATCH_CHARACTERS:
+        if characters >= size:
             yield batch
             batch, characters = [], 0
     if batch:

@@ -7,6 +7,7 @@ import math
 import os
 import struct
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -613,6 +614,52 @@ def test_a_given_tokenizer_is_used(library: Path, tmp_path: Path) -> None:
     assert run(library, tmp_path / "out", tokenizer=tmp_path / "mine.json", vocab_size=999).reused
 
 
+class OtherTokenizer:
+    """A tokenizer of another class, which may not be called from two threads at once and ends texts its own way."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._lock, self.threads = tokenizer, threading.Lock(), set[int]()
+        self.vocab_size, self.fingerprint = tokenizer.vocab_size + 1, FINGERPRINT
+        self.eot_token = tokenizer.vocab_size
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        assert self._lock.acquire(blocking=False)
+        self.threads.add(threading.get_ident())
+        ids = self._tokenizer.encode_batch(texts)
+        self._lock.release()
+        return ids
+
+    def save(self, path: Path) -> None:
+        self._tokenizer.save(path)
+
+
+def test_a_tokenizer_of_another_class(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (library / "empty.txt").write_text("")
+    inner = Tokenizer.train(["another text entirely, of its own " * 9], 270)
+    other = OtherTokenizer(inner)
+    monkeypatch.setattr(prepare_module, "get_tokenizer", lambda _: other)
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 300)
+    report = run(library, tmp_path / "out", tokenizer="other")
+    assert report.tokenizer_fingerprint == open_split(tmp_path / "out", "val").fingerprint == FINGERPRINT
+    assert len(other.threads) == 1
+    read = []
+    for name in ("train", "val"):
+        ids = open_split(tmp_path / "out", name).tokens
+        ends = np.flatnonzero(ids == 270)
+        assert ends[-1] == len(ids) - 1
+        read += [inner.decode(part[part != 270]) for part in np.split(ids, ends[:-1] + 1)]
+    assert sorted(["", *read]) == sorted(texts(library))
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=60) | st.sampled_from([END_OF_TEXT, f"a {END_OF_TEXT}b\r\n\n  c", ""]))
+def test_an_array_is_the_encoding(text: str) -> None:
+    tokenizer = Tokenizer.train(["an endless text of the end, and then the end " * 3], 270)
+    ids = tokenizer.encode_array(text)
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == tokenizer.encode(text) == tokenizer.encode_batch([text])[0]
+
+
 def test_the_report_can_be_read_back_and_printed(library: Path, tmp_path: Path) -> None:
     report = run([library], tmp_path / "out")
     assert read_report(tmp_path / "out") == report
@@ -751,6 +798,7 @@ def test_an_interruption_leaves_what_was_there(
             raise error
         write(self, tokens)
 
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 1)  # a write for each document
     monkeypatch.setattr(TokenWriter, "write", interrupted)
     with pytest.raises((KeyboardInterrupt, OSError)):
         run(library, tmp_path / "out", vocab_size=280, overwrite=overwrite)
