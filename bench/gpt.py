@@ -1,8 +1,8 @@
 """Whole models on this machine: GPT-2 124M trained on real text, and generation against Hugging Face generate.
 
 Training: ``gptcore train`` by ``--kernels reference`` and by ``auto``, each a process of its own. Generation: one
-sequence, greedy, with a cache, the same weights in both; the peer in fp32, and in bf16 where the CPU multiplies that, ours in bf16; they take turns in
-one process, and medians are compared.
+sequence, greedy, with a cache, the same weights in both. The peer runs in fp32, and in bf16 where the CPU multiplies
+that; ours in bf16. They take turns in one process, and medians are compared.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gptcore._files import atomic_writer
 
 if TYPE_CHECKING:
@@ -119,6 +122,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``[self.encode(text) for text in texts]``, on all processor cores."""
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """``encode(text)`` as an array, ``(tokens,)``; threads that call it run at the same time."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids (a list, an array or a 1-D tensor).

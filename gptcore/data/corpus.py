@@ -1,4 +1,4 @@
-"""Streams of documents from files, folders, globs, and the documentation that comes with Python itself.
+"""Streams of documents from files of text and of records, folders, globs, datasets and Python's own documentation.
 
 Nothing here holds a file in memory: a document is a handle that yields its text in pieces.
 """
@@ -12,9 +12,20 @@ import os
 import platform
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from gptcore import fetch
+from gptcore.data.records import (
+    HUGGING_FACE,
+    RECORD_SUFFIXES,
+    dataset_state,
+    holds_records,
+    read_dataset,
+    read_records,
+)
 
 PYTHON_DOCS = "python-docs"
 """The name of the built-in corpus. A file or folder of that name is reached as ``./python-docs``."""
@@ -26,7 +37,7 @@ TEXT_SUFFIXES = frozenset([
     ".sh", ".sql", ".jl", ".lua", ".rb",
 ])
 # fmt: on
-"""The files that are read when a source is a folder; one that is named itself, or by a glob, may have any."""
+"""The files of text that are read when a source is a folder; one that is named itself, or by a glob, may have any."""
 
 _PIECE_BYTES = 1 << 18
 _MIN_DOCSTRING = 80
@@ -36,7 +47,7 @@ _NOT_DOCUMENTATION = {"test", "tests", "idle_test", "site-packages", "dist-packa
 
 @dataclass(frozen=True)
 class Document:
-    """One text of a corpus: a file, or one module or topic of ``python-docs``.
+    """One text of a corpus: a file, a record, or one module or topic of ``python-docs``.
 
     ``pieces()`` yields the text from its beginning, in strings of at most 256 KiB, each time it is called.
     """
@@ -45,29 +56,46 @@ class Document:
     pieces: Callable[[], Iterator[str]]
 
 
-def documents(sources: str | Path | Sequence[str | Path]) -> Iterator[Document]:
+def documents(sources: str | Path | Sequence[str | Path], *, field: str = "text") -> Iterator[Document]:
     """The documents of a corpus, in the order of its sources and, within each, sorted by path.
 
-    A source is a file; a folder, searched to any depth for files with one of :data:`TEXT_SUFFIXES` (names
-    that begin with a dot are passed over, links to folders are not followed); a glob such as
-    ``"books/**/*.txt"``, which matches files of any suffix; or ``"python-docs"``: the standard library's
-    docstrings of more than 80 characters, one document per module (parsed, not imported; tests are left out),
-    and the articles that Python's ``help()`` shows, one document per topic; about 2 MB. A file that several
-    sources name comes once.
+    A source is one of these; a file that several sources name comes once.
 
-    A file is read as UTF-8, in pieces that end at line breaks unless one line is longer than a piece; line
-    endings are kept, a byte order mark is not.
+    - A file. It is one document, unless its name ends with one of
+      :data:`~gptcore.data.records.RECORD_SUFFIXES`: then each of its records is one.
+    - A folder, searched to any depth for files with one of those endings or of :data:`TEXT_SUFFIXES` (names that
+      begin with a dot are passed over, links to folders are not followed).
+    - A glob such as ``"books/**/*.txt"``, which matches files of any suffix.
+    - ``"python-docs"``: the standard library's docstrings of more than 80 characters, one document per module
+      (parsed, not imported; tests are left out), and the articles that Python's ``help()`` shows, one document per
+      topic; about 2 MB.
+    - A corpus that ``gptcore fetch`` brought, by its name, such as ``"shakespeare"``.
+    - ``"hf:NAME"``, ``"hf:NAME:CONFIG"`` or ``"hf:NAME:CONFIG:SPLIT"``: a Hugging Face dataset (its split ``train``
+      unless named), a document a row.
+
+    A file of text is read as UTF-8, in pieces that end at line breaks unless one line is longer than a piece; line
+    endings are kept, a byte order mark is not. A file that is named like a built-in corpus is reached as ``./NAME``.
+
+    Args:
+        sources: one source or several.
+        field: the field of records that holds the text.
 
     Raises (before the first document comes, except for what only reading can show):
-        ValueError: if there are no sources, or a file is not UTF-8 (when its pieces are read).
-        FileNotFoundError: if a source names nothing, or a folder has no such file.
+        ValueError: if there are no sources, a file is not UTF-8 (when its pieces are read), or a record is bad.
+        FileNotFoundError: if a source names nothing, a folder has no such file, or a corpus has not been fetched.
+        RuntimeError: if a library that a source needs is not installed, or a dataset cannot be loaded.
         OSError: if a file or folder cannot be read.
     """
     for source, files in _resolve(sources):
         if source == PYTHON_DOCS:
-            yield from _python_docs()
+            yield from _in_memory(_python_texts())
+        elif source.startswith(HUGGING_FACE):
+            yield from _in_memory(read_dataset(source, field))
         for path in files:
-            yield Document(str(path), lambda path=path: _read_pieces(path))
+            if holds_records(path):
+                yield from _in_memory(read_records(path, field))
+            else:
+                yield Document(str(path), partial(_read_pieces, path))
 
 
 def sources_state(sources: str | Path | Sequence[str | Path]) -> str:
@@ -80,6 +108,8 @@ def sources_state(sources: str | Path | Sequence[str | Path]) -> str:
     for source, files in _resolve(sources):
         if source == PYTHON_DOCS:
             entries.append(f"{PYTHON_DOCS} {platform.python_version()}")
+        elif source.startswith(HUGGING_FACE):
+            entries.append(dataset_state(source))
         for path in files:
             status = path.stat()
             entries.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
@@ -91,7 +121,7 @@ def source_list(sources: str | Path | Sequence[str | Path]) -> list[str]:
     if isinstance(sources, str | Path):
         sources = [sources]
     if not sources:
-        raise ValueError(f"sources must name a file, a folder, a glob or {PYTHON_DOCS!r}; got none")
+        raise ValueError(f"sources must name a file, a folder, a glob, a dataset or {PYTHON_DOCS!r}; got none")
     return [str(source) for source in sources]
 
 
@@ -101,7 +131,7 @@ def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, list
     resolved = []
     for source in dict.fromkeys(source_list(sources)):
         new = []
-        for path in [] if source == PYTHON_DOCS else _files(source):
+        for path in [] if source == PYTHON_DOCS or source.startswith(HUGGING_FACE) else _files(source):
             if (real := path.resolve()) not in seen:
                 seen.add(real)
                 new.append(path)
@@ -110,23 +140,27 @@ def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, list
 
 
 def _files(source: str) -> list[Path]:
-    """The files that a source other than ``python-docs`` stands for, sorted."""
+    """The files that a source other than ``python-docs`` and datasets stands for, sorted."""
     path = Path(source).expanduser()
+    if (entry := fetch.CATALOGUE.get(source)) is not None and entry.kind == "text":
+        fetched = fetch.find(source)
+        if fetched is None:
+            raise FileNotFoundError(f"source {source!r} has not been fetched; run: gptcore fetch {source}")
+        path = fetched
     if path.is_file():
         return [path]
     if path.is_dir():
         found = sorted(_text_files(path))
         if not found:
-            raise FileNotFoundError(
-                f"the folder {source!r} has no text files (looked for {', '.join(sorted(TEXT_SUFFIXES))})"
-            )
+            looked_for = ", ".join(sorted([*TEXT_SUFFIXES, *RECORD_SUFFIXES]))
+            raise FileNotFoundError(f"the folder {source!r} has no text files (looked for {looked_for})")
         return found
     matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
     found = sorted(Path(match) for match in matches if Path(match).is_file())
     if not found:
         raise FileNotFoundError(
             f"source {source!r} is no file and no folder, and as a glob it matches no file; "
-            f"sources are files, folders, globs or {PYTHON_DOCS!r}"
+            f"sources are files, folders, globs, {PYTHON_DOCS!r}, names of fetched texts and {HUGGING_FACE}NAME"
         )
     return found
 
@@ -138,8 +172,9 @@ def _text_files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in TEXT_SUFFIXES:
-                yield Path(parent, name)
+            path = Path(parent, name)
+            if not name.startswith(".") and (path.suffix.lower() in TEXT_SUFFIXES or holds_records(path)):
+                yield path
 
 
 def _read_pieces(path: Path) -> Iterator[str]:
@@ -185,7 +220,23 @@ def _decode(path: Path, block: bytes, offset: int) -> Iterator[str]:
         yield text
 
 
-def _python_docs() -> Iterator[Document]:
+def _in_memory(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
+    """Documents of texts that are held in memory, one at a time: ``(name, text)`` of each."""
+    for name, text in texts:
+        yield Document(name, partial(_text_pieces, text))
+
+
+def _text_pieces(text: str) -> Iterator[str]:
+    start, most = 0, _PIECE_BYTES // 4  # characters of at most 4 bytes
+    while len(text) - start > most:
+        cut = text.rfind("\n", start, start + most) + 1 or start + most
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def _python_texts() -> Iterator[tuple[str, str]]:
     from pydoc_data.topics import topics
 
     root = Path(sysconfig.get_path("stdlib"))
@@ -193,13 +244,9 @@ def _python_docs() -> Iterator[Document]:
     for module in sorted(path.as_posix() for path in modules if not _NOT_DOCUMENTATION & set(path.parts[:-1])):
         text = _docstrings((root / module).read_bytes())
         if text:
-            yield _in_memory(f"{PYTHON_DOCS}:{module}", text)
+            yield f"{PYTHON_DOCS}:{module}", text
     for topic, article in sorted(topics.items()):
-        yield _in_memory(f"{PYTHON_DOCS}:topics/{topic}", article.strip() + "\n")
-
-
-def _in_memory(name: str, text: str) -> Document:
-    return Document(name, lambda: iter([text]))
+        yield f"{PYTHON_DOCS}:topics/{topic}", article.strip() + "\n"
 
 
 def _docstrings(source: bytes) -> str:

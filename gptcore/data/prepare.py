@@ -1,49 +1,62 @@
 """``prepare``: a corpus becomes a folder of token files, ready to train on.
 
-The folder holds ``train.bin``, ``val.bin`` (see :mod:`gptcore.data.token_file`), ``tokenizer.json`` and
-``corpus.json``, the report. It appears as a whole, by one rename.
+The folder holds the shards of the training and of the validation split, ``train-00000.bin`` and ``val-00000.bin``
+onwards (see :mod:`gptcore.data.token_file`), ``tokenizer.json`` and ``corpus.json``, the report. It appears as a
+whole, by one rename. :func:`open_split` opens one split of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptcore._files import atomic_writer, sync_folder, temporary_sibling
 from gptcore.data.corpus import Document, documents, source_list, sources_state
-from gptcore.data.token_file import TokenFile, TokenWriter
+from gptcore.data.token_file import ShardWriter, TokenFile
 from gptcore.tokenizer import Tokenizer, get_tokenizer
 
 if TYPE_CHECKING:
     from gptcore.pretrained_tokenizer import PretrainedTokenizer
 
 _FORMAT = "gptcore-corpus"
-_VERSION = 1
+_VERSION = 2
 _REPORT = "corpus.json"
-_FILES = {"train.bin", "val.bin", "tokenizer.json", _REPORT}
-_BATCH_CHARACTERS = 1 << 22
+_FILES = re.compile(rf"(train|val)(-\d{{5,}})?\.bin|tokenizer\.json|{re.escape(_REPORT)}")
+"""What a prepared corpus consists of; version 1 had no shards."""
+_BATCH_CHARACTERS = 1 << 18
+"""Encoded by one thread at a time: enough to make starting it cheap."""
+_CHANGED = "the sources changed while they were being read; run it again"
 
 _Advance = Callable[[int], None]
 """Called with a number of characters as they are done."""
+_Ids = Sequence[int] | NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one of the two token files holds."""
+    """What the token files of one split hold."""
 
     documents: int
     bytes: int
     """Of UTF-8 text; end-of-text tokens stand for none."""
     tokens: int
     """One end-of-text token per document included."""
+    shards: tuple[int, ...]
+    """The number of tokens in each token file, in order."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,8 @@ class PrepareReport:
     val_fraction: float
     train: SplitReport
     val: SplitReport
+    empty_documents: int
+    """Documents without text, which are in neither split."""
     unigram_entropy: float
     """Nats per validation token of a model that knows only how often each token comes; see ``prepare``."""
     reused: bool = False
@@ -76,49 +91,78 @@ class PrepareReport:
         lines.append(f"  tokenizer  {self.tokenizer}, {self.vocab_size:,} tokens, {self.tokenizer_fingerprint}")
         for name, split in ("train", self.train), ("val", self.val):
             counts = f"{split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes"
-            lines.append(f"  {name:<9}  {counts}")
+            shards = f", {len(split.shards):,} shards" if len(split.shards) > 1 else ""
+            lines.append(f"  {name:<9}  {counts}{shards}")
+        if self.empty_documents:
+            lines.append(f"  {self.empty_documents:,} documents without text were left out")
         lines.append(f"  {self.bytes_per_token:.2f} bytes per token")
         lines.append(f"  unigram entropy {self.unigram_entropy:.4f} nats per token: a model must do better")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The characters from ``start`` to ``stop`` of a document: nearly always all of it."""
+class _Split:
+    """What of a corpus is for validation: whole documents by their keys, or the end of each one."""
 
-    document: Document
-    start: int
-    stop: int
-    digest: bytes = b""  # of all of the document's text
+    keys: NDArray[np.uint64]
+    """Of each document, in order, empty ones included: the first 8 bytes of a hash of its text."""
+    threshold: int
+    """Documents with a smaller key are for validation."""
+    cut: int | None
+    """If not None, of every document the characters from this one on are for validation instead."""
+    characters: int
+    """In the whole corpus."""
 
-    def pieces(self) -> Iterator[str]:
-        position = 0
-        for piece in self.document.pieces():
-            if position >= self.stop:
-                return
-            wanted = piece[max(self.start - position, 0) : self.stop - position]
-            position += len(piece)
-            if wanted:
-                yield wanted
+    def pieces(self, corpus: Iterable[Document], advance: _Advance) -> Iterator[_Piece]:
+        """Read the corpus again, and tell where each piece of it belongs.
+
+        Raises ``RuntimeError`` if there are not as many documents as there are keys.
+        """
+        for document, key in zip_longest(corpus, self.keys):
+            if document is None or key is None:
+                raise RuntimeError(_CHANGED)
+            position = 0
+            for text, is_last in _mark_last(document.pieces()):
+                if self.cut is None:
+                    yield _Piece(text, int(key) < self.threshold, is_last)
+                else:
+                    head, tail = text[: max(self.cut - position, 0)], text[max(self.cut - position, 0) :]
+                    position += len(text)
+                    if head:
+                        yield _Piece(head, False, position >= self.cut)
+                    if tail:
+                        yield _Piece(tail, True, is_last)
+                advance(len(text))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    text: str
+    in_val: bool
+    is_last: bool
+    """Of its document, or of the part of it that is in this split."""
 
 
 def prepare(
     sources: str | Path | Sequence[str | Path],
     out_dir: str | Path,
     *,
+    field: str = "text",
     tokenizer: str | Path = "bpe",
     vocab_size: int = 4096,
     val_fraction: float = 0.1,
+    shard_tokens: int = 100_000_000,
     overwrite: bool = False,
     progress: bool = True,
 ) -> PrepareReport:
     """Turn text into token files for training and validation.
 
     The corpus is read three times as a stream (to survey it, to train the tokenizer, to encode it), so it may
-    be much larger than memory. Each document is followed by an end-of-text token.
+    be much larger than memory; of each document 9 bytes are kept. Each document is followed by an end-of-text
+    token; those without text are left out, and counted.
 
-    **The split** is by document: one goes to validation if the BLAKE2b hash of its text, as a fraction of the
-    largest hash, is less than ``val_fraction``. It depends on neither names nor order, and copies of a
+    **The split** is by document: one goes to validation if the BLAKE2b hash of its text (of 16 bytes, the first 8),
+    as a fraction of the largest hash, is less than ``val_fraction``. It depends on neither names nor order, and copies of a
     document stay together. If that leaves one side empty, the documents with the smallest hash are the
     validation split, or those with the largest hash the training split. If all documents are the same, as
     when there is only one, each is cut: the last ``val_fraction`` of its characters, at least one, is for
@@ -133,23 +177,28 @@ def prepare(
     unchanged sources does nothing but return the same report, with ``reused`` set.
 
     Args:
-        sources: files, folders, globs, ``"python-docs"``; see :func:`gptcore.data.corpus.documents`.
+        sources: files of text or of records (JSON Lines, Parquet), folders, globs, ``"python-docs"``, fetched texts
+            by name, Hugging Face datasets; see :func:`gptcore.data.corpus.documents`.
         out_dir: the folder to make.
+        field: the field of records that holds their text.
         tokenizer: ``"bpe"`` to train one on the corpus, ``"gpt2"``, or the path of a saved tokenizer.
         vocab_size: for ``"bpe"``, the number of tokens with end-of-text; otherwise of no effect.
         val_fraction: the share of the corpus to keep for validation, greater than 0 and less than 1.
+        shard_tokens: tokens in each file of a split but the last; at least 1.
         overwrite: replace a corpus that was prepared in ``out_dir`` with other settings.
         progress: show a progress bar on the standard error stream.
 
     Raises:
-        ValueError: if a setting is out of range, or the corpus is empty or too short to split.
+        ValueError: if a setting is out of range, a record is bad, or the corpus is empty or too short to split.
         FileExistsError: if ``out_dir`` holds something that is no prepared corpus (then ``overwrite`` does
             not help either), or another or a damaged corpus and ``overwrite`` is False.
         FileNotFoundError, OSError, ValueError: from sources and tokenizers that cannot be read.
-        RuntimeError: if the sources change while they are being read.
+        RuntimeError: if the sources change while they are being read, or a library that they need is missing.
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction must be greater than 0 and less than 1; got {val_fraction}")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens must be at least 1; got {shard_tokens}")
     out_dir = Path(out_dir).expanduser().resolve()
     names = source_list(sources)
     # Loaded now, so that a tokenizer that cannot be had is an error before any work.
@@ -160,6 +209,8 @@ def prepare(
         "tokenizer": given.fingerprint if given else "bpe",
         "vocab_size": None if given else vocab_size,
         "val_fraction": val_fraction,
+        "field": field,
+        "shard_tokens": shard_tokens,
         "sources_state": sources_state(names),
     }
     existing = _existing(out_dir, settings, overwrite)
@@ -171,24 +222,32 @@ def prepare(
     temporary.mkdir()
     try:
         with _Bars(progress) as bars:
-            train, val = _split(_survey(documents(names), bars.start("Reading")), val_fraction)
-            trained = given or Tokenizer.train(_text(train, bars.start("Training the tokenizer", train)), vocab_size)
-            train_report, train_counts = _encode(train, trained, temporary / "train.bin", bars)
-            val_report, val_counts = _encode(val, trained, temporary / "val.bin", bars)
+            split, empty = _survey(documents(names, field=field), val_fraction, bars.start("Reading"))
+
+            def read(step: str) -> Iterator[_Piece]:
+                return split.pieces(documents(names, field=field), bars.start(step, split.characters))
+
+            if given is None:
+                texts = (piece.text for piece in read("Training the tokenizer") if not piece.in_val)
+                used = Tokenizer.train(texts, vocab_size)
+            else:
+                used = given
+            train, val = _encode(read("Encoding"), used, temporary, shard_tokens)
         if sources_state(names) != settings["sources_state"]:
-            raise RuntimeError("the sources changed while they were being read; run it again")
+            raise RuntimeError(_CHANGED)
         report = PrepareReport(
             out_dir=out_dir,
             sources=tuple(names),
             tokenizer=str(tokenizer),
-            vocab_size=trained.vocab_size,
-            tokenizer_fingerprint=trained.fingerprint,
+            vocab_size=used.vocab_size,
+            tokenizer_fingerprint=used.fingerprint,
             val_fraction=val_fraction,
-            train=train_report,
-            val=val_report,
-            unigram_entropy=_unigram_entropy(train_counts, val_counts),
+            train=train.report,
+            val=val.report,
+            empty_documents=empty,
+            unigram_entropy=_unigram_entropy(train.counts, val.counts),
         )
-        trained.save(temporary / "tokenizer.json")
+        used.save(temporary / "tokenizer.json")
         _write_report(report, settings, temporary / _REPORT)
         _publish_folder(temporary, out_dir)
     finally:
@@ -206,80 +265,146 @@ def read_report(folder: str | Path) -> PrepareReport:
     return _read_report(Path(folder))[0]
 
 
-def _survey(corpus: Iterable[Document], advance: _Advance) -> list[_Part]:
-    """Read every document once, to measure and to hash it; those without text are left out."""
-    surveyed = []
+def open_split(folder: str | Path, split: Literal["train", "val"]) -> TokenFile:
+    """The tokens of one split of a prepared corpus, mapped from its shards as if they were one file.
+
+    Raises:
+        ValueError: if ``split`` is neither; the corpus was prepared by another version of gptcore; or a shard is
+            damaged, has another number of tokens than the report says, or is of another tokenizer.
+        FileNotFoundError: if the folder holds no ``corpus.json``, or lacks a shard.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be 'train' or 'val'; got {split!r}")
+    report = read_report(folder)
+    tokens = TokenFile.open_shards(folder, split, (report.train if split == "train" else report.val).shards)
+    if tokens.fingerprint != report.tokenizer_fingerprint:
+        raise ValueError(f"{tokens.path} was made with another tokenizer than {_REPORT} says")
+    return tokens
+
+
+def _survey(corpus: Iterable[Document], val_fraction: float, advance: _Advance) -> tuple[_Split, int]:
+    """Read every document once, to decide the split as :func:`prepare` describes it; also counts the empty ones."""
+    keys = array("Q")
+    full = bytearray()  # for each document, whether it holds text
+    characters = longest = 0
     for document in corpus:
         digest = hashlib.blake2b(digest_size=16)
-        characters = 0
+        length = 0
         for piece in document.pieces():
             digest.update(piece.encode())
-            characters += len(piece)
+            length += len(piece)
             advance(len(piece))
-        if characters:
-            surveyed.append(_Part(document, 0, characters, digest.digest()))
-    if not surveyed:
+        keys.append(int.from_bytes(digest.digest()[:8], "big"))
+        full.append(length > 0)
+        characters += length
+        longest = max(longest, length)
+    all_keys = np.frombuffer(keys, dtype=np.uint64)
+    with_text = all_keys[np.frombuffer(full, dtype=np.bool_)]
+    if not len(with_text):
         raise ValueError("the corpus is empty: its documents hold no text")
-    return surveyed
+    lowest, highest = int(with_text.min()), int(with_text.max())
+    threshold, cut = int(val_fraction * 2**64), None
+    if lowest == highest:
+        if longest < 2:
+            raise ValueError(f"the corpus is too short to split: it has {longest} character, and 2 are needed")
+        cut = longest - min(max(round(longest * val_fraction), 1), longest - 1)
+    elif threshold <= lowest:
+        threshold = lowest + 1
+    elif threshold > highest:
+        threshold = highest
+    return _Split(all_keys, threshold, cut, characters), len(all_keys) - len(with_text)
 
 
-def _split(corpus: list[_Part], val_fraction: float) -> tuple[list[_Part], list[_Part]]:
-    """The training and the validation split, as :func:`prepare` describes them; neither is empty."""
-    digests = {part.digest for part in corpus}
-    if len(digests) == 1:
-        length = corpus[0].stop
-        if length < 2:
-            raise ValueError(f"the corpus is too short to split: it has {length} character, and 2 are needed")
-        cut = length - min(max(round(length * val_fraction), 1), length - 1)
-        return [replace(part, stop=cut) for part in corpus], [replace(part, start=cut) for part in corpus]
-    limit = int(val_fraction * 2**128)
-    in_val = {digest for digest in digests if int.from_bytes(digest, "big") < limit}
-    in_val = in_val or {min(digests)}
-    if in_val == digests:
-        in_val = digests - {max(digests)}
-    train = [part for part in corpus if part.digest not in in_val]
-    return train, [part for part in corpus if part.digest in in_val]
+def _mark_last(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Each text, with whether no other follows."""
+    text = next(texts, None)
+    for following in texts:
+        assert text is not None
+        yield text, False
+        text = following
+    if text is not None:
+        yield text, True
 
 
-def _text(parts: list[_Part], advance: _Advance) -> Iterator[str]:
-    for part in parts:
-        for piece in part.pieces():
-            yield piece
-            advance(len(piece))
+class _Encoded:
+    """The shards of one split as they are written, and what is counted meanwhile."""
+
+    def __init__(self, folder: Path, name: str, shard_tokens: int, tokenizer: Tokenizer | PretrainedTokenizer) -> None:
+        self._eot = np.array([tokenizer.eot_token], dtype=np.uint32)
+        self.writer = ShardWriter(
+            folder, name, shard_tokens, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint
+        )
+        self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        """How often each token comes, ``(vocab_size,)``."""
+        self._documents = self._bytes = 0
+
+    def write(self, encoded: Iterable[tuple[_Piece, _Ids]]) -> None:
+        """Append pieces of this split with their ids; many at once, as each call costs as much as a vocabulary."""
+        parts = [self._eot[:0]]
+        for piece, ids in encoded:
+            parts.append(np.asarray(ids, dtype=np.uint32))
+            if piece.is_last:
+                parts.append(self._eot)
+            self._documents += piece.is_last
+            self._bytes += len(piece.text.encode())
+        tokens = np.concatenate(parts)
+        self.writer.write(tokens)
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+
+    @property
+    def report(self) -> SplitReport:
+        shards = self.writer.shards
+        return SplitReport(documents=self._documents, bytes=self._bytes, tokens=sum(shards), shards=shards)
 
 
 def _encode(
-    parts: list[_Part], tokenizer: Tokenizer | PretrainedTokenizer, path: Path, bars: _Bars
-) -> tuple[SplitReport, NDArray[np.int64]]:
-    """Write a split's token file. Also returns how often each token comes, ``(vocab_size,)``."""
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    size = 0
-    advance = bars.start(f"Encoding {path.name}", parts)
-    with TokenWriter(path, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint) as writer:
-        for batch in _batches(parts):
-            texts = [text for text, _ in batch]
-            for (text, is_last), ids in zip(batch, tokenizer.encode_batch(texts)):
-                tokens = np.asarray([*ids, tokenizer.eot_token] if is_last else ids, dtype=np.int64)
-                writer.write(tokens)
-                counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
-                size += len(text.encode())
-                advance(len(text))
-        return SplitReport(documents=len(parts), bytes=size, tokens=writer.count), counts
+    pieces: Iterable[_Piece], tokenizer: Tokenizer | PretrainedTokenizer, folder: Path, shard_tokens: int
+) -> tuple[_Encoded, _Encoded]:
+    """Write the shards of the training and of the validation split."""
+    train, val = (_Encoded(folder, name, shard_tokens, tokenizer) for name in ("train", "val"))
+    with train.writer, val.writer:
+        for encoded in _encoded_batches(pieces, tokenizer):
+            for split, in_val in (train, False), (val, True):
+                split.write(pair for pair in encoded if pair[0].in_val == in_val)
+    return train, val
 
 
-def _batches(parts: list[_Part]) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces, each with whether it ends its document, in lists long enough to keep every core encoding."""
-    batch: list[tuple[str, bool]] = []
+def _encoded_batches(
+    pieces: Iterable[_Piece], tokenizer: Tokenizer | PretrainedTokenizer
+) -> Iterator[list[tuple[_Piece, _Ids]]]:
+    """The pieces in order, each with its ids. While some are encoded on every core, the next are read."""
+    workers = os.cpu_count() or 1
+    if isinstance(tokenizer, Tokenizer):
+        threads, characters = workers, _BATCH_CHARACTERS
+    else:  # another kind has threads of its own, and need not bear to be called from several
+        threads, characters = 1, _BATCH_CHARACTERS * workers
+
+    def encode(batch: list[_Piece]) -> list[tuple[_Piece, _Ids]]:
+        texts = [piece.text for piece in batch]
+        if isinstance(tokenizer, Tokenizer):
+            return list(zip(batch, map(tokenizer.encode_array, texts)))
+        return list(zip(batch, tokenizer.encode_batch(texts)))
+
+    pending: deque[Future[list[tuple[_Piece, _Ids]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in _batches(pieces, characters):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _batches(pieces: Iterable[_Piece], size: int) -> Iterator[list[_Piece]]:
+    """Lists of pieces that together have ``size`` characters or a few more."""
+    batch: list[_Piece] = []
     characters = 0
-    for part in parts:
-        position = part.start
-        for piece in part.pieces():
-            position += len(piece)
-            characters += len(piece)
-            batch.append((piece, position == part.stop))
-            if characters >= _BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= size:
+            yield batch
+            batch, characters = [], 0
     if batch:
         yield batch
 
@@ -299,8 +424,9 @@ def _existing(out_dir: Path, settings: dict[str, Any], overwrite: bool) -> Prepa
     found = {path.name for path in out_dir.iterdir()}
     if not found:
         return None
-    if _REPORT not in found or found - _FILES:
-        foreign = ", ".join(sorted(found - _FILES)[:3]) or "parts of a corpus only"
+    others = sorted(name for name in found if not _FILES.fullmatch(name))
+    if _REPORT not in found or others:
+        foreign = ", ".join(others[:3]) or "parts of a corpus only"
         raise FileExistsError(f"out_dir {out_dir} holds something else ({foreign}); choose another folder")
     way_out = "pass overwrite=True to replace it, or choose another folder"
     try:
@@ -311,7 +437,7 @@ def _existing(out_dir: Path, settings: dict[str, Any], overwrite: bool) -> Prepa
             return replace(report, reused=True)
         problem = f"holds a corpus that was prepared with {'; '.join(different)}"
     except (ValueError, FileNotFoundError) as error:
-        problem = f"holds a damaged corpus ({error})"
+        problem = f"holds a corpus that cannot be used ({error})"
     if not overwrite:
         raise FileExistsError(f"out_dir {out_dir} {problem}; {way_out}")
     return None
@@ -329,14 +455,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _check(folder: Path, report: PrepareReport) -> None:
     """Raise ``ValueError`` or ``FileNotFoundError`` unless the folder holds what its report says."""
-    fingerprints = [get_tokenizer(folder / "tokenizer.json").fingerprint]
-    for name, split in ("train.bin", report.train), ("val.bin", report.val):
-        tokens = TokenFile.open(folder / name)
-        fingerprints.append(tokens.fingerprint)
-        if len(tokens) != split.tokens:
-            raise ValueError(f"{name} has {len(tokens)} tokens, but {_REPORT} says {split.tokens}")
-    if set(fingerprints) != {report.tokenizer_fingerprint}:
-        raise ValueError("its files are of different tokenizers")
+    if get_tokenizer(folder / "tokenizer.json").fingerprint != report.tokenizer_fingerprint:
+        raise ValueError(f"tokenizer.json is another tokenizer than {_REPORT} says")
+    open_split(folder, "train")
+    open_split(folder, "val")
 
 
 def _write_report(report: PrepareReport, settings: dict[str, Any], path: Path) -> None:
@@ -356,17 +478,26 @@ def _read_report(folder: Path) -> tuple[PrepareReport, dict[str, Any]]:
         state = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT or state.get("version") != _VERSION:
-        raise ValueError(f"{path} is not the report of a corpus prepared by this version of gptcore")
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not the report of a prepared corpus")
+    if (version := state.get("version")) != _VERSION:
+        raise ValueError(f"{path} has format version {version}, and this gptcore reads {_VERSION}: prepare again")
     del state["format"], state["version"]
     state.pop("bytes_per_token", None)  # a property of the report
     try:
         settings = dict(state.pop("settings"))
         state["sources"] = tuple(state["sources"])
-        splits = {name: SplitReport(**state.pop(name)) for name in ("train", "val")}
+        splits = {name: _read_split(state.pop(name)) for name in ("train", "val")}
         return PrepareReport(out_dir=folder, **splits, **state), settings
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def _read_split(state: dict[str, Any]) -> SplitReport:
+    split = replace(SplitReport(**state), shards=tuple(state["shards"]))
+    if not all(isinstance(count, int) for count in split.shards) or sum(split.shards) != split.tokens:
+        raise ValueError(f"shards of {list(split.shards)} tokens do not make {split.tokens}")
+    return split
 
 
 def _publish_folder(temporary: Path, out_dir: Path) -> None:
@@ -402,8 +533,7 @@ class _Bars:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def start(self, description: str, parts: list[_Part] | None = None) -> _Advance:
-        """A new bar over ``parts``, or over work of unknown size; returns what moves it."""
-        total = None if parts is None else sum(part.stop - part.start for part in parts)
+    def start(self, description: str, total: int | None = None) -> _Advance:
+        """A new bar over ``total`` characters, or over work of unknown size; returns what moves it."""
         task = self._progress.add_task(description, total=total)
         return lambda characters: self._progress.advance(task, characters)

@@ -8,13 +8,18 @@
 | 12 to 15 | size of the vocabulary |
 | 16 to 23 | number of ids |
 | 24 to 39 | fingerprint of the tokenizer |
+
+A long text is split into several such files, shards: see :class:`ShardWriter`.
 """
 
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,8 +85,10 @@ class TokenWriter:
                 self._file.write(_HEADER.pack(*header))
                 publish(self._file, self.path)
         finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            try:
+                self._file.close()  # what is still buffered may find the disk full, too
+            finally:
+                self._temporary.unlink(missing_ok=True)
 
     def write(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> None:
         """Append ids: a list or a 1-D integer array.
@@ -105,13 +112,74 @@ class TokenWriter:
         self.count += len(ids)
 
 
+class ShardWriter:
+    """Stream token ids into shards: ``NAME-00000.bin``, ``NAME-00001.bin``, ... Use it in a ``with`` block.
+
+    Each shard is a token file of ``shard_tokens`` ids, the last one of what is left; there is one even if there are no
+    ids. Where a shard ends says nothing about the text: a document may go on in the next. If the block ends with an
+    exception, the shards that were full by then stay.
+
+    Args:
+        folder: where to write.
+        name: what the shards' names begin with.
+        shard_tokens: ids in a shard; at least 1.
+        vocab_size, fingerprint: as of :class:`TokenWriter`.
+
+    Raises:
+        ValueError: if ``shard_tokens`` is less than 1; otherwise as :class:`TokenWriter`.
+    """
+
+    def __init__(self, folder: str | Path, name: str, shard_tokens: int, *, vocab_size: int, fingerprint: str) -> None:
+        _check_positive("shard_tokens", shard_tokens)
+        self._folder, self._name, self._shard_tokens = Path(folder), name, shard_tokens
+        self._about = {"vocab_size": vocab_size, "fingerprint": fingerprint}
+        self._done: list[int] = []
+        self._writer = self._next()
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """How many ids each shard has so far."""
+        return (*self._done, self._writer.count)
+
+    def __enter__(self) -> ShardWriter:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
+
+    def write(self, tokens: NDArray[np.integer[Any]]) -> None:
+        """Append ids, a 1-D integer array. Raises as :meth:`TokenWriter.write` does."""
+        while len(tokens) > (room := self._shard_tokens - self._writer.count):
+            self._writer.write(tokens[:room])
+            self._writer.__exit__(None, None, None)
+            self._done.append(self._writer.count)
+            self._writer = self._next().__enter__()
+            tokens = tokens[room:]
+        self._writer.write(tokens)
+
+    def _next(self) -> TokenWriter:
+        return TokenWriter(self._folder / shard_name(self._name, len(self._done)), **self._about)
+
+
+def shard_name(name: str, index: int) -> str:
+    """The name of a shard's file."""
+    return f"{name}-{index:05}.bin"
+
+
 @dataclass(frozen=True, eq=False)
 class TokenFile:
-    """A memory-mapped token file: opening is instant, and only what is used is read. ``len()`` counts ids."""
+    """Token ids mapped from a file, or from the shards of one split as if they were one file; ``len()`` counts ids.
+
+    Opening is instant, and only what is used is read.
+    """
 
     path: Path
-    tokens: NDArray[np.uint16 | np.uint32]
-    """The ids: a read-only ``numpy.memmap``."""
+    """The file; of several shards, their folder and the first part of their name."""
+    shards: tuple[NDArray[np.uint16 | np.uint32], ...]
+    """The ids, in order: a read-only ``numpy.memmap`` for each file."""
     vocab_size: int
     fingerprint: str
     """Of the tokenizer that made the ids."""
@@ -143,11 +211,54 @@ class TokenFile:
         if actual != expected:
             state = "truncated" if actual < expected else "damaged"
             raise ValueError(f"{path} is {state}: {count} tokens make {expected} bytes, but it has {actual}")
-        tokens = np.memmap(path, _DTYPES[width], "r", _HEADER.size, (count,))
-        return cls(path, tokens, vocab_size, fingerprint.hex())
+        if count == 0:  # nothing to map
+            tokens = np.empty(0, _DTYPES[width])
+        else:
+            tokens = np.memmap(path, _DTYPES[width], "r", _HEADER.size, (count,))
+        return cls(path, (tokens,), vocab_size, fingerprint.hex())
+
+    @classmethod
+    def open_shards(cls, folder: str | Path, name: str, counts: Sequence[int]) -> TokenFile:
+        """Map the shards that :class:`ShardWriter` wrote, given how many ids it says that each has.
+
+        Raises:
+            FileNotFoundError: if a shard is missing; names it.
+            ValueError: if one is damaged, has another number of ids, or is of another tokenizer than the first.
+        """
+        files = [cls.open(Path(folder) / shard_name(name, index)) for index in range(len(counts))]
+        for file, count in zip(files, counts):
+            if len(file) != count:
+                raise ValueError(f"{file.path} has {len(file)} tokens; it must have {count}")
+            if (file.vocab_size, file.fingerprint) != (files[0].vocab_size, files[0].fingerprint):
+                raise ValueError(f"{file.path} was made with another tokenizer than {files[0].path}")
+        shards = tuple(shard for file in files for shard in file.shards)
+        path = files[0].path if len(files) == 1 else Path(folder) / name
+        return cls(path, shards, files[0].vocab_size, files[0].fingerprint)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(len(shard) for shard in self.shards))
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return self._ends[-1]
+
+    @property
+    def tokens(self) -> NDArray[np.uint16 | np.uint32]:
+        """All ids, ``(len(self),)``: the mapped file, or a copy in memory of several shards."""
+        return self.read(0, len(self))
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint16 | np.uint32]:
+        """The ids from ``start`` to ``stop``, ``(stop - start,)``; a copy only if they lie in several shards."""
+        parts = []
+        index = bisect_right(self._ends, start)
+        while start < stop:
+            shard, end = self.shards[index], self._ends[index]
+            begin = end - len(shard)
+            parts.append(shard[start - begin : stop - begin])
+            start, index = end, index + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else self.shards[0][:0]
 
     def batch(
         self,
@@ -158,10 +269,10 @@ class TokenFile:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Random windows and, for each of their tokens, the next one.
 
-        Every window of ``context + 1`` tokens in the file is equally likely. Returns ``(x, y)``, int64 on the
-        CPU, each ``(batch_size, context)``, with ``y[:, t]`` the token after ``x[:, t]``. ``generator`` (a
-        CPU one) makes the choice repeatable. Of the batch only ``rows`` are read and returned: processes that
-        share one batch draw alike and take a part each.
+        Every window of ``context + 1`` tokens is equally likely, those that lie in two shards included. Returns
+        ``(x, y)``, int64 on the CPU, each ``(batch_size, context)``, with ``y[:, t]`` the token after ``x[:, t]``.
+        ``generator`` (a CPU one) makes the choice repeatable. Of the batch only ``rows`` are read and returned:
+        processes that share one batch draw alike and take a part each.
 
         Raises:
             ValueError: if ``batch_size`` or ``context`` is less than 1, the file has fewer than ``context +
@@ -172,7 +283,7 @@ class TokenFile:
         return self._gather(starts[rows].tolist(), context)
 
     def windows(self, context: int, batch_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All of the file in order, for evaluation: every token but the first is a target once.
+        """All tokens in order, for evaluation: every one but the first is a target once, whatever the shards.
 
         Yields ``(x, y)`` as :meth:`batch` does, of ``batch_size`` windows that do not overlap; the last batch
         may have fewer. The last ``(len(self) - 1) % context`` targets, which fill no window, are left out.
@@ -194,7 +305,7 @@ class TokenFile:
         return len(self) - context
 
     def _gather(self, starts: Sequence[int], context: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = np.stack([self.tokens[start : start + context + 1] for start in starts])  # (B, T + 1)
+        rows = np.stack([self.read(start, start + context + 1) for start in starts])  # (B, T + 1)
         if (highest := int(rows.max())) >= self.vocab_size:
             raise ValueError(
                 f"{self.path} is damaged: it holds token id {highest}; its vocabulary has {self.vocab_size}"

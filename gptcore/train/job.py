@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gptkernels
 import torch
 from torch import Tensor
 
-from gptcore.data.prepare import read_report
+from gptcore.data.prepare import open_split, read_report
 from gptcore.data.token_file import TokenFile
 from gptcore.layers import Documents
 from gptcore.models import GPT
@@ -93,7 +93,7 @@ class Job:
         self.batches = config.batches()
         self.report = read_report(config.data)
         self.tokenizer = get_tokenizer(config.data / TOKENIZER)
-        self.train, self.val = (self._open(split) for split in ("train", "val"))
+        self.train, self.val = self._open("train"), self._open("val")
         with gptkernels.use_backend(config.kernels):  # one that cannot run is an error here, not at step 1
             pass
         self.bf16 = config.dtype == "bf16" or (config.dtype == "auto" and multiplies_bf16(device))
@@ -166,9 +166,9 @@ class Job:
         )  # fmt: skip
         return self.tokenizer.decode(ids[0].tolist())
 
-    def _open(self, split: str) -> TokenFile:
+    def _open(self, split: Literal["train", "val"]) -> TokenFile:
         """The tokens of a split, which must be the tokenizer's and enough for one sequence."""
-        tokens = TokenFile.open(self.config.data / f"{split}.bin")
+        tokens = open_split(self.config.data, split)
         if tokens.fingerprint != self.tokenizer.fingerprint:
             raise ValueError(f"data: {tokens.path} was made with another tokenizer than {self.config.data / TOKENIZER}")
         next(tokens.windows(self.config.model(self.tokenizer.vocab_size).context))

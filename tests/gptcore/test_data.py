@@ -6,6 +6,8 @@ import json
 import math
 import os
 import struct
+import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +21,8 @@ from hypothesis import strategies as st
 from gptcore.data import corpus as corpus_module
 from gptcore.data import prepare as prepare_module
 from gptcore.data.corpus import documents, sources_state
-from gptcore.data.prepare import PrepareReport, prepare, read_report
-from gptcore.data.token_file import TokenFile, TokenWriter
+from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
+from gptcore.data.token_file import ShardWriter, TokenFile, TokenWriter
 from gptcore.tokenizer import END_OF_TEXT, Tokenizer
 
 FINGERPRINT = "00112233445566778899aabbccddeeff"
@@ -50,8 +52,8 @@ def splits(out_dir: Path) -> list[list[str]]:
     """The documents of the training and the validation split, decoded."""
     tokenizer = Tokenizer.load(out_dir)
     found = []
-    for name in ("train.bin", "val.bin"):
-        text = tokenizer.decode(TokenFile.open(out_dir / name).tokens)
+    for name in ("train", "val"):
+        text = tokenizer.decode(open_split(out_dir, name).tokens)
         *whole, rest = text.split(END_OF_TEXT)
         assert rest == ""  # an end-of-text token ends the file
         found.append(whole)
@@ -237,6 +239,131 @@ def test_a_token_past_the_vocabulary_is_found_when_used(tmp_path: Path) -> None:
         TokenFile.open(path).batch(4, 2)
 
 
+# --- Shards
+
+
+def write_shards(folder: Path, counts: list[int], shard_tokens: int, name: str = "t") -> ShardWriter:
+    """Shards of the ids 0, 1, 2, ..., written in pieces of so many."""
+    folder.mkdir(exist_ok=True)
+    with ShardWriter(folder, name, shard_tokens, vocab_size=1000, fingerprint=FINGERPRINT) as writer:
+        start = 0
+        for count in counts:
+            writer.write(np.arange(start, start + count))
+            start += count
+    return writer
+
+
+@settings(deadline=None)
+@given(counts=st.lists(st.integers(0, 30), max_size=6), shard_tokens=st.integers(1, 40))
+def test_shards_are_one_text_cut_anywhere(counts: list[int], shard_tokens: int) -> None:
+    total = sum(counts)
+    with tempfile.TemporaryDirectory() as name:
+        shards = write_shards(Path(name), counts, shard_tokens).shards
+        full, rest = divmod(total, shard_tokens)
+        assert shards == tuple([shard_tokens] * full + [rest] * (rest > 0 or total == 0))
+        assert names_in(Path(name)) == [f"t-{i:05}.bin" for i in range(len(shards))]
+        file = TokenFile.open_shards(name, "t", shards)
+        assert len(file) == total
+        assert file.tokens.tolist() == list(range(total))
+        for start in range(0, total, 7):
+            for stop in (start, start + 1, (start + total) // 2, total):
+                assert file.read(start, stop).tolist() == list(range(start, stop))
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 4, 5, 22, 23, 24])
+def test_windows_and_batches_do_not_see_the_borders(tmp_path: Path, shard_tokens: int) -> None:
+    whole = write_tokens(tmp_path / "t.bin", list(range(23)))
+    file = TokenFile.open_shards(tmp_path, "t", write_shards(tmp_path, [23], shard_tokens).shards)
+    for batch_size in (1, 3):
+        for (x, y), (want_x, want_y) in zip(file.windows(4, batch_size), whole.windows(4, batch_size), strict=True):
+            assert torch.equal(x, want_x)
+            assert torch.equal(y, want_y)
+    for rows in (slice(None), slice(2, 5)):
+        drawn, wanted = (f.batch(64, 6, torch.Generator().manual_seed(5), rows) for f in (file, whole))
+        assert torch.equal(drawn[0], wanted[0])
+        assert torch.equal(drawn[1], wanted[1])
+    with pytest.raises(ValueError, match="has 23 tokens; context=23 needs at least 24"):
+        file.batch(1, 23)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (Path.unlink, FileNotFoundError, r"there is no token file at .*t-00001\.bin"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-2]), ValueError, r"t-00001\.bin is truncated: 4 tokens"),
+        (lambda path: write_tokens(path, [1, 2, 3]), ValueError, r"t-00001\.bin has 3 tokens; it must have 4"),
+        (
+            lambda path: write_tokens(path, [1] * 4, 999),
+            ValueError,
+            r"t-00001\.bin was .* another tokenizer than .*00000",
+        ),
+    ],
+)
+def test_a_bad_shard_is_named(
+    tmp_path: Path, spoil: Callable[[Path], object], error: type[Exception], message: str
+) -> None:
+    shards = write_shards(tmp_path, [10], 4).shards
+    spoil(tmp_path / "t-00001.bin")
+    with pytest.raises(error, match=message):
+        TokenFile.open_shards(tmp_path, "t", shards)
+
+
+def test_an_exception_keeps_whole_shards_alone(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with ShardWriter(tmp_path, "t", 4, vocab_size=9, fingerprint=FINGERPRINT) as writer:
+            writer.write(np.arange(6))
+            writer.write(np.array([9]))
+
+    with pytest.raises(ValueError, match="token id 9 is not in the vocabulary"):
+        interrupted()
+    assert names_in(tmp_path) == ["t-00000.bin"]
+    assert TokenFile.open(tmp_path / "t-00000.bin").tokens.tolist() == [0, 1, 2, 3]
+
+
+def test_prepare_writes_shards(library: Path, tmp_path: Path) -> None:
+    whole = run(library, tmp_path / "whole")
+    report = run(library, tmp_path / "out", shard_tokens=1000)
+    assert report.train.shards[:-1] == (1000,) * (report.train.tokens // 1000)
+    assert len(report.train.shards) > 2
+    assert f"{len(report.train.shards)} shards" in str(report)
+    for name, split in ("train", report.train), ("val", report.val):
+        assert len(list((tmp_path / "out").glob(f"{name}-*.bin"))) == len(split.shards)
+        assert np.array_equal(open_split(tmp_path / "out", name).tokens, open_split(tmp_path / "whole", name).tokens)
+    assert (report.train.tokens, report.unigram_entropy) == (whole.train.tokens, whole.unigram_entropy)
+    assert read_report(tmp_path / "out") == report
+    assert run(library, tmp_path / "out", shard_tokens=1000).reused
+    run(library, tmp_path / "out", overwrite=True)  # fewer shards: none of the old ones is left
+    assert names_in(tmp_path / "out") == names_in(tmp_path / "whole")
+
+
+def test_opening_a_split(library: Path, tmp_path: Path) -> None:
+    report = run(library, tmp_path / "out", shard_tokens=1000)
+    assert len(open_split(str(tmp_path / "out"), "val")) == report.val.tokens
+    with pytest.raises(ValueError, match="split must be 'train' or 'val'; got 'test'"):
+        open_split(tmp_path / "out", "test")  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"is no prepared corpus: it has no corpus\.json"):
+        open_split(tmp_path, "train")
+    (tmp_path / "out/train-00001.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no token file at .*train-00001\.bin"):
+        open_split(tmp_path / "out", "train")
+
+
+def test_a_corpus_of_version_1(library: Path, tmp_path: Path) -> None:
+    new = run(library, tmp_path / "out")
+    out = tmp_path / "out"
+    state = json.loads((out / "corpus.json").read_text())
+    (out / "corpus.json").write_text(json.dumps(state | {"version": 1}))
+    for name in ("train", "val"):
+        (out / f"{name}-00000.bin").rename(out / f"{name}.bin")
+    message = r"corpus\.json has format version 1, and this gptcore reads 2: prepare again"
+    with pytest.raises(ValueError, match=message):
+        open_split(out, "train")
+    with pytest.raises(FileExistsError, match=rf"cannot be used \(.*{message}\); pass overwrite=True"):
+        run(library, out)
+    assert run(library, out, overwrite=True) == new
+    assert "train.bin" not in names_in(out)
+
+
 # --- The corpus
 
 
@@ -394,7 +521,7 @@ def test_every_document_is_in_one_split_whole(library: Path, tmp_path: Path) -> 
     assert 4 <= len(val) <= 20
     for split, found in ((report.train, train), (report.val, val)):
         assert split.bytes == sum(len(text.encode()) for text in found)
-    assert names_in(tmp_path / "out") == ["corpus.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert names_in(tmp_path / "out") == ["corpus.json", "tokenizer.json", "train-00000.bin", "val-00000.bin"]
     assert names_in(tmp_path) == ["library", "out"]
 
 
@@ -463,7 +590,7 @@ def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> N
 
 def test_unigram_entropy_is_its_formula(library: Path, tmp_path: Path) -> None:
     report = run(library, tmp_path / "out")
-    train, val = (TokenFile.open(tmp_path / "out" / name).tokens.tolist() for name in ("train.bin", "val.bin"))
+    train, val = (open_split(tmp_path / "out", name).tokens.tolist() for name in ("train", "val"))
     counts, total = Counter(train), len(train) + report.vocab_size
     expected = -sum(math.log((counts[token] + 1) / total) for token in val) / len(val)
     assert report.unigram_entropy == pytest.approx(expected, rel=1e-12)
@@ -474,7 +601,7 @@ def test_long_corpora_are_encoded_in_batches(library: Path, tmp_path: Path, monk
     run(library, tmp_path / "one")
     monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 700)
     run(library, tmp_path / "two")
-    assert (tmp_path / "one/train.bin").read_bytes() == (tmp_path / "two/train.bin").read_bytes()
+    assert (tmp_path / "one/train-00000.bin").read_bytes() == (tmp_path / "two/train-00000.bin").read_bytes()
 
 
 def test_a_given_tokenizer_is_used(library: Path, tmp_path: Path) -> None:
@@ -482,9 +609,55 @@ def test_a_given_tokenizer_is_used(library: Path, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "mine.json")
     report = run(library, tmp_path / "out", tokenizer=tmp_path / "mine.json")
     assert (report.vocab_size, report.tokenizer_fingerprint) == (270, tokenizer.fingerprint)
-    assert TokenFile.open(tmp_path / "out/val.bin").fingerprint == tokenizer.fingerprint
+    assert open_split(tmp_path / "out", "val").fingerprint == tokenizer.fingerprint
     assert sum(map(len, splits(tmp_path / "out"))) == 40
     assert run(library, tmp_path / "out", tokenizer=tmp_path / "mine.json", vocab_size=999).reused
+
+
+class OtherTokenizer:
+    """A tokenizer of another class, which may not be called from two threads at once and ends texts its own way."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._lock, self.threads = tokenizer, threading.Lock(), set[int]()
+        self.vocab_size, self.fingerprint = tokenizer.vocab_size + 1, FINGERPRINT
+        self.eot_token = tokenizer.vocab_size
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        assert self._lock.acquire(blocking=False)
+        self.threads.add(threading.get_ident())
+        ids = self._tokenizer.encode_batch(texts)
+        self._lock.release()
+        return ids
+
+    def save(self, path: Path) -> None:
+        self._tokenizer.save(path)
+
+
+def test_a_tokenizer_of_another_class(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (library / "empty.txt").write_text("")
+    inner = Tokenizer.train(["another text entirely, of its own " * 9], 270)
+    other = OtherTokenizer(inner)
+    monkeypatch.setattr(prepare_module, "get_tokenizer", lambda _: other)
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 300)
+    report = run(library, tmp_path / "out", tokenizer="other")
+    assert report.tokenizer_fingerprint == open_split(tmp_path / "out", "val").fingerprint == FINGERPRINT
+    assert len(other.threads) == 1
+    read = []
+    for name in ("train", "val"):
+        ids = open_split(tmp_path / "out", name).tokens
+        ends = np.flatnonzero(ids == 270)
+        assert ends[-1] == len(ids) - 1
+        read += [inner.decode(part[part != 270]) for part in np.split(ids, ends[:-1] + 1)]
+    assert sorted(["", *read]) == sorted(texts(library))
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=60) | st.sampled_from([END_OF_TEXT, f"a {END_OF_TEXT}b\r\n\n  c", ""]))
+def test_an_array_is_the_encoding(text: str) -> None:
+    tokenizer = Tokenizer.train(["an endless text of the end, and then the end " * 3], 270)
+    ids = tokenizer.encode_array(text)
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == tokenizer.encode(text) == tokenizer.encode_batch([text])[0]
 
 
 def test_the_report_can_be_read_back_and_printed(library: Path, tmp_path: Path) -> None:
@@ -504,7 +677,7 @@ def test_preparing_again_does_nothing(library: Path, tmp_path: Path, monkeypatch
     first = run(library, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
-    def never(*_: object) -> Iterator[object]:
+    def never(*_: object, **__: object) -> Iterator[object]:
         raise AssertionError("the corpus was read again")
 
     monkeypatch.setattr(prepare_module, "documents", never)
@@ -518,7 +691,11 @@ def test_preparing_again_does_nothing(library: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"vocab_size": 280}, "vocab_size=300, not 280"), ({"val_fraction": 0.5}, "val_fraction=0.1, not 0.5")],
+    [
+        ({"vocab_size": 280}, "vocab_size=300, not 280"),
+        ({"val_fraction": 0.5}, "val_fraction=0.1, not 0.5"),
+        ({"shard_tokens": 99}, "shard_tokens=100000000, not 99"),
+    ],
 )
 def test_another_corpus_is_replaced_only_when_asked(
     library: Path, tmp_path: Path, options: dict[str, float], message: str
@@ -539,16 +716,29 @@ def test_changed_sources_are_noticed(library: Path, tmp_path: Path) -> None:
         run(library, tmp_path / "out")
 
 
+def other_tokenizer() -> bytes:
+    """The file of a tokenizer that no test's corpus has."""
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer.train(["zyzzyva " * 9], 258).save(Path(folder) / "tokenizer.json")
+        return (Path(folder) / "tokenizer.json").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("train.bin", lambda data: data[:-2], "train.bin is truncated"),
-        ("val.bin", lambda data: b"", "val.bin is not a token file"),
-        ("val.bin", patch(24, b"\0"), "different tokenizers"),
+        ("train-00000.bin", lambda data: data[:-2], "train-00000.bin is truncated"),
+        ("val-00000.bin", lambda data: b"", "val-00000.bin is not a token file"),
+        ("val-00000.bin", patch(24, b"\0"), "val-00000.bin was made with another tokenizer than corpus.json says"),
+        ("tokenizer.json", lambda _: other_tokenizer(), "tokenizer.json is another tokenizer than corpus.json says"),
         ("tokenizer.json", lambda data: data[:99], "is not a tokenizer file, or is truncated"),
         ("corpus.json", lambda data: data[:99], "corpus.json is truncated or damaged"),
-        ("corpus.json", lambda data: b"{}", "is not the report of a corpus"),
+        ("corpus.json", lambda data: b"{}", "is not the report of a prepared corpus"),
         ("corpus.json", lambda data: data.replace(b'"train"', b'"trian"'), "corpus.json is damaged"),
+        (
+            "corpus.json",
+            lambda data: data.replace(b'"tokens": ', b'"tokens": 1'),
+            "damaged: .*shards of .* do not make",
+        ),
     ],
 )
 def test_a_damaged_corpus_is_not_reused(
@@ -557,15 +747,15 @@ def test_a_damaged_corpus_is_not_reused(
     first = run(library, tmp_path / "out")
     path = tmp_path / "out" / name
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(FileExistsError, match=rf"holds a damaged corpus \(.*{message}"):
+    with pytest.raises(FileExistsError, match=rf"holds a corpus that cannot be used \(.*{message}"):
         run(library, tmp_path / "out")
     assert run(library, tmp_path / "out", overwrite=True) == first
 
 
 def test_a_missing_part_is_damage(library: Path, tmp_path: Path) -> None:
     run(library, tmp_path / "out")
-    (tmp_path / "out/val.bin").unlink()
-    with pytest.raises(FileExistsError, match=r"damaged corpus \(there is no token file at .*val\.bin"):
+    (tmp_path / "out/val-00000.bin").unlink()
+    with pytest.raises(FileExistsError, match=r"cannot be used \(there is no token file at .*val-00000\.bin"):
         run(library, tmp_path / "out")
 
 
@@ -608,6 +798,7 @@ def test_an_interruption_leaves_what_was_there(
             raise error
         write(self, tokens)
 
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 1)  # a write for each document
     monkeypatch.setattr(TokenWriter, "write", interrupted)
     with pytest.raises((KeyboardInterrupt, OSError)):
         run(library, tmp_path / "out", vocab_size=280, overwrite=overwrite)
@@ -637,8 +828,8 @@ def test_a_failed_swap_puts_the_old_corpus_back(library: Path, tmp_path: Path, m
 
 
 def test_sources_that_change_meanwhile(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def changing(sources: list[str]) -> Iterator[object]:
-        yield from documents(sources)
+    def changing(sources: list[str], *, field: str) -> Iterator[object]:
+        yield from documents(sources, field=field)
         (library / "late.txt").write_text("late")
 
     monkeypatch.setattr(prepare_module, "documents", changing)
@@ -653,6 +844,7 @@ def test_sources_that_change_meanwhile(library: Path, tmp_path: Path, monkeypatc
         ({"val_fraction": 0.0}, ValueError, "val_fraction must be greater than 0 and less than 1; got 0.0"),
         ({"val_fraction": 1.0}, ValueError, "got 1.0"),
         ({"val_fraction": float("nan")}, ValueError, "got nan"),
+        ({"shard_tokens": 0}, ValueError, "shard_tokens must be at least 1; got 0"),
         ({"vocab_size": 256}, ValueError, "vocab_size must be at least 257; got 256"),
         ({"tokenizer": "gpt5"}, FileNotFoundError, "tokenizer must be 'gpt2'.*got 'gpt5'"),
     ],
@@ -677,7 +869,7 @@ def test_progress_goes_to_standard_error(library: Path, tmp_path: Path, capsys: 
     run(library, tmp_path / "out", progress=True)
     shown = capsys.readouterr()
     assert shown.out == ""
-    for step in ("Reading", "Training the tokenizer", "Encoding train.bin", "Encoding val.bin"):
+    for step in ("Reading", "Training the tokenizer", "Encoding"):
         assert step in shown.err
     run(library, tmp_path / "quiet", progress=False)
     assert capsys.readouterr().err == ""

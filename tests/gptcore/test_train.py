@@ -47,9 +47,9 @@ def test_a_run_learns_and_leaves_a_model_that_loads(corpus: Path, tmp_path: Path
     assert not result.interrupted
     assert result.val_loss < result.unigram_entropy - 1
     model = GPT.from_pretrained(tmp_path / "run", kernels="reference")
-    from gptcore.data.token_file import TokenFile
+    from gptcore.data.prepare import open_split
 
-    again = evaluate(model, TokenFile.open(corpus / "val.bin"), 8, None, torch.device("cpu"))
+    again = evaluate(model, open_split(corpus, "val"), 8, None, torch.device("cpu"))
     assert again == pytest.approx(result.val_loss, rel=1e-6)
     assert records(tmp_path / "run", "val_loss")[-1] == result.val_loss
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
