@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import config, contents, make_corpus, records
 
 from gptcore import GPT, GPTConfig
+from gptcore.tokenizer import get_tokenizer
 from gptcore.train import train
 from gptcore.train.job import evaluate, make_optimizer
 from gptcore.weights import WeightsError
@@ -230,3 +231,25 @@ def test_data_of_another_tokenizer(corpus: Path, tmp_path: Path):
     Tokenizer.train(["something else entirely, " * 50], vocab_size=280).save(tmp_path / "data" / "tokenizer.json")
     with pytest.raises(ValueError, match="made with another tokenizer"):
         run(tmp_path / "data", tmp_path / "run")
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_documents_reach_the_model_when_they_are_to_be_masked(corpus: Path, tmp_path: Path, monkeypatch, mask: bool):
+    seen = []
+    loss = GPT.loss
+
+    def watched(self, tokens, targets, documents=None):
+        seen.append((tokens, documents))
+        return loss(self, tokens, targets, documents)
+
+    monkeypatch.setattr(GPT, "loss", watched)
+    run(corpus, tmp_path / "run", document_mask=mask, steps=2, batch_size=64, eval_interval=1)
+    end = get_tokenizer(corpus / "tokenizer.json").eot_token
+    assert len(seen) >= 4  # training and evaluation
+    for tokens, documents in seen:
+        if not mask:
+            assert documents is None
+            continue
+        begins = set(range(0, tokens.numel(), tokens.shape[1]))
+        begins |= {i + 1 for i, token in enumerate(tokens.flatten().tolist()) if token == end}
+        assert documents.cu_lengths.tolist() == sorted(begins | {tokens.numel()})
