@@ -83,7 +83,7 @@ class TrainConfig:
     eval_windows: int = 64
     """Sequences of the validation text in an evaluation on the way; the last one takes all of it."""
     sample_prompt: str = "The function returns"
-    """What the sample at each evaluation continues."""
+    """What the sample at each evaluation continues; its end, where it is longer than the context."""
     sample_tokens: int = 40
     """Length of that sample; 0 for none."""
     keep: int = 2

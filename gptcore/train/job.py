@@ -160,7 +160,8 @@ class Job:
         """What the model makes of the prompt; empty in processes that have no part in it."""
         if not self.config.sample_tokens or not (self.world.is_main or self.replica.sharded):
             return ""
-        ids = torch.tensor([self.tokenizer.encode(self.config.sample_prompt)], device=self.device)
+        prompt = self.tokenizer.encode(self.config.sample_prompt)[-self.model.config.context :]
+        ids = torch.tensor([prompt], device=self.device)
         ids = self.model.generate(
             ids, self.config.sample_tokens, temperature=0.8, top_k=50, seed=self.config.seed
         )  # fmt: skip
