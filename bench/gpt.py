@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 import time
@@ -23,14 +24,14 @@ from torch import Tensor
 from bench import flag
 from bench.cpu import machine
 from bench.measure import RESULTS, save
-from gptcore.train.hardware import multiplies_bf16
+from gptcore import GPT, GPTConfig
+from gptcore.train.hardware import model_flops_utilization, multiplies_bf16
 
 
 def _models(name: str) -> tuple[Any, Any]:
     """Ours in bf16, and transformers' model of the same float32 weights."""
     import transformers
 
-    from gptcore import GPT, GPTConfig
     from gptcore.weights import config_to_huggingface, to_huggingface
 
     if name == "gpt2-124m":
@@ -74,11 +75,11 @@ def measure(name: str, prompt: int, new: int, rounds: int) -> dict[str, Any]:
     return {"model": name, "prompt": prompt, "new": new, "seconds": seconds}
 
 
-def decoding_table(measured: list[dict[str, Any]]) -> list[str]:
+def decoding_table(decoding: dict[str, Any]) -> list[str]:
     """Markdown: each contender's tokens a second, and ours beside the best peer's."""
     rows = ["| generation, one sequence | Hugging Face generate, tokens/s | ours in bf16 | ratio |"]
     rows.append("| --- | --- | --- | --- |")
-    for result in measured:
+    for result in decoding["models"]:
         speeds = {name: result["new"] / statistics.median(seconds) for name, seconds in result["seconds"].items()}
         ours = speeds.pop("ours")
         best = max(speeds, key=speeds.__getitem__)
@@ -90,26 +91,27 @@ def decoding_table(measured: list[dict[str, Any]]) -> list[str]:
 def training_table(training: dict[str, Any]) -> list[str]:
     """Markdown: a row for each choice of kernels."""
     steps, preset, about = training["steps"], training["preset"], training["about"]
+    peak = (
+        1e9 * training["machine"]["product_gflop_per_s"][training["dtype"]]
+    )  # one for both: each process measures its own
     rows = [f"| training {preset}, {steps} steps of {about} | tokens/s | MFU | peak memory | validation loss |"]
     rows.append("| --- | --- | --- | --- | --- |")
     for kernels, row in training["rows"].items():
-        memory = f"{row['peak'] / 2**20:,.0f} MiB"
-        rows.append(
-            f"| `--kernels {kernels}` | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} | {memory} | {row['val_loss']:.4f} |"
-        )
+        speed, memory = row["tokens_per_second"], f"{row['peak'] / 2**20:,.0f} MiB"
+        mfu = model_flops_utilization(speed, training["flops_per_token"], peak)
+        rows.append(f"| `--kernels {kernels}` | {speed:,.0f} | {mfu:.0%} | {memory} | {row['val_loss']:.4f} |")
     return rows
 
 
 def section(saved: dict[str, Any]) -> str:
-    """What the README shows of a saved result."""
-    m = saved["machine"]
-    head = f"{m['cpu']}, {m['instructions']}, {m['threads']} threads, PyTorch {m['torch']}, commit {m['commit']}, {m['date']}."
-    tables = []
-    if "training" in saved:
-        tables.append("\n".join(training_table(saved["training"])))
-    if "decoding" in saved:
-        tables.append("\n".join(decoding_table(saved["decoding"])))
-    return "\n\n".join([head, *tables])
+    """What the README shows of a saved result: each table, and on what it was measured."""
+    parts = []
+    for name, table in (("training", training_table), ("decoding", decoding_table)):
+        if name in saved:
+            m = saved[name]["machine"]
+            made = f"{m['cpu']}, {m['instructions']}, {m['threads']} threads, PyTorch {m['torch']}"
+            parts += [f"{made}, commit {m['commit']}, {m['date']}:", "\n".join(table(saved[name]))]
+    return "\n\n".join(parts)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,20 +138,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=512, help="tokens of a training sequence (default: 512)")
     parser.add_argument("--save", action="store_true", help="write the figures to bench/results/gpt-<cpu>.json")
     options = parser.parse_args(arguments)
-    saved: dict[str, Any] = {"kind": "gpt", "machine": machine()}
+    about = machine()
+    saved: dict[str, Any] = {"kind": "gpt"}
+    file = RESULTS / f"{'-'.join(['gpt', *about['cpu'].lower().split(), about['instructions']])}.json"
+    if options.save and file.exists():  # what is not measured this time stays, with its own date
+        saved = json.loads(file.read_text())
     if options.data:
         size = {"preset": options.preset, "context": options.context, "batch_size": 1}
         rows = flag.compare(options.data, steps=options.steps, **size)
-        about = f"one sequence of {options.context} tokens, {options.data.name}"
-        saved["training"] = {"steps": options.steps, "preset": options.preset, "about": about, "rows": rows}
+        what = f"one sequence of {options.context} tokens, {options.data.name}"
+        with torch.device("meta"):
+            flops = GPT(GPTConfig.preset(options.preset)).flops_per_token(options.context)
+        dtype = "bf16" if multiplies_bf16(torch.device("cpu")) else "fp32"  # what gptcore train takes here
+        saved["training"] = {
+            "machine": about, "steps": options.steps, "preset": options.preset, "about": what, "rows": rows,
+            "dtype": dtype, "flops_per_token": flops,
+        }  # fmt: skip
     if options.models:
         gptkernels.tune_allocator()
-        saved["decoding"] = [measure(name, options.prompt, options.new, options.rounds) for name in options.models]
+        models = [measure(name, options.prompt, options.new, options.rounds) for name in options.models]
+        saved["decoding"] = {"machine": about, "models": models}
     print(section(saved))
     if options.save:
-        name = "-".join(["gpt", *saved["machine"]["cpu"].lower().split(), saved["machine"]["instructions"]])
-        save(saved, RESULTS / f"{name}.json")
-        print(f"\nsaved as {RESULTS / name}.json", file=sys.stderr)
+        save(saved, file)
+        print(f"\nsaved as {file}", file=sys.stderr)
     return 0
 
 
