@@ -25,7 +25,7 @@ def _run(data: Path, kernels: Kernels, steps: int, **size: Any) -> dict[str, Any
 
     gptkernels.tune_allocator()
     with tempfile.TemporaryDirectory() as folder:
-        sizes = size | {"steps": steps, "eval_interval": steps, "eval_windows": 1, "sample_tokens": 0}
+        sizes: dict[str, Any] = size | {"steps": steps, "eval_interval": steps, "eval_windows": 1, "sample_tokens": 0}
         config = TrainConfig(data=data, out=Path(folder) / "run", kernels=kernels, **sizes)
         result = train(config, progress=False)
     about = {"tokens_per_second": result.tokens_per_second, "mfu": result.mfu, "peak": result.peak_memory}

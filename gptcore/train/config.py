@@ -42,8 +42,7 @@ class TrainConfig:
     out: Path
     """Folder for checkpoints, metrics.jsonl and loss.png; must not hold another run."""
     preset: str = "mini"
-    """Size of the model: tiny, mini, small, gpt2-124m, gpt2-medium, gpt2-large, gpt2-xl; with Llama's choices llama-tiny,
-    llama-mini, llama-small, smollm2-135m, smollm2-360m."""
+    """The model: tiny, mini, small, gpt2-124m, -medium, -large, -xl; llama-tiny, -mini, -small; smollm2-135m, -360m."""
     context: int | None = None
     """Tokens in a sequence; the preset's if left out."""
     dropout: float = 0.0
