@@ -24,7 +24,7 @@ demo: $(READY) ## train a small GPT on Python's own documentation, generate from
 	$(BIN)/gptcore info
 	$(BIN)/gptcore prepare python-docs --out data/python-docs --vocab-size 4096
 	rm -rf $(RUN)
-	$(BIN)/gptcore train --data data/python-docs --out $(RUN) --preset mini
+	$(BIN)/gptcore train --data data/python-docs --out $(RUN) --preset mini --steps 500
 	$(BIN)/gptcore generate --model $(RUN) --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 1 "The function returns"
 	@echo "loss curve: $(RUN)/loss.png"
 	$(BIN)/python -m bench.flag --data data/python-docs
