@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptcore._files import atomic_writer
+from gptcore.tokenizer import BYTE_SPELLING, check_fingerprint, checked_ids
 
 FORMAT = "gptcore-pretrained-tokenizer"
 _VERSION = 1
-# Tokens by these names end a text or a turn, whatever else a model's configuration says.
-_ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
+# Tokens by these names end a text (the first three) or a turn, whatever else a model's configuration says.
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")
 # How GGUF's names for ways to split text are done. (gpt2: one regular expression, built into ByteLevel.)
 _SPLITS = {"smollm": ("digits", "gpt2"), "gpt-2": ("gpt2",), "gpt2": ("gpt2",)}
 
@@ -74,11 +75,7 @@ class PretrainedTokenizer:
         Raises:
             ValueError: if an id is not in 0 to ``vocab_size - 1``.
         """
-        tokens = [int(token) for token in ids]
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token} is not in the vocabulary (0 to {self.vocab_size - 1})")
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return self._tokenizer.decode(checked_ids(ids, self.vocab_size), skip_special_tokens=False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -130,11 +127,7 @@ class PretrainedTokenizer:
             tokenizer = cls(inner, state["name"], end=state["end"], chat_template=state["chat_template"])
         except KeyError as error:
             raise ValueError(f"{path} is a damaged tokenizer file: {error!r}") from error
-        if tokenizer.fingerprint != state.get("fingerprint"):
-            raise ValueError(
-                f"{path} is a damaged tokenizer file: its contents have the fingerprint "
-                f"{tokenizer.fingerprint}, but it says {state.get('fingerprint')!r}"
-            )
+        check_fingerprint(path, tokenizer.fingerprint, state.get("fingerprint"))
         return tokenizer
 
     @classmethod
@@ -205,14 +198,8 @@ def _join(token: bytes, ranks: dict[bytes, int], limit: int) -> tuple[bytes, byt
     return parts[0], parts[1]
 
 
-_PLAIN = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-_SPELLING = {byte: chr(byte) for byte in _PLAIN}
-_SPELLING |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in _SPELLING)}
-
-
 def _spell(token: bytes) -> str:
-    """GPT-2's spelling of bytes as characters: printable Latin-1 as itself, the others from U+0100 on."""
-    return "".join(_SPELLING[byte] for byte in token)
+    return "".join(BYTE_SPELLING[byte] for byte in token)
 
 
 def _library() -> Any:

@@ -135,11 +135,7 @@ class Tokenizer:
         Raises:
             ValueError: if an id is not in 0 to ``vocab_size - 1``.
         """
-        tokens = [int(token) for token in ids]
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token} is not in the vocabulary (0 to {self.vocab_size - 1})")
-        return self._encoding.decode(tokens, errors="replace")
+        return self._encoding.decode(checked_ids(ids, self.vocab_size), errors="replace")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -195,11 +191,7 @@ class Tokenizer:
             tokenizer = cls(state["name"], state["pattern"], ranks, state["special_tokens"])
         except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
             raise ValueError(f"{path} is a damaged tokenizer file: {error!r}") from error
-        if tokenizer.fingerprint != state.get("fingerprint"):
-            raise ValueError(
-                f"{path} is a damaged tokenizer file: its contents have the fingerprint "
-                f"{tokenizer.fingerprint}, but it says {state.get('fingerprint')!r}"
-            )
+        check_fingerprint(path, tokenizer.fingerprint, state.get("fingerprint"))
         return tokenizer
 
     @classmethod
@@ -352,13 +344,37 @@ def _read_gpt2_ids(folder: Path) -> dict[str, int]:
     return json.loads(contents["encoder.json"])  # its ids are the line numbers of vocab.bpe: the order of merging
 
 
-def _ranks_from_unicode(ids: dict[str, int]) -> dict[bytes, int]:
-    """Undo GPT-2's spelling of bytes as characters.
+def _byte_spelling() -> dict[int, str]:
+    """GPT-2's spelling of bytes as characters.
 
     A byte whose Latin-1 character is printable and no space stands for itself; the others, in order, are the
     characters from U+0100 on (Radford et al. 2019, ``bytes_to_unicode`` in the released code).
     """
     plain = [byte for byte in range(_BYTES) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(_BYTES) if byte not in plain]
-    byte_of = {chr(byte): byte for byte in plain} | {chr(_BYTES + i): byte for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in plain} | {byte: chr(_BYTES + i) for i, byte in enumerate(others)}
+
+
+BYTE_SPELLING = _byte_spelling()
+
+
+def _ranks_from_unicode(ids: dict[str, int]) -> dict[bytes, int]:
+    byte_of = {character: byte for byte, character in BYTE_SPELLING.items()}
     return {bytes(byte_of[character] for character in token): i for token, i in ids.items()}
+
+
+def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Token ids as a list. Raises ``ValueError`` if one is not in 0 to ``vocab_size - 1``."""
+    tokens = [int(token) for token in ids]
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token id {token} is not in the vocabulary (0 to {vocab_size - 1})")
+    return tokens
+
+
+def check_fingerprint(path: Path, actual: str, stated: Any) -> None:
+    """Raises ``ValueError`` if a tokenizer file holds another tokenizer than it says."""
+    if actual != stated:
+        raise ValueError(
+            f"{path} is a damaged tokenizer file: its contents have the fingerprint {actual}, but it says {stated!r}"
+        )
