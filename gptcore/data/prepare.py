@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gptcore._files import atomic_writer, sync_folder, temporary_sibling
+from gptcore._files import atomic_writer, publish_folder, temporary_sibling
 from gptcore.data.corpus import Document, documents, source_list, sources_state
 from gptcore.data.token_file import ShardWriter, TokenFile
 from gptcore.tokenizer import Tokenizer, get_tokenizer
@@ -249,7 +249,7 @@ def prepare(
         )
         used.save(temporary / "tokenizer.json")
         _write_report(report, settings, temporary / _REPORT)
-        _publish_folder(temporary, out_dir)
+        publish_folder(temporary, out_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
@@ -498,22 +498,6 @@ def _read_split(state: dict[str, Any]) -> SplitReport:
     if not all(isinstance(count, int) for count in split.shards) or sum(split.shards) != split.tokens:
         raise ValueError(f"shards of {list(split.shards)} tokens do not make {split.tokens}")
     return split
-
-
-def _publish_folder(temporary: Path, out_dir: Path) -> None:
-    """Rename a finished folder to ``out_dir``. A corpus that is there is moved aside, then deleted."""
-    if not out_dir.exists():
-        temporary.rename(out_dir)
-    else:
-        aside = temporary_sibling(out_dir)
-        out_dir.rename(aside)
-        try:
-            temporary.rename(out_dir)
-        except BaseException:
-            aside.rename(out_dir)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    sync_folder(out_dir.parent)
 
 
 class _Bars:

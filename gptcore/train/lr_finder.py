@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gptcore._files import save_figure
 from gptcore.train.config import TrainConfig
 from gptcore.train.display import Display
 from gptcore.train.folder import check_folder
 from gptcore.train.job import Job
 from gptcore.train.parallel import processes
-from gptcore.train.records import save_figure
 
 LR_PLOT = "lr.png"
 _SMOOTHING, _DIVERGED = 0.9, 1.5

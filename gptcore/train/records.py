@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from gptcore._files import atomic_writer
+from gptcore._files import atomic_writer, save_figure
 
 METRICS, TIMINGS, PLOT, TENSORBOARD = "metrics.jsonl", "timings.jsonl", "loss.png", "tensorboard"
 
@@ -90,14 +89,6 @@ def check_tensorboard() -> None:
         raise ValueError(
             "tensorboard: got True, and it is not installed; accepted is False, or pip install tensorboard"
         )
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Draws a matplotlib figure into a PNG file, which appears whole or not at all."""
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
-    with atomic_writer(path) as file:
-        file.write(drawn.getvalue())
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

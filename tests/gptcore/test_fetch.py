@@ -259,7 +259,7 @@ fetch.fetch("toy", progress=False)
 """
 
 
-@pytest.mark.parametrize("function", ["_extract", "_digest", "sync_folder"])
+@pytest.mark.parametrize("function", ["_extract", "_digest", "publish_folder"])
 def test_killed_in_the_middle_leaves_nothing_and_the_next_goes_on(index: Path, tmp_path: Path, function: str) -> None:
     write_wheel(index)
     cache = tmp_path / "cache"
