@@ -338,9 +338,7 @@ class Export:
         dtypes = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         place = locate(self.model)
         model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
-        config_to_huggingface(
-            model.config
-        )  # a model that Hugging Face has no twin of is an error before anything is written
+        config_to_huggingface(model.config)  # without a twin at Hugging Face it is an error before anything is written
         tokenizer = get_tokenizer(place)
         save_huggingface(self.out, model.config, model.state_dict())
         tokenizer.save_huggingface(self.out)

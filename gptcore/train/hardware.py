@@ -38,7 +38,7 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: a PyTorch built without CUDA
         raise ValueError(f"device: got {name!r}, which is not usable here ({str(error).splitlines()[0]})") from error
     return torch.device(name)
 

@@ -23,7 +23,7 @@ from gptcore.weights.huggingface import (
 )
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
 # What is fetched from the hub: safetensors, never pickles, and what the tokenizer needs.
 _WANTED = [CONFIG, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 
@@ -87,12 +87,10 @@ def _read_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Path]:
     if (folder / INDEX).is_file():
         state, source = _read_shards(folder), folder / INDEX
     else:
-        pickles = sorted(
-            p.name for pattern in _PICKLES for p in folder.glob(pattern) if p.suffix != ".bin" or "model" in p.name
-        )
+        pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles and not (folder / WEIGHTS).is_file():
             raise WeightsError(
-                f"{folder / pickles[0]}: is a pickle, which can run any code when it is read; accepted is {WEIGHTS}"
+                f"{pickles[0]}: is a pickle, which can run any code when it is read; accepted is {WEIGHTS}"
             )
         state, source = read_tensors(folder / WEIGHTS), folder / WEIGHTS
     return config, from_huggingface(state, tied=config.tied) if foreign else state, source
