@@ -221,3 +221,17 @@ def test_a_model_is_described():
     assert "256 B  a token" in shown
     rows = [line.split() for line in shown.splitlines() if line.startswith("attention ")]
     assert ["attention", "reference"] in rows
+
+
+def test_documents_end_with_a_text_s_end_and_replies_with_a_turn_s():
+    """Llama 3 has a token for each; generation ends at both."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    made = Library(models.BPE({"a": 0}, []))
+    made.add_special_tokens(["<|eot_id|>", "<|end_of_text|>"])
+    tokenizer = PretrainedTokenizer(made, "llama 3", end="<|eot_id|>")
+    assert tokenizer.eot_token == made.token_to_id("<|end_of_text|>")
+    assert set(tokenizer.stop_tokens) == {1, 2}
+    with pytest.raises(ValueError, match="has no token that ends a text"):
+        PretrainedTokenizer(Library(models.BPE({"a": 0}, [])), "none")
