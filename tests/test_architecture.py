@@ -48,9 +48,11 @@ def test_imports(file: Path):
         assert not any(name.split(".")[0] in ("gptcore", "bench") for name in found), "kernels knows nothing of gptcore"
         if file.name not in may_import_triton and not file.name.startswith("triton"):
             assert not any(name.split(".")[0] == "triton" for name in found)
-        framework = file.stem if file.parent.name == "integrations" else None
-        assert not {name.split(".")[0] for name in found} & {"transformers"} - {framework}, "its integration alone"
-        assert not any(name.startswith("gptkernels.integrations") for name in found), "imported by users alone"
+        integration = place.partition("gptkernels/integrations/")[2].split("/")[0]  # "transformers", or ""
+        assert not {name.split(".")[0] for name in found} & {"transformers"} - {integration}, "its integration alone"
+        others = {name for name in found if name.startswith("gptkernels.integrations")}
+        own = f"gptkernels.integrations.{integration or '-'}"
+        assert all(name.startswith(own) for name in others), "imported by users alone"
     if place.startswith("gptcore/"):
         assert not any(name.split(".")[0] == "triton" for name in found), "models never import triton"
         private = {name for name in found if name.startswith("gptkernels.")}

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from gptkernels.integrations import transformers as integration
-from gptkernels.integrations.transformers import Visible, accelerate_model, attend, make_mask
+from gptkernels.integrations.transformers import accelerate_model, attend, make_mask
+from gptkernels.integrations.transformers.masks import Visible
 from gptkernels.swap import Swapped
 from gptkernels.testing import assert_within_budget
 from torch import Tensor, nn
@@ -125,9 +126,9 @@ def results(model: nn.Module, family: str, ids: Tensor, mask: Tensor | None) -> 
 
 def reached(model: nn.Module, *arguments, **options) -> list[tuple[str, dict]]:
     """The calls of this library's attention that a forward makes."""
-    calls, fused = [], integration.attention
+    calls, fused = [], integration.attention.attention
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integration, "attention", lambda *a, **k: calls.append(k) or fused(*a, **k))
+        patch.setattr(integration.attention, "attention", lambda *a, **k: calls.append(k) or fused(*a, **k))
         model(*arguments, **options)
     return calls
 
@@ -450,9 +451,9 @@ def test_losses_are_transformers_own(dtype: torch.dtype):
     logits, labels = torch.randn(2, 6, 11).to(dtype), torch.randint(0, 11, (2, 6))
     labels[0, 2] = -100
     shifted = torch.randint(0, 11, (2, 6))
-    for theirs, ours in integration.LOSSES.items():
+    for theirs, ours in integration.losses.LOSSES.items():
         variants = [{}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}]
-        variants += [{"shift_labels": shifted}] if ours is integration.causal_lm_loss else []
+        variants += [{"shift_labels": shifted}] if ours is integration.losses.causal_lm_loss else []
         for options in variants:
             values = []
             for loss in (ours, theirs):
@@ -503,10 +504,8 @@ def test_a_version_it_cannot_serve_is_named(monkeypatch: pytest.MonkeyPatch):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
     with monkeypatch.context() as patch:
-        patch.delattr("transformers.masking_utils.prepare_padding_mask")
-        with pytest.raises(
-            ImportError, match=rf"found transformers {transformers.__version__}; .*prepare_padding_mask"
-        ):
+        patch.delattr("transformers.masking_utils.sdpa_mask")
+        with pytest.raises(ImportError, match=rf"found transformers {transformers.__version__}; .*sdpa_mask"):
             load()
     monkeypatch.setattr("transformers.masking_utils.sdpa_mask", lambda batch_size, cache_position, **rest: None)
     with pytest.raises(

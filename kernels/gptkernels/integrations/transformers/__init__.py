@@ -1,0 +1,111 @@
+"""Hugging Face transformers on this library's kernels.
+
+Importing this registers the attention: ``from_pretrained(..., attn_implementation="gptkernels")`` and
+``model.set_attn_implementation("gptkernels")`` then work. `accelerate_model` does that and the rest: norms, activations,
+rotary embeddings, gated MLPs and the loss.
+
+>>> import torch, gptkernels
+>>> from transformers import GPT2Config, GPT2LMHeadModel
+>>> from gptkernels.integrations.transformers import accelerate_model
+>>> model = accelerate_model(GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=99)))
+>>> model(torch.arange(7)[None]).logits.shape
+torch.Size([1, 7, 99])
+>>> report = gptkernels.restore_modules(model)  # as it was
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from typing import Any
+
+import transformers
+from torch import nn
+
+from gptkernels import replace_modules
+from gptkernels import swap as _swap
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.masking_utils import sdpa_mask
+
+    from gptkernels.integrations.transformers import modules
+    from gptkernels.integrations.transformers.attention import attend
+    from gptkernels.integrations.transformers.losses import LOSSES
+    from gptkernels.integrations.transformers.masks import make_mask
+except ImportError as error:
+    raise ImportError(
+        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.18 and "
+        f"5.23 ({error})"
+    ) from error
+if "q_length" not in inspect.signature(sdpa_mask).parameters:
+    raise ImportError(
+        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}, whose masks are made from "
+        "cache positions; accepted are versions that make them from lengths (tested with 5.18 and 5.23)"
+    )
+
+__all__ = ["accelerate_model"]
+
+NAME = "gptkernels"
+log = logging.getLogger(__name__)
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, make_mask)
+
+
+def accelerate_model(model: Any) -> Any:
+    """Puts a Hugging Face model on this library's kernels, in place; logits, loss and gradients stay what they are.
+
+    - Attention: causal, bidirectional, sliding windows, grouped-query heads, padding on either side, caches; dropout in
+      training. What the kernels cannot do (`attend`) runs exactly as without them.
+    - Norms and activations: `gptkernels.replace_modules`.
+    - Llama and its kin: rotary embeddings, and ``silu(gate) * up`` in one pass. GPT-2: bias and GELU in one pass.
+    - The loss that causal and masked language models compute from `labels`, unless the model was given another.
+
+    Every part that is not recognised, by asking it what it computes, is left as it is. Weights, state dict, config,
+    generation, saving, copying and pickling are untouched; `gptkernels.restore_modules` undoes it, bit for bit. Calling it
+    again changes nothing.
+
+    Args:
+        model: a `transformers.PreTrainedModel`, or a module that holds one (PEFT's wrappers).
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: a module without a `PreTrainedModel` in it.
+    """
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
+    if not models:
+        raise TypeError(f"model: got {type(model).__name__}; accepted is a transformers.PreTrainedModel")
+    before = [(part, part.config._attn_implementation) for part in models]
+    for part in models:  # an outer one sets its inner ones too
+        if part.config._attn_implementation != NAME:
+            part.set_attn_implementation(NAME)
+    for part, attention_before in before:
+        own_loss = getattr(part, "loss_type", None) in ("ForCausalLM", "ForMaskedLM") and part.loss_function in LOSSES
+        if own_loss:
+            part.loss_function = LOSSES[part.loss_function]
+        if own_loss or part.config._attn_implementation != attention_before:
+            _swap.on_restore(part, functools.partial(_restore, attention_before=attention_before))
+    log.info("%s", replace_modules(model))
+    turns = all(modules.halves_are_equal(m) for m in model.modules() if "RotaryEmbedding" in type(m).__name__)
+    for module in list(model.modules()):
+        if _swap.obstacle(module):
+            continue
+        if modules.is_swiglu(module):
+            _swap.swap(module, modules.SwiGLU)
+        elif modules.is_gpt2_mlp(module):
+            _swap.swap(module, modules.BiasGELU)
+        elif turns and modules.is_rotary_attention(module):
+            _swap.swap(module, modules.Rotary)
+    return model
+
+
+def _restore(model: Any, attention_before: str | None) -> str:
+    if model.config._attn_implementation == NAME:
+        model.config._attn_implementation_internal = attention_before  # this config's alone, not its parts'
+    if vars(model).get("_loss_function") in LOSSES.values():
+        del model._loss_function
+    return "attention and loss"
