@@ -383,7 +383,7 @@ class Train(TrainConfig):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; an error that the user can mend is one line and exit status 2."""
+    """Runs the command line; an error that the user can mend is one line and exit status 2, Ctrl-C one line and 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verbs = {
         "info": Info,
@@ -406,4 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"gptcore: error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("gptcore: interrupted", file=sys.stderr)
+        status = 130  # as shells have it for a command that Ctrl-C ended
     sys.exit(status)
