@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from gptcore._extras import MissingPackageError
 from gptcore.config import Kernels
 from gptcore.generate import Sampling
 from gptcore.train.config import TrainConfig, read_values
@@ -185,8 +186,8 @@ class _Loading:
         wide = self.dtype == "fp32" or (self.dtype == "auto" and (device, self.kernels) == ("cpu", "reference"))
         dtype = torch.float32 if wide else torch.bfloat16
         place = locate(self.model)
+        tokenizer = get_tokenizer(self.tokenizer or place)  # first: one that cannot be had is an error at once
         model = GPT.from_pretrained(place, dtype=dtype, kernels=self.kernels, **changes).to(device).eval()
-        tokenizer = get_tokenizer(self.tokenizer or place)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"tokenizer: has {tokenizer.vocab_size} tokens; accepted are at most the model's {model.config.vocab_size}"
@@ -329,19 +330,22 @@ class Export:
     def run(self) -> int:
         import torch
 
+        from gptcore import _extras
+        from gptcore._files import folder_writer
         from gptcore.models import GPT
         from gptcore.tokenizer import get_tokenizer
-        from gptcore.weights import config_to_huggingface, locate, save_huggingface
+        from gptcore.weights import locate, save_huggingface
 
+        _extras.load("tokenizers", "export")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise FileExistsError(f"out: {self.out} holds something; accepted are a new or an empty folder")
         dtypes = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         place = locate(self.model)
-        model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
-        config_to_huggingface(model.config)  # without a twin at Hugging Face it is an error before anything is written
         tokenizer = get_tokenizer(place)
-        save_huggingface(self.out, model.config, model.state_dict())
-        tokenizer.save_huggingface(self.out)
+        model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
+        with folder_writer(self.out.resolve()) as folder:
+            save_huggingface(folder, model.config, model.state_dict())
+            tokenizer.save_huggingface(folder)
         print(f"{self.out}: {model.num_parameters():,} parameters; load it with AutoModelForCausalLM and AutoTokenizer")
         return 0
 
@@ -403,7 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
                 verbs, prog="gptcore", description="Build a GPT from scratch, on fused kernels.", args=arguments
             )
         status = command.run()
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MissingPackageError) as error:
         print(f"gptcore: error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:

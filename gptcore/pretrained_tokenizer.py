@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from gptcore import _extras
 from gptcore._files import atomic_writer
 from gptcore.tokenizer import BYTE_SPELLING, check_fingerprint, checked_ids
 
@@ -114,7 +115,7 @@ class PretrainedTokenizer:
 
         Raises:
             ValueError: it is damaged.
-            ImportError: the ``tokenizers`` package is missing.
+            MissingPackageError: the ``tokenizers`` package is missing.
         """
         library = _library()
         if state.get("format") != FORMAT:
@@ -203,14 +204,7 @@ def _spell(token: bytes) -> str:
 
 
 def _library() -> Any:
-    try:
-        import tokenizers
-        import tokenizers.decoders
-        import tokenizers.models
-        import tokenizers.pre_tokenizers
-    except ImportError as error:
-        raise ImportError("this tokenizer needs the tokenizers package; pip install 'gptcore[pretrained]'") from error
-    return tokenizers
+    return _extras.load("tokenizers", "this tokenizer")
 
 
 def _parse(library: Any, state: dict[str, Any], path: Path) -> Any:

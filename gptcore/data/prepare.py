@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gptcore._files import atomic_writer, publish_folder, temporary_sibling
+from gptcore._files import atomic_writer, folder_writer
 from gptcore.data.corpus import Document, documents, source_list, sources_state
 from gptcore.data.token_file import ShardWriter, TokenFile
 from gptcore.tokenizer import Tokenizer, get_tokenizer
@@ -193,7 +192,8 @@ def prepare(
         FileExistsError: if ``out_dir`` holds something that is no prepared corpus (then ``overwrite`` does
             not help either), or another or a damaged corpus and ``overwrite`` is False.
         FileNotFoundError, OSError, ValueError: from sources and tokenizers that cannot be read.
-        RuntimeError: if the sources change while they are being read, or a library that they need is missing.
+        MissingPackageError: if a library that the sources or the tokenizer need is not installed.
+        RuntimeError: if the sources change while they are being read.
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction must be greater than 0 and less than 1; got {val_fraction}")
@@ -217,10 +217,7 @@ def prepare(
     if existing is not None:
         return existing
 
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(out_dir)
-    temporary.mkdir()
-    try:
+    with folder_writer(out_dir) as temporary:
         with _Bars(progress) as bars:
             split, empty = _survey(documents(names, field=field), val_fraction, bars.start("Reading"))
 
@@ -249,9 +246,6 @@ def prepare(
         )
         used.save(temporary / "tokenizer.json")
         _write_report(report, settings, temporary / _REPORT)
-        publish_folder(temporary, out_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return report
 
 

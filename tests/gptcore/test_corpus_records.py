@@ -296,7 +296,7 @@ def test_a_library_that_is_not_installed(
     write_parquet(tmp_path, "text", TEXTS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, missing, None)
-    with pytest.raises(RuntimeError, match=rf"^{source}: .*; pip install 'gptcore\[data\]'$"):
+    with pytest.raises(ImportError, match=rf"^{source}: .*; pip install 'gptcore\[data\]'$"):
         texts(source)
 
 

@@ -456,8 +456,7 @@ def test_an_invalid_file_stops_it_before_anything_is_written(library: Path, tmp_
     (library / "zz.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"zz\.txt is not valid UTF-8: byte 0xe9 at offset 3"):
         run(library, tmp_path / "new" / "out")
-    assert names_in(tmp_path) == ["library", "new"]
-    assert names_in(tmp_path / "new") == []
+    assert names_in(tmp_path) == ["library"]
 
 
 def test_progress_goes_to_standard_error(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
