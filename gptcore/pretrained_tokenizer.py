@@ -26,7 +26,7 @@ class PretrainedTokenizer:
     """The interface of `gptcore.Tokenizer` over a ``tokenizers.Tokenizer``; special tokens may have any ids.
 
     Args:
-        tokenizer: the library's object.
+        tokenizer: the library's object. Truncation, padding and dropout are switched off in it.
         name: for people to read.
         end: the token that ends a text, if the model says; otherwise ``<|endoftext|>`` or its like is looked for.
         chat_template: a Jinja template that turns messages into a prompt; None if the model has none.
@@ -36,7 +36,7 @@ class PretrainedTokenizer:
     """
 
     def __init__(self, tokenizer: Any, name: str, *, end: str | None = None, chat_template: str | None = None) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = _of_the_whole_text(tokenizer)
         self.name = name
         self.chat_template = chat_template
         ids = [tokenizer.token_to_id(token) for token in (*_ENDS, *([end] if end else []))]
@@ -81,8 +81,7 @@ class PretrainedTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits that depend on the tokens, their ids and how text is split, and not on the name."""
-        parts = json.dumps([json.loads(self._tokenizer.to_str()), self.eot_token], sort_keys=True)
-        return hashlib.sha256(parts.encode()).hexdigest()[:32]
+        return _fingerprint(json.loads(self._tokenizer.to_str()), self.eot_token)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer to one JSON file, which is either complete or not there at all."""
@@ -128,7 +127,8 @@ class PretrainedTokenizer:
             tokenizer = cls(inner, state["name"], end=state["end"], chat_template=state["chat_template"])
         except KeyError as error:
             raise ValueError(f"{path} is a damaged tokenizer file: {error!r}") from error
-        check_fingerprint(path, tokenizer.fingerprint, state.get("fingerprint"))
+        # Of what the file holds: before truncation and dropout were switched off, they were saved as part of it.
+        check_fingerprint(path, _fingerprint(state["tokenizer"], tokenizer.eot_token), state.get("fingerprint"))
         return tokenizer
 
     @classmethod
@@ -201,6 +201,19 @@ def _join(token: bytes, ranks: dict[bytes, int], limit: int) -> tuple[bytes, byt
 
 def _spell(token: bytes) -> str:
     return "".join(BYTE_SPELLING[byte] for byte in token)
+
+
+def _of_the_whole_text(tokenizer: Any) -> Any:
+    """`tokenizer`, without what its makers' training left in the file: a longest length, padding, merges left to chance."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def _fingerprint(tokenizer: dict[str, Any], end: int) -> str:
+    return hashlib.sha256(json.dumps([tokenizer, end], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _library() -> Any:
