@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -128,7 +129,7 @@ class Prepare:
     vocab_size: int = 4096
     """Tokens of a trained BPE."""
     val_fraction: float = 0.1
-    """Share of the text kept for validation."""
+    """Share of the text's bytes kept for validation: whole documents or, where there are few, the end of the largest."""
     shard_tokens: int = 100_000_000
     """Tokens in each token file, of 2 bytes if the vocabulary has at most 65,536 tokens, otherwise of 4."""
     overwrite: bool = False
@@ -137,16 +138,20 @@ class Prepare:
     def run(self) -> int:
         from gptcore.data.prepare import prepare
 
-        report = prepare(
-            list(self.sources),
-            self.out,
-            field=self.field,
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-            val_fraction=self.val_fraction,
-            shard_tokens=self.shard_tokens,
-            overwrite=self.overwrite,
-        )
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", UserWarning)
+            report = prepare(
+                list(self.sources),
+                self.out,
+                field=self.field,
+                tokenizer=self.tokenizer,
+                vocab_size=self.vocab_size,
+                val_fraction=self.val_fraction,
+                shard_tokens=self.shard_tokens,
+                overwrite=self.overwrite,
+            )
+        for warning in warned:
+            print(f"gptcore: warning: {warning.message}", file=sys.stderr)
         print(report)
         return 0
 
