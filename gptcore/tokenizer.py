@@ -11,9 +11,10 @@ import binascii
 import hashlib
 import json
 import os
+import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -251,16 +252,24 @@ class Tokenizer:
         if vocab_size < _BYTES + 1:
             raise ValueError(f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}); got {vocab_size}")
         characters = 0
+        given_up = threading.Event()
 
         def counted() -> Iterator[str]:
             nonlocal characters
             for text in texts:
+                if given_up.is_set():
+                    raise InterruptedError
                 characters += len(text)
                 yield text
 
         trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue] - compiled, no stubs
         # The trainer holds a buffer of texts in memory at a time; ours may be long, so it is kept short.
-        trainer.train_from_iterator(counted(), vocab_size - 1, buffer_size=256, pattern=pattern)
+        train = partial(trainer.train_from_iterator, counted(), vocab_size - 1, buffer_size=256, pattern=pattern)
+        try:
+            _call_in_thread(train)
+        except KeyboardInterrupt:
+            given_up.set()
+            raise
         if characters == 0:
             raise ValueError("cannot train a tokenizer: the corpus is empty")
 
@@ -283,6 +292,23 @@ class Tokenizer:
         return sorted(self._special_tokens.items(), key=lambda item: item[1])
 
 
+def _call_in_thread(function: Callable[[], None]) -> None:
+    """Call compiled code that may run for minutes: it would not see Ctrl-C, and this does. The thread then runs on."""
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:  # raised again where it is waited for
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # so that it does not keep the process
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
 def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
     """``"gpt2"``, or a tokenizer at a path: a file, a folder with a ``tokenizer.json``, or a GGUF file.
 
@@ -297,7 +323,7 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
 
     if str(name_or_path) == "gpt2":
         return Tokenizer.gpt2(fetch.find("gpt2-bpe"))
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return PretrainedTokenizer.from_gguf(path)
     if path.is_dir():

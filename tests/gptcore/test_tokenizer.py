@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -117,6 +121,23 @@ def test_an_error_in_the_corpus_reaches_the_caller() -> None:
 
     with pytest.raises(OSError, match="disk on fire"):
         Tokenizer.train(texts(), 300)
+
+
+def test_ctrl_c_does_not_wait_for_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[bytes] = []
+
+    class Trainer:
+        """Compiled code that takes its time and knows of no signals."""
+
+        def train_from_iterator(self, texts: Iterator[str], *_: object, **__: object) -> None:
+            next(texts)
+            Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            finished.extend(map(partial(hashlib.pbkdf2_hmac, "sha256", b"", b""), [3_000_000]))
+
+    monkeypatch.setattr("rustbpe.Tokenizer", Trainer)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.train(["some text"] * 9, 300)
+    assert finished == []
 
 
 @pytest.mark.parametrize(
