@@ -118,8 +118,9 @@ class Prepare:
     """
 
     sources: Positional[tuple[str, ...]]
-    """Files (.jsonl, .jsonl.gz and .parquet hold a document per record), folders, globs, the names of fetched texts,
-    hf:NAME[:CONFIG[:SPLIT]] for a Hugging Face dataset, or python-docs: the documentation that comes with Python."""
+    """Files (.jsonl, .ndjson, .parquet and arrays in .json hold a document per record; .gz is unpacked), folders, globs,
+    the names of fetched texts, hf:NAME[:CONFIG[:SPLIT]] for a Hugging Face dataset, or python-docs: the documentation
+    that comes with Python."""
     out: Path
     """Folder to make."""
     field: str = "text"

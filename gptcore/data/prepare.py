@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcore._files import atomic_writer, folder_writer
-from gptcore.data.corpus import documents, source_list, sources_state
+from gptcore.data.corpus import documents, source_list, sources_state, unread_files
 from gptcore.data.split import CHANGED, RULE, Advance, Piece, survey
 from gptcore.data.token_file import ShardWriter, TokenFile
 from gptcore.tokenizer import Tokenizer, get_tokenizer
@@ -74,6 +74,8 @@ class PrepareReport:
     """Nats per validation token of a model that knows only how often each token comes; see ``prepare``."""
     cut_documents: int = 0
     """Documents whose end is in the validation split and whose rest is in the training split: counted in both."""
+    unread_files: dict[str, int] = field(default_factory=dict)
+    """What the sources' folders held besides the files that were read: how many of each ending, the most first."""
     reused: bool = False
     """True if the folder already held all this, and nothing was done."""
 
@@ -95,6 +97,10 @@ class PrepareReport:
             lines.append(f"  {_cut_in_two(self.cut_documents)}")
         if self.empty_documents:
             lines.append(f"  {self.empty_documents:,} documents without text were left out")
+        if self.unread_files:
+            kinds = [f"{count:,} {ending}" for ending, count in self.unread_files.items()]
+            shown = ", ".join(kinds[:8]) + (f" and {len(kinds) - 8:,} more kinds" if len(kinds) > 8 else "")
+            lines.append(f"  not read in folders: {shown} (a file that is named, or that a glob matches, is)")
         lines.append(f"  {self.bytes_per_token:.2f} bytes per token")
         lines.append(f"  unigram entropy {self.unigram_entropy:.4f} nats per token: a model must do better")
         return "\n".join(lines)
@@ -203,6 +209,7 @@ def prepare(
             empty_documents=split.empty,
             unigram_entropy=_unigram_entropy(train.counts, val.counts),
             cut_documents=split.cut_documents,
+            unread_files=unread_files(names),
         )
         used.save(temporary / "tokenizer.json")
         _write_report(report, settings, temporary / _REPORT)

@@ -95,6 +95,41 @@ def test_a_gzip_file_of_several_members(tmp_path: Path) -> None:
     assert texts(path) == ["one", "two"]
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "b.NDJSON.gz"])
+def test_other_names_for_json_lines(tmp_path: Path, name: str) -> None:
+    path = json_lines(name)(tmp_path, "text", TEXTS)
+    assert texts(path) == texts(tmp_path) == TEXTS
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b" \n"])
+@pytest.mark.parametrize("name", ["a.json", "a.JSON.gz"])
+def test_an_array_in_json_is_its_records(tmp_path: Path, name: str, before: bytes) -> None:
+    array = json.dumps([{"id": i, "text": text} for i, text in enumerate(TEXTS)], indent=1)
+    path = write_lines(tmp_path / name, before + array.encode())
+    assert texts(path) == texts(tmp_path / "*.[jJ]*") == TEXTS
+    assert names(path)[4] == f"{path}, record 5"
+
+
+def test_other_json_is_one_text(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.json", b'{"text": "one"}')
+    assert texts(path) == ['{"text": "one"}']
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (b'[{"text": "a"}, {"text": 1}]', "record 2: the field 'text' must be a string; got int 1"),
+        (b'[{"text": "a"}, {}]', "record 2: has no field 'text'; its fields are none"),
+        (b'[{"text": "a"}, 3]', "record 2: must be a JSON object; got int 3"),
+        (b'[{"text": "a"}', "is not valid JSON: Expecting ',' delimiter at character 14"),
+        (b'[{"text": "\xff"}]', "is not valid UTF-8: byte 0xff at offset 11"),
+    ],
+)
+def test_a_bad_array_in_json_is_named(tmp_path: Path, array: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"a\.json(, |: ){message}"):
+        texts(write_lines(tmp_path / "a.json", array))
+
+
 def test_byte_order_mark_blank_lines_and_line_ends(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "one"}\r\n\n  \n{"text": "two"}\n')
     assert texts(path) == ["one", "two"]

@@ -232,6 +232,22 @@ def test_the_report_can_be_read_back_and_printed(library: Path, tmp_path: Path) 
     assert f"{report.unigram_entropy:.4f} nats" in str(report)
 
 
+def test_the_report_says_what_was_not_read(library: Path, tmp_path: Path) -> None:
+    for name in ("a.html", "[bold]b.html", ":smile:.JSON"):
+        (library / name).write_text("not read")
+    report = run(library, tmp_path / "out")
+    assert report.unread_files == read_report(tmp_path / "out").unread_files == {".html": 2, ".json": 1}
+    assert "  not read in folders: 2 .html, 1 .json (a file that is named, or that a glob matches, is)\n" in str(report)
+    assert "not read" not in str(run(library / "*.txt", tmp_path / "named"))
+
+
+def test_a_home_folder_is_found(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Tokenizer.train(["another text entirely, of its own " * 9], 270).save(tmp_path / "mine.json")
+    report = run("~/library", Path("~/out"), tokenizer="~/mine.json")
+    assert (report.vocab_size, report.out_dir) == (270, tmp_path / "out")
+
+
 def test_preparing_again_does_nothing(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(library, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
