@@ -273,6 +273,27 @@ def test_killed_in_the_middle_leaves_nothing_and_the_next_goes_on(index: Path, t
     assert held(cache) == WHOLE
 
 
+@pytest.mark.parametrize("function", ["_download", "_extract", "_digest", "publish_folder"])
+def test_ctrl_c_leaves_nothing_and_what_was_there(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], function: str
+) -> None:
+    write_wheel(packages)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch_module, function, interrupted)
+        status, out, said = command(capsys, "fetch", "toy")
+        assert (status, out, said.splitlines()[-1]) == (130, "", "gptcore: interrupted")
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".toy.lock"]
+    fetch("toy", progress=False)
+    catalogue(monkeypatch, sha256="0" * 64)  # another version, which is not what comes
+    monkeypatch.setattr(fetch_module, function, interrupted)
+    assert command(capsys, "fetch", "toy")[0] == (2 if function == "publish_folder" else 130)
+    assert held(tmp_path / "cache") == WHOLE
+
+
 def test_two_at_once(packages: Path, tmp_path: Path) -> None:
     """The second waits, and finds it done."""
     from threading import Thread
