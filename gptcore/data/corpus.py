@@ -127,11 +127,11 @@ def unread_files(sources: str | Path | Sequence[str | Path]) -> dict[str, int]:
 
     Neither names that begin with a dot count, nor files that another source names. Raises as :func:`documents` does.
     """
-    read = {path.resolve() for _, files in _resolve(sources) for path in files}
+    read = {os.path.realpath(path) for _, files in _resolve(sources) for path in files}
     unread: dict[Path, str] = {}
     for source in source_list(sources):
         if not _is_named(source) and (folder := _place(source)).is_dir():
-            unread |= {path: kind for path, kind in _walk(folder) if kind and path.resolve() not in read}
+            unread |= {path: kind for path, kind in _walk(folder) if kind and os.path.realpath(path) not in read}
     return dict(sorted(Counter(unread.values()).items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -146,14 +146,14 @@ def source_list(sources: str | Path | Sequence[str | Path]) -> list[str]:
 
 def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, list[Path]]]:
     """Each source, once, with the files it stands for that no earlier source named."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     resolved = []
     for source in dict.fromkeys(source_list(sources)):
         new = []
         if source.startswith(HUGGING_FACE):
             _extras.load("datasets", source)
         for path in [] if _is_named(source) else _files(source):
-            if (real := path.resolve()) not in seen:
+            if (real := os.path.realpath(path)) not in seen:  # Path.resolve stumbles over links in a circle
                 seen.add(real)
                 new.append(path)
                 require_packages(path)

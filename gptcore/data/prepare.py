@@ -182,6 +182,7 @@ def prepare(
     if existing is not None:
         return existing
 
+    unread = unread_files(names)
     with folder_writer(out_dir) as temporary:
         with _Bars(progress) as bars:
             split = survey(documents(names, field=field), val_fraction, bars.start("Reading"))
@@ -209,7 +210,7 @@ def prepare(
             empty_documents=split.empty,
             unigram_entropy=_unigram_entropy(train.counts, val.counts),
             cut_documents=split.cut_documents,
-            unread_files=unread_files(names),
+            unread_files=unread,
         )
         used.save(temporary / "tokenizer.json")
         _write_report(report, settings, temporary / _REPORT)

@@ -69,11 +69,13 @@ def test_what_is_not_read_in_folders_is_counted(tmp_path: Path) -> None:
     elsewhere.mkdir()
     (folder / "link.txt").symlink_to(elsewhere)
     (folder / "sub/loop").symlink_to(folder)
-    counts = {".html": 2, "link to a folder": 2, ".csv": 1, ".gz": 1, ".json": 1, "no ending": 1}
+    (folder / "circle.html").symlink_to(folder / "circle.html")
+    (folder / "dangling.html").symlink_to(folder / "nowhere")
+    counts = {".html": 4, "link to a folder": 2, ".csv": 1, ".gz": 1, ".json": 1, "no ending": 1}
     assert unread_files([folder, folder / "sub"]) == counts
     assert list(unread_files(folder)) == list(counts)
     assert unread_files([folder, folder / "h.csv", folder / "*.html", "python-docs"]) == (
-        {"link to a folder": 2, ".gz": 1, ".html": 1, ".json": 1, "no ending": 1}
+        {".html": 3, "link to a folder": 2, ".gz": 1, ".json": 1, "no ending": 1}
     )
     assert unread_files(folder / "*") == {}
     assert texts(folder) == ["a.txt", "sub/i.txt"]
@@ -153,6 +155,13 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
         texts(tmp_path)
+
+
+def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "circle.txt").symlink_to(tmp_path / "circle.txt")
+    for read in texts, sources_state:
+        with pytest.raises(OSError, match=r"circle\.txt"):
+            read(tmp_path)
 
 
 def test_an_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
