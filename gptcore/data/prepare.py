@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +39,8 @@ _FILES = re.compile(rf"(train|val)(-\d{{5,}})?\.bin|tokenizer\.json|{re.escape(_
 _BATCH_CHARACTERS = 1 << 18
 """Encoded by one thread at a time: enough to make starting it cheap."""
 
+_LOST = 0.01
+"""The least `PrepareReport.lost_text` that is spoken of."""
 _Ids = Sequence[int] | NDArray[np.uint32]
 
 
@@ -74,6 +77,8 @@ class PrepareReport:
     """Nats per validation token of a model that knows only how often each token comes; see ``prepare``."""
     cut_documents: int = 0
     """Documents whose end is in the validation split and whose rest is in the training split: counted in both."""
+    lost_text: float = 0.0
+    """Share of a sample's characters that a tokenizer of other people's does not give back: dropped, or unknown to it."""
     unread_files: dict[str, int] = field(default_factory=dict)
     """What the sources' folders held besides the files that were read: how many of each ending, the most first."""
     reused: bool = False
@@ -95,6 +100,8 @@ class PrepareReport:
             lines.append(f"  {name:<9}  {counts}{shards}")
         if self.cut_documents:
             lines.append(f"  {_cut_in_two(self.cut_documents)}")
+        if self.lost_text > _LOST:
+            lines.append(f"  {_not_given_back(self.lost_text)}")
         if self.empty_documents:
             lines.append(f"  {self.empty_documents:,} documents without text were left out")
         if self.unread_files:
@@ -195,7 +202,7 @@ def prepare(
                 used = Tokenizer.train(texts, vocab_size)
             else:
                 used = given
-            train, val = _encode(read("Encoding"), used, temporary, shard_tokens)
+            train, val, lost_text = _encode(read("Encoding"), used, temporary, shard_tokens)
         if sources_state(names) != settings["sources_state"]:
             raise RuntimeError(CHANGED)
         report = PrepareReport(
@@ -210,12 +217,15 @@ def prepare(
             empty_documents=split.empty,
             unigram_entropy=_unigram_entropy(train.counts, val.counts),
             cut_documents=split.cut_documents,
+            lost_text=lost_text,
             unread_files=unread,
         )
         used.save(temporary / "tokenizer.json")
         _write_report(report, settings, temporary / _REPORT)
     if report.cut_documents:
         warnings.warn(_cut_in_two(report.cut_documents), stacklevel=2)
+    if report.lost_text > _LOST:
+        warnings.warn(_not_given_back(report.lost_text), stacklevel=2)
     return report
 
 
@@ -279,16 +289,19 @@ class _Encoded:
 
 def _encode(
     pieces: Iterable[Piece], tokenizer: Tokenizer | PretrainedTokenizer, folder: Path, shard_tokens: int
-) -> tuple[_Encoded, _Encoded]:
-    """Write the shards of the training and of the validation split."""
+) -> tuple[_Encoded, _Encoded, float]:
+    """Write the shards of the training and of the validation split; also returns `PrepareReport.lost_text`."""
     train, val = (_Encoded(folder, name, shard_tokens, tokenizer) for name in ("train", "val"))
+    lost = None
     with train.writer, val.writer:
         for encoded in _encoded_batches(pieces, tokenizer):
+            if lost is None:
+                lost = _lost_text(encoded, tokenizer)
             for split, in_val in (train, False), (val, True):
                 split.write(pair for pair in encoded if pair[0].in_val == in_val)
     if not (train.counts.any() and val.counts.any()):
         raise ValueError("the corpus is too short to split: a document of one character cannot be cut in two")
-    return train, val
+    return train, val, lost or 0.0
 
 
 def _encoded_batches(
@@ -337,6 +350,30 @@ def _batches(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
 def _cut_in_two(count: int) -> str:
     which = "the largest document was" if count == 1 else f"the largest document, which comes {count:,} times, was"
     return f"{which} cut in two, the end for validation: whole documents would have missed val_fraction"
+
+
+def _lost_text(encoded: Iterable[tuple[Piece, _Ids]], tokenizer: Tokenizer | PretrainedTokenizer) -> float:
+    """The share of the characters of the first pieces that decoding does not give back.
+
+    Spaces, case, accents and other ways to write a character do not count: there are good tokenizers that change them.
+    """
+    from gptcore.pretrained_tokenizer import PretrainedTokenizer
+
+    before, after = Counter[str](), Counter[str]()
+    if isinstance(tokenizer, PretrainedTokenizer):  # ours give back every byte
+        for piece, ids in encoded:
+            before.update(unicodedata.normalize("NFKD", piece.text.casefold()))
+            after.update(unicodedata.normalize("NFKD", tokenizer.decode(ids).casefold()))
+            if before.total() > _BATCH_CHARACTERS:
+                break
+    for character in list(before):
+        if character.isspace() or unicodedata.combining(character):
+            del before[character]
+    return (before - after).total() / max(before.total(), 1)
+
+
+def _not_given_back(share: float) -> str:
+    return f"the tokenizer does not give back {share:.0%} of the characters: it drops them, or has no tokens for them"
 
 
 def _unigram_entropy(train: NDArray[np.int64], val: NDArray[np.int64]) -> float:

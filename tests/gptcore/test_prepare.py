@@ -139,6 +139,7 @@ def test_the_same_corpus_gives_the_same_bytes(library: Path, tmp_path: Path) -> 
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:the largest document")
 def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("the cat sat on the mat " * 90 + "zyzzyva " * 25)
     run(tmp_path / "a.txt", tmp_path / "out", vocab_size=265, val_fraction=0.088)

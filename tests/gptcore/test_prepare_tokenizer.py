@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gptcore.data.prepare import open_split, prepare
+from gptcore.data.prepare import open_split, prepare, read_report
 from gptcore.pretrained_tokenizer import byte_level_bpe
 from gptcore.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
 
@@ -48,6 +49,7 @@ def save(folder: Path, state: dict[str, Any], changes: dict[str, Any]) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:the largest document")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -96,3 +98,27 @@ def test_a_file_saved_with_truncation_is_read_and_no_longer_obeyed(tmp_path: Pat
         ValueError, match=r"damaged\.json is a damaged tokenizer file: its contents have the fingerprint"
     ):
         get_tokenizer(tmp_path / "damaged.json")
+
+
+@pytest.mark.filterwarnings("ignore:the largest document")
+def test_a_tokenizer_that_loses_text_is_spoken_of(tmp_path: Path) -> None:
+    """Letters are all that it knows: others are dropped, or become <unk>."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, normalizers
+
+    letters = {chr(i): i - 97 for i in range(97, 123)} | {" ": 26, "\n": 27, END_OF_TEXT: 28, "<unk>": 29}
+    for unknown in None, "<unk>":
+        library = Library(models.BPE(letters, [], unk_token=unknown))
+        library.normalizer = normalizers.Sequence(
+            [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+        )
+        library.save(str(tmp_path / "tokenizer.json"))
+        for text, lost in ("letters Ünd AŻŹ\n" * 40, 0.0), ("aaa ж 1\n" * 40, 0.4):
+            (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+            out = tmp_path / f"{unknown}{lost}"
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                report = prepare(tmp_path / "a.txt", out, tokenizer=tmp_path, progress=False)
+            said = f"the tokenizer does not give back {lost:.0%} of the characters"
+            assert report.lost_text == read_report(out).lost_text == pytest.approx(lost)
+            assert (said in str(report)) == (said in str([str(w.message) for w in warned])) == (lost > 0)
