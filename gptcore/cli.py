@@ -331,7 +331,7 @@ class Export:
 
         from gptcore.models import GPT
         from gptcore.tokenizer import get_tokenizer
-        from gptcore.weights import config_to_huggingface, locate, save_huggingface
+        from gptcore.weights import config_to_huggingface, locate, read_generation, save_huggingface
 
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise FileExistsError(f"out: {self.out} holds something; accepted are a new or an empty folder")
@@ -340,7 +340,8 @@ class Export:
         model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
         config_to_huggingface(model.config)  # without a twin at Hugging Face it is an error before anything is written
         tokenizer = get_tokenizer(place)
-        save_huggingface(self.out, model.config, model.state_dict())
+        generation = read_generation(place) | tokenizer.special_ids(model.config.vocab_size)
+        save_huggingface(self.out, model.config, model.state_dict(), generation)
         tokenizer.save_huggingface(self.out)
         print(f"{self.out}: {model.num_parameters():,} parameters; load it with AutoModelForCausalLM and AutoTokenizer")
         return 0

@@ -12,7 +12,7 @@ from gptcore.chat import Chat, converse, render
 from gptcore.generate import _Text, generate_text, pad_left, penalise, stream_text
 from gptcore.inside import cache_bytes_per_token, describe, draw_attention
 from gptcore.pretrained_tokenizer import PretrainedTokenizer
-from gptcore.tokenizer import Tokenizer, get_tokenizer
+from gptcore.tokenizer import Tokenizer
 
 TEXT = "the cat sat on the mat and the dog sat on the log, naïve \U0001f600 1999. " * 30
 TEMPLATE = (
@@ -36,7 +36,7 @@ def talker() -> PretrainedTokenizer:
     made = Library(models.BPE(alphabet, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     made.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    return PretrainedTokenizer(made, "talker", end="<|im_end|>", chat_template=TEMPLATE)
+    return PretrainedTokenizer(made, "talker", special_tokens_map={"eos_token": "<|im_end|>"}, chat_template=TEMPLATE)
 
 
 def make(vocab_size: int, preset: str = "llama-tiny", **changes) -> GPT:
@@ -166,33 +166,6 @@ def test_with_whom_no_conversation_can_be_had(talker: PretrainedTokenizer):
         Chat(model, plain)
 
 
-def test_an_exported_folder_is_what_transformers_loads(tokenizer: Tokenizer, tmp_path: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from gptcore.cli import main
-
-    model = make(tokenizer.vocab_size)
-    model.save_pretrained(tmp_path / "run")
-    tokenizer.save(tmp_path / "run" / "tokenizer.json")
-    with pytest.raises(SystemExit) as stop:
-        main(["export", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "hf")])
-    assert stop.value.code == 0
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in ("the cat sat", "naïve \U0001f600  1999\n\n x", "unseen WORDS?!"):
-        ids = their_tokenizer(text)["input_ids"]
-        assert ids == tokenizer.encode(text)
-        torch.testing.assert_close(theirs(torch.tensor([ids])).logits, model(torch.tensor([ids])), rtol=1e-4, atol=1e-5)
-    assert their_tokenizer.eos_token_id == tokenizer.eot_token
-    again = get_tokenizer(tmp_path / "hf")
-    assert again.encode("the dog") == tokenizer.encode("the dog")
-    assert again.eot_token == tokenizer.eot_token
-    for _ in range(2):  # a folder that holds something is left alone
-        with pytest.raises(SystemExit) as stop:
-            main(["export", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "hf")])
-        assert stop.value.code == 2
-
-
 def test_attention_is_drawn(tokenizer: Tokenizer, tmp_path: Path):
     model = make(tokenizer.vocab_size, attention_impl="explicit")
     out = tmp_path / "map.png"
@@ -230,7 +203,7 @@ def test_documents_end_with_a_text_s_end_and_replies_with_a_turn_s():
 
     made = Library(models.BPE({"a": 0}, []))
     made.add_special_tokens(["<|eot_id|>", "<|end_of_text|>"])
-    tokenizer = PretrainedTokenizer(made, "llama 3", end="<|eot_id|>")
+    tokenizer = PretrainedTokenizer(made, "llama 3", special_tokens_map={"eos_token": "<|eot_id|>"})
     assert tokenizer.eot_token == made.token_to_id("<|end_of_text|>")
     assert set(tokenizer.stop_tokens) == {1, 2}
     with pytest.raises(ValueError, match="has no token that ends a text"):
