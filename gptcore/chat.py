@@ -140,7 +140,8 @@ class Chat:
             if dropped >= len(turns):
                 raise ValueError(f"message: got {len(prompt)} tokens; accepted are up to {room} beside a reply")
         answer = ""
-        for piece in stream_text(self.model, self.tokenizer, prompt, self.max_new_tokens, **self.sampling):
+        stream = stream_text(self.model, self.tokenizer, prompt, self.max_new_tokens, continues=False, **self.sampling)
+        for piece in stream:
             answer += piece
             yield piece
         self.turns = [*turns[dropped:], {"role": "assistant", "content": answer}]

@@ -110,6 +110,114 @@ def test_a_stream_shows_whole_characters_and_nothing_of_a_stop_string(tokenizer:
     )  # a text that ends inside a character: ids under 256 are bytes
 
 
+def sentencepiece(*added: str) -> PretrainedTokenizer:
+    """Words with their space before them, bytes for other characters, and tokens that were added later."""
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Library
+
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *"abcdehnot",
+        "\u2581t",
+        "\u2581th",
+    ]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [("\u2581", "t"), ("\u2581t", "h")]
+    made = Library(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(parts)
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>", *added)])
+    return PretrainedTokenizer(made, "sp", special_tokens_map={"bos_token": "<s>", "eos_token": "</s>"})
+
+
+@pytest.mark.parametrize(
+    "text", [" the cat", "  the", "the", " naïve \U0001f600\U0001f601 \u65e5\u672c on", " \n\n the "]
+)
+def test_a_stream_goes_on_from_its_prompt(text: str):
+    tokenizer = sentencepiece("<pad>")
+    for prompt in ("on the cat", "\u65e5", "no"):
+        whole = tokenizer.encode_prompt(prompt + text)
+        before = next(n for n in range(len(whole), 0, -1) if tokenizer.decode(whole[:n]) == prompt)
+        shown = _Text(tokenizer, (), whole[:before])
+        pieces = [shown.push(i) for i in whole[before:]]
+        assert "".join(pieces) + shown.end() == text
+        assert all("\ufffd" not in piece for piece in pieces)
+    # A text of its own begins as the tokenizer decodes it; special tokens are nothing, nor are ids that nobody has.
+    pad = tokenizer.encode("<pad>", allowed_special="all")[-1]
+    mine = [pad, *(i for token in tokenizer.encode(text) for i in (token, tokenizer.vocab_size + 7)), pad]
+    assert "".join(push(tokenizer, mine, ())[0]) == text
+
+
+def test_tokens_that_end_and_begin_inside_characters():
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"\xa9\xc3": 256}
+    tokenizer = Tokenizer("odd", r"(?s).+", ranks, {"<|endoftext|>": 257})
+    ids = tokenizer.encode("\u00e9" * 9)
+    assert ids == [0xC3, *[256] * 8, 0xA9]
+    assert push(tokenizer, ids, ())[0] == ["", *["\u00e9"] * 9, ""]  # each as soon as it is there
+    nonsense = "".join(push(tokenizer, [0xFF] * 9 + [0x61], ())[0])
+    assert nonsense == "\ufffd" * 9 + "a"
+
+
+def test_models_with_more_rows_or_fewer_than_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Padded vocabularies, gaps among the ids, a <pad> that was added and has no row: as transformers decodes them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gptcore.cli import main
+
+    base = sentencepiece().vocab_size
+    for rows, added in ((base + 60, ()), (base, ("<pad>",))):
+        tokenizer, model, folder = sentencepiece(*added), make(rows, context=64), tmp_path / str(rows)
+        with torch.no_grad():
+            model.wte.weight[3:259] = 0  # bytes, whose text depends on all that follow, do not come
+        model.save_pretrained(folder)
+        tokenizer.save(folder / "tokenizer.json")
+        with pytest.raises(SystemExit):
+            main(["export", "--model", str(folder), "--out", str(folder / "hf")])
+        theirs = AutoModelForCausalLM.from_pretrained(folder / "hf")
+        their_tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+        expected = {}
+        for prompt in ("the cat", "on"):
+            ids = torch.tensor([tokenizer.encode_prompt(prompt)])
+            ids = theirs.generate(ids, max_new_tokens=50, do_sample=False)
+            assert rows == base or int(ids.max()) >= base  # one without a token did come
+            expected[prompt] = their_tokenizer.decode(ids[0], skip_special_tokens=True)
+        options = ["--dtype", "fp32", "--kernels", "reference", "--max-new-tokens", "50", "--temperature", "0"]
+        for prompts in (["the cat"], ["the cat", "on"]):
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stop:
+                main(["generate", "--model", str(folder), *options, *prompts])
+            assert stop.value.code == 0
+            assert capsys.readouterr().out == "\n\n".join(expected[prompt] for prompt in prompts) + "\n"
+    with pytest.raises(ValueError, match=f"tokens: got id {base}; accepted are 0 to {base - 1}"):
+        list(stream_text(model, tokenizer, tokenizer.encode("<pad>", allowed_special="all"), 1))
+    small = make(base - 1)
+    small.save_pretrained(tmp_path / "small")
+    tokenizer.save(tmp_path / "small" / "tokenizer.json")
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", str(tmp_path / "small"), "the"])
+    assert f"tokenizer: has {base} tokens; accepted are at most the model's {base - 1}" in capsys.readouterr().err
+
+
+def test_ids_with_gaps():
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models
+
+    made = Library(models.BPE({"a": 0, "b": 5, "</s>": 9}, []))
+    made.decoder = decoders.Fuse()
+    tokenizer = PretrainedTokenizer(made, "gaps")
+    assert (tokenizer.vocab_size, tokenizer.stop_tokens) == (10, (9,))
+    assert tokenizer.decode([0, 3, 5]) == "ab"
+    assert "".join(push(tokenizer, [3, 0, 4, 5, 12, 9, 0], ())[0]) == "ab"
+    model = make(16)
+    text = "".join(stream_text(model, tokenizer, [0, 5], 60, seed=1, temperature=3.0))
+    assert set(text) <= {"a", "b"}
+
+
 def test_text_is_what_the_tokens_say(tokenizer: Tokenizer):
     model = make(tokenizer.vocab_size)
     prompts = ["the cat sat", "log", "on the mat and the"]
