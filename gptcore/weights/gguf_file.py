@@ -27,9 +27,13 @@ _PARTS = {
 }
 
 
-@lru_cache(maxsize=1)
 def _reader(path: Path) -> Any:
     """The library's reader; kept for the tokenizer after the weights, since it looks at every token of the vocabulary."""
+    return _kept_reader(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _kept_reader(path: Path, modified: int) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
