@@ -176,10 +176,11 @@ def converse(chat: Chat, ask: Callable[[], str], show: Callable[[str], None]) ->
             try:
                 for piece in chat.reply(text):
                     show(piece)
-                show("\n")
             except ValueError as error:
-                show(f"({error})\n")
+                show(f"({error})")
             except KeyboardInterrupt:  # ends the reply, not the conversation
-                show("\n(interrupted)\n")
+                show("\n(interrupted)")
+            finally:
+                show("\n")
             if chat.forgotten > before:
                 show(f"(the oldest {chat.forgotten} messages no longer fit into the context)\n")

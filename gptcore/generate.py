@@ -38,16 +38,21 @@ class Sampling:
     """Makes the sample repeatable; another one is drawn each time if left out."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
+        # Outside these ranges a float32 of ordinary size overflows when it is divided or multiplied.
+        if self.temperature != 0.0 and not 1e-6 <= self.temperature < float("inf"):
             raise ValueError(
-                f"temperature: got {self.temperature}; accepted are 0 (the likeliest token) and positive numbers"
+                f"temperature: got {self.temperature}; accepted are 0 (the likeliest token) and numbers from 1e-6 on"
             )
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(f"top_k: got {self.top_k}; accepted are positive integers, or None for all")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: got {self.top_p}; accepted is 0 < top_p <= 1, or None for all")
-        if not 0.0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty: got {self.repetition_penalty}; accepted are positive numbers")
+        if not 1e-6 <= self.repetition_penalty <= 1e9:
+            raise ValueError(
+                f"repetition_penalty: got {self.repetition_penalty}; accepted are numbers from 1e-6 to 1e9, 1 for none"
+            )
+        if self.seed is not None and not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**64):
+            raise ValueError(f"seed: got {self.seed}; accepted are integers from -2**63 to 2**64 - 1, or None for any")
 
 
 def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:

@@ -78,17 +78,18 @@ class PretrainedTokenizer:
         if allowed_special not in ("all", ()):
             raise ValueError(f"allowed_special: got {allowed_special!r}; accepted are 'all' and none")
         self._tokenizer.encode_special_tokens = allowed_special != "all"
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(_characters(text), add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """`encode`, with what the model wants to see before a text (Llama 3's begin-of-text token)."""
         self._tokenizer.encode_special_tokens = True
-        return self._tokenizer.encode(text, add_special_tokens=True).ids
+        return self._tokenizer.encode(_characters(text), add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``[self.encode(text) for text in texts]``, on all processor cores."""
         self._tokenizer.encode_special_tokens = True
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        whole = [_characters(text) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(whole, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of token ids; special tokens are written out unless they are to be skipped, ids in a gap are nothing.
@@ -214,6 +215,15 @@ def _join(token: bytes, ranks: dict[bytes, int], limit: int) -> tuple[bytes, byt
         at = pairs.index(best)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]
+
+
+def _characters(text: str) -> str:
+    """`text` with U+FFFD for half characters (JSON and command lines may have some), which the library does not take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _spell(token: bytes) -> str:

@@ -285,10 +285,36 @@ def test_attention_is_drawn(tokenizer: Tokenizer, tmp_path: Path):
     assert out.read_bytes().startswith(b"\x89PNG")
     out.unlink()
     for changes, match in (({"layers": [2]}, r"layers: got \[2\]; accepted are one or more of 0 to 1"),
-                           ({"heads": []}, r"heads: got \[\]"), ({"text": ""}, "text: got none")):  # fmt: skip
+                           ({"heads": []}, r"heads: got \[\]"),
+                           ({"text": ""}, "text: got no tokens; accepted are 1 to 64")):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             draw_attention(model, tokenizer, **({"text": "a", "out": out} | changes))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_of_many_tokens_is_no_larger_than_it_can_show(tmp_path: Path):
+    tokenizer = Tokenizer.train([TEXT], vocab_size=257)  # bytes
+    model = make(257, attention_impl="explicit", context=600)
+    draw_attention(model, tokenizer, "a" * 512, tmp_path / "map.png", layers=[1], heads=[0])
+    width, height = (int.from_bytes((tmp_path / "map.png").read_bytes()[at : at + 4], "big") for at in (16, 20))
+    assert 1024 < width < 1700  # two pixels a token
+    assert 1024 < height < 1700
+    with pytest.raises(ValueError, match="text: got 513 tokens; accepted are 1 to 512"):
+        draw_attention(model, tokenizer, "a" * 513, tmp_path / "map.png")
+
+
+def test_a_token_beside_a_picture_is_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No formula, though it has dollar signs."""
+    from matplotlib.axes import Axes
+
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"$\\": 256, b"$\\q": 257, b"$\\q$": 258}
+    tokenizer = Tokenizer("dollars", r"(?s)\S+|\s+", ranks, {"<|endoftext|>": 259})
+    shown = []
+    set_xticks = Axes.set_xticks
+    monkeypatch.setattr(Axes, "set_xticks", lambda *a, **k: (shown.extend(a[2:]), set_xticks(*a, **k))[1])
+    model = make(260, attention_impl="explicit")
+    draw_attention(model, tokenizer, "$\\q$\n$$ :end:", tmp_path / "map.png", layers=[0], heads=[0])
+    assert shown == [["$\\\\q$", "\\n", "$", "$", " ", *":end:"]]
 
 
 def test_a_model_is_described():
