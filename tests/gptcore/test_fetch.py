@@ -240,11 +240,10 @@ def test_a_debian_package_without_apt(index: Path, tmp_path: Path, monkeypatch: 
 
 
 KILLED = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
-sys.path.insert(0, {tests!r})
 from types import MappingProxyType
-import test_fetch
+from tests.gptcore import test_fetch
 from gptcore import fetch
 cache = Path({cache!r})
 fetch.cache_folder = lambda: cache
@@ -263,7 +262,7 @@ fetch.fetch("toy", progress=False)
 def test_killed_in_the_middle_leaves_nothing_and_the_next_goes_on(index: Path, tmp_path: Path, function: str) -> None:
     write_wheel(index)
     cache = tmp_path / "cache"
-    code = KILLED.format(tests=str(Path(__file__).parent), cache=str(cache), function=function)
+    code = KILLED.format(cache=str(cache), function=function)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
