@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
+from gptcore._extras import MissingPackageError
 from gptcore.config import Kernels
 from gptcore.generate import Sampling
 from gptcore.train.config import TrainConfig, read_values
@@ -130,7 +132,7 @@ class Prepare:
     vocab_size: int = 4096
     """Tokens of a trained BPE."""
     val_fraction: float = 0.1
-    """Share of the text kept for validation."""
+    """Share of the text's bytes kept for validation: whole documents or, where there are few, the end of the largest."""
     shard_tokens: int = 100_000_000
     """Tokens in each token file, of 2 bytes if the vocabulary has at most 65,536 tokens, otherwise of 4."""
     overwrite: bool = False
@@ -139,16 +141,20 @@ class Prepare:
     def run(self) -> int:
         from gptcore.data.prepare import prepare
 
-        report = prepare(
-            list(self.sources),
-            self.out,
-            field=self.field,
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-            val_fraction=self.val_fraction,
-            shard_tokens=self.shard_tokens,
-            overwrite=self.overwrite,
-        )
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", UserWarning)
+            report = prepare(
+                list(self.sources),
+                self.out,
+                field=self.field,
+                tokenizer=self.tokenizer,
+                vocab_size=self.vocab_size,
+                val_fraction=self.val_fraction,
+                shard_tokens=self.shard_tokens,
+                overwrite=self.overwrite,
+            )
+        for warning in warned:
+            print(f"gptcore: warning: {warning.message}", file=sys.stderr)
         print(report)
         return 0
 
@@ -188,8 +194,8 @@ class _Loading:
         wide = self.dtype == "fp32" or (self.dtype == "auto" and (device, self.kernels) == ("cpu", "reference"))
         dtype = torch.float32 if wide else torch.bfloat16
         place = locate(self.model)
+        tokenizer = get_tokenizer(self.tokenizer or place)  # first: one that cannot be had is an error at once
         model = GPT.from_pretrained(place, dtype=dtype, kernels=self.kernels, **changes).to(device).eval()
-        tokenizer = get_tokenizer(self.tokenizer or place)
         if tokenizer.base_size > model.config.vocab_size:  # tokens that were added later may lack rows: they never come
             raise ValueError(
                 f"tokenizer: has {tokenizer.base_size} tokens; accepted are at most the model's {model.config.vocab_size}"
@@ -348,20 +354,23 @@ class Export:
     def run(self) -> int:
         import torch
 
+        from gptcore import _extras
+        from gptcore._files import folder_writer
         from gptcore.models import GPT
         from gptcore.tokenizer import get_tokenizer
-        from gptcore.weights import config_to_huggingface, locate, read_generation, save_huggingface
+        from gptcore.weights import locate, read_generation, save_huggingface
 
+        _extras.load("tokenizers", "export")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise FileExistsError(f"out: {self.out} holds something; accepted are a new or an empty folder")
         dtypes = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         place = locate(self.model)
-        model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
-        config_to_huggingface(model.config)  # without a twin at Hugging Face it is an error before anything is written
         tokenizer = get_tokenizer(place)
+        model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
         generation = read_generation(place) | tokenizer.special_ids(model.config.vocab_size)
-        save_huggingface(self.out, model.config, model.state_dict(), generation)
-        tokenizer.save_huggingface(self.out)
+        with folder_writer(self.out.resolve()) as folder:
+            save_huggingface(folder, model.config, model.state_dict(), generation)
+            tokenizer.save_huggingface(folder)
         print(f"{self.out}: {model.num_parameters():,} parameters; load it with AutoModelForCausalLM and AutoTokenizer")
         return 0
 
@@ -403,7 +412,7 @@ class Train(TrainConfig):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; an error that the user can mend is one line and exit status 2."""
+    """Runs the command line; an error that the user can mend is one line and exit status 2, Ctrl-C one line and 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verbs = {
         "info": Info,
@@ -430,7 +439,10 @@ def main(arguments: list[str] | None = None) -> None:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141  # as shells have it for a command that such a pipe ended
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MissingPackageError) as error:
         print(f"gptcore: error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("gptcore: interrupted", file=sys.stderr)
+        status = 130  # as shells have it for a command that Ctrl-C ended
     sys.exit(status)

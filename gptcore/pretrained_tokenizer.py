@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from gptcore import _extras
 from gptcore._files import atomic_writer
 from gptcore.tokenizer import BYTE_SPELLING, check_fingerprint, checked_ids
 
@@ -26,7 +27,7 @@ class PretrainedTokenizer:
     """The interface of `gptcore.Tokenizer` over a ``tokenizers.Tokenizer``; special tokens may have any ids.
 
     Args:
-        tokenizer: the library's object.
+        tokenizer: the library's object. Truncation, padding and dropout are switched off in it.
         name: for people to read.
         special_tokens_map: the special tokens by transformers' names (``bos_token``, ``eos_token``, ...).
         stop: ids after which the model's makers end generation, besides ``eos_token`` and ``<|endoftext|>`` or its like.
@@ -48,7 +49,7 @@ class PretrainedTokenizer:
         chat_template: str | Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = _of_the_whole_text(tokenizer)
         self.name = name
         self.special_tokens_map = dict(special_tokens_map or {})
         """Special tokens by transformers' names, which chat templates know them by."""
@@ -116,8 +117,7 @@ class PretrainedTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits that depend on the tokens, their ids and how text is split, and not on the name."""
-        parts = json.dumps([json.loads(self._tokenizer.to_str()), self.eot_token], sort_keys=True)
-        return hashlib.sha256(parts.encode()).hexdigest()[:32]
+        return _fingerprint(json.loads(self._tokenizer.to_str()), self.eot_token)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer to one JSON file, which is either complete or not there at all."""
@@ -153,7 +153,7 @@ class PretrainedTokenizer:
 
         Raises:
             ValueError: it is damaged.
-            ImportError: the ``tokenizers`` package is missing.
+            MissingPackageError: the ``tokenizers`` package is missing.
         """
         library = _library()
         if state.get("format") != FORMAT:
@@ -168,7 +168,8 @@ class PretrainedTokenizer:
             tokenizer = cls(inner, state["name"], chat_template=state["chat_template"], **known)
         except KeyError as error:
             raise ValueError(f"{path} is a damaged tokenizer file: {error!r}") from error
-        check_fingerprint(path, tokenizer.fingerprint, state.get("fingerprint"))
+        # Of what the file holds: before truncation and dropout were switched off, they were saved as part of it.
+        check_fingerprint(path, _fingerprint(state["tokenizer"], tokenizer.eot_token), state.get("fingerprint"))
         return tokenizer
 
     @classmethod
@@ -230,17 +231,21 @@ def _spell(token: bytes) -> str:
     return "".join(BYTE_SPELLING[byte] for byte in token)
 
 
+def _of_the_whole_text(tokenizer: Any) -> Any:
+    """`tokenizer`, without what its makers' training left in the file: a longest length, padding, merges left to chance."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def _fingerprint(tokenizer: dict[str, Any], end: int) -> str:
+    return hashlib.sha256(json.dumps([tokenizer, end], sort_keys=True).encode()).hexdigest()[:32]
+
+
 def _library() -> Any:
-    try:
-        import tokenizers
-        import tokenizers.decoders
-        import tokenizers.models
-        import tokenizers.normalizers
-        import tokenizers.pre_tokenizers
-        import tokenizers.processors
-    except ImportError as error:
-        raise ImportError("this tokenizer needs the tokenizers package; pip install 'gptcore[pretrained]'") from error
-    return tokenizers
+    return _extras.load("tokenizers", "this tokenizer")
 
 
 def _parse(library: Any, state: dict[str, Any], path: Path) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gptcore import fetch
+from gptcore import _extras, fetch
 from gptcore.data.records import (
     HUGGING_FACE,
     RECORD_SUFFIXES,
@@ -25,6 +25,7 @@ from gptcore.data.records import (
     holds_records,
     read_dataset,
     read_records,
+    require_packages,
 )
 
 PYTHON_DOCS = "python-docs"
@@ -83,7 +84,8 @@ def documents(sources: str | Path | Sequence[str | Path], *, field: str = "text"
     Raises (before the first document comes, except for what only reading can show):
         ValueError: if there are no sources, a file is not UTF-8 (when its pieces are read), or a record is bad.
         FileNotFoundError: if a source names nothing, a folder has no such file, or a corpus has not been fetched.
-        RuntimeError: if a library that a source needs is not installed, or a dataset cannot be loaded.
+        MissingPackageError: if a library that a source needs is not installed.
+        RuntimeError: if a dataset cannot be loaded.
         OSError: if a file or folder cannot be read.
     """
     for source, files in _resolve(sources):
@@ -131,10 +133,13 @@ def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, list
     resolved = []
     for source in dict.fromkeys(source_list(sources)):
         new = []
+        if source.startswith(HUGGING_FACE):
+            _extras.load("datasets", source)
         for path in [] if source == PYTHON_DOCS or source.startswith(HUGGING_FACE) else _files(source):
             if (real := path.resolve()) not in seen:
                 seen.add(real)
                 new.append(path)
+                require_packages(path)
         resolved.append((source, new))
     return resolved
 

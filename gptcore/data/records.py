@@ -14,6 +14,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from gptcore import _extras
+
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 """The endings of files that hold records; others hold one text."""
 HUGGING_FACE = "hf:"
@@ -29,12 +31,18 @@ def holds_records(path: Path) -> bool:
     return path.name.lower().endswith(RECORD_SUFFIXES)
 
 
+def require_packages(path: Path) -> None:
+    """Raises ``MissingPackageError`` if the file cannot be read for want of a package, without reading it."""
+    if path.name.lower().endswith(".parquet"):
+        _extras.load("pyarrow", str(path))
+
+
 def read_records(path: Path, field: str) -> Iterator[tuple[str, str]]:
     """The ``(name, text)`` of each record of a file; the name tells the line, or the row, from 1.
 
     Raises:
         ValueError: if the file is damaged, has no such field, or a record's is no string.
-        RuntimeError: if the file is Parquet and pyarrow is not installed.
+        MissingPackageError: if the file is Parquet and pyarrow is not installed.
         OSError: if the file cannot be read.
     """
     if path.name.lower().endswith(".parquet"):
@@ -97,11 +105,7 @@ def _lines(file: BufferedIOBase, path: Path) -> Iterator[bytes]:
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise RuntimeError(f"{path}: reading Parquet needs pyarrow; pip install 'gptcore[data]'") from error
+    pa, parquet = (_extras.load(module, str(path)) for module in ("pyarrow", "pyarrow.parquet"))
     row = 0
     try:
         with parquet.ParquetFile(path, memory_map=False) as file:
@@ -128,12 +132,7 @@ def _value(scalar: Any, name: str) -> Any:
 
 def _load_dataset(source: str) -> Any:
     """A dataset as a table that is mapped into memory. The first time, it is downloaded."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise RuntimeError(
-            f"{source}: Hugging Face datasets need their library; pip install 'gptcore[data]'"
-        ) from error
+    datasets = _extras.load("datasets", source)
     name, config, split = [*source.removeprefix(HUGGING_FACE).split(":", 2), "", ""][:3]  # a split may be train[:9]
     if not name:
         raise ValueError(f"source: got {source!r}; accepted are hf:NAME, hf:NAME:CONFIG and hf:NAME:CONFIG:SPLIT")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from gptcore import _extras
 from gptcore._files import atomic_writer
 from gptcore.config import GPTConfig
 from gptcore.weights.huggingface import (
@@ -145,6 +146,7 @@ def locate(path_or_name: str | Path) -> Path:
 
     Raises:
         WeightsError: there is none; says what to do.
+        MissingPackageError: it may be the hub's, and what that needs is not installed.
     """
     place = Path(path_or_name).expanduser()
     if place.is_dir():
@@ -183,11 +185,9 @@ def check_state(state: dict[str, Tensor], config: GPTConfig, source: Path) -> No
 def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise WeightsError(f"{name}: there is no such folder")
+    hub = _extras.load("huggingface_hub", f"{name}: is no local folder; fetching it from the hub")
+    _extras.load("tokenizers", name)  # which what comes from there needs, too: said before the download
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise WeightsError(f"{name}: is no local folder, and huggingface_hub is not installed to fetch it") from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(hub.snapshot_download(name, allow_patterns=_WANTED))
     except Exception as error:  # the hub raises a dozen kinds, of three libraries
         raise WeightsError(f"{name}: is no local folder and could not be fetched from the hub ({error})") from error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptcore import _extras
 from gptcore.config import GPTConfig
 from gptcore.weights.huggingface import WeightsError, from_huggingface
 
@@ -34,12 +35,9 @@ def _reader(path: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def _kept_reader(path: Path, modified: int) -> Any:
+    gguf = _extras.load("gguf", str(path))
     try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise WeightsError(f"{path}: reading GGUF needs the gguf package; pip install 'gptcore[pretrained]'") from error
-    try:
-        return GGUFReader(path)
+        return gguf.GGUFReader(path)
     except Exception as error:  # the reader checks nothing: damage shows as whatever numpy makes of it
         raise WeightsError(f"{path}: is damaged or no GGUF file ({error})") from error
 
@@ -54,10 +52,10 @@ def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Configuration and float32 state dict of a Llama-family GGUF file.
 
     Raises:
-        WeightsError: a file that is damaged, of another architecture, or the gguf package is missing.
+        WeightsError: a file that is damaged, or of another architecture.
+        MissingPackageError: the gguf package is missing.
     """
-    import gguf
-
+    gguf = _extras.load("gguf", str(path))
     reader = _reader(path)
     values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     kind = values.get("general.architecture")

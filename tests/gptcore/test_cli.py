@@ -88,6 +88,31 @@ def test_a_bad_option_is_named_before_anything_runs(capsys, tmp_path: Path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("verb", ["prepare", "fetch", "export", "generate", "train"])
+def test_ctrl_c_is_one_line_and_status_130(capsys, tmp_path: Path, monkeypatch, verb: str):
+    command = {
+        "prepare": ("prepare", "python-docs", "--out", tmp_path / "x"),
+        "fetch": ("fetch", "shakespeare"),
+        "export": ("export", "--model", "m", "--out", tmp_path / "x"),
+        "generate": ("generate", "--model", "m", "text"),
+        "train": ("train", "--data", tmp_path, "--out", tmp_path / "x"),
+    }[verb]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in (
+        "gptcore.data.prepare.prepare",
+        "gptcore.fetch.fetch",
+        "gptcore.weights.locate",
+        "gptcore.train.train",
+    ):
+        monkeypatch.setattr(place, interrupted)
+    status, out, error = gptcore(capsys, *command)
+    assert (status, out, error) == (130, "", "gptcore: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_works_without_triton(tmp_path: Path):
     """As on a machine where triton is not installed; and explicit triton says what to do."""
     code = """

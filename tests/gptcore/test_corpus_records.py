@@ -18,6 +18,7 @@ from gptcore.data import prepare as prepare_module
 from gptcore.data import records
 from gptcore.data.corpus import documents, sources_state
 from gptcore.data.prepare import open_split, prepare, read_report
+from gptcore.data.split import survey
 from gptcore.tokenizer import END_OF_TEXT, Tokenizer
 
 TEXTS = ["first\nof two lines\r\n", "naïve 🙂", "", 'a "quoted" text', "last\u2028line"]
@@ -296,7 +297,7 @@ def test_a_library_that_is_not_installed(
     write_parquet(tmp_path, "text", TEXTS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, missing, None)
-    with pytest.raises(RuntimeError, match=rf"^{source}: .*; pip install 'gptcore\[data\]'$"):
+    with pytest.raises(ImportError, match=rf"^{source}: .*; pip install 'gptcore\[data\]'$"):
         texts(source)
 
 
@@ -354,23 +355,22 @@ def test_prepare_splits_records_as_files(tmp_path: Path) -> None:
 def test_the_survey_holds_no_text(tmp_path: Path) -> None:
     path = json_lines("a.jsonl")(tmp_path, "text", [f"{i}" * 20_000 for i in range(300)])  # 17 MB
     tracemalloc.start()
-    split, empty = prepare_module._survey(documents(path), 0.1, lambda _: None)
+    split = survey(documents(path), 0.1, lambda _: None)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (len(split.keys), empty) == (300, 0)
+    assert (len(split.sides), split.empty) == (300, 0)
     assert peak < 2_000_000
 
 
 def test_records_that_change_in_number_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = json_lines("a.jsonl")(tmp_path, "text", [f"document {i}" for i in range(9)])
-    survey = prepare_module._survey
 
     def then_shrink(*arguments: Any) -> Any:
         found = survey(*arguments)
         json_lines("a.jsonl")(tmp_path, "text", ["document 0", "document 1"])
         return found
 
-    monkeypatch.setattr(prepare_module, "_survey", then_shrink)
+    monkeypatch.setattr(prepare_module, "survey", then_shrink)
     with pytest.raises(RuntimeError, match="the sources changed while they were being read; run it again"):
         prepare(path, tmp_path / "out", vocab_size=270, progress=False)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.jsonl"]
