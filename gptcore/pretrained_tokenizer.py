@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from gptcore import _extras
 from gptcore._files import atomic_writer
-from gptcore.tokenizer import BYTE_SPELLING, check_fingerprint, checked_ids
+from gptcore.tokenizer import BYTE_SPELLING, check_fingerprint, checked_ids, whole_characters
 
 FORMAT = "gptcore-pretrained-tokenizer"
 _VERSION = 1
@@ -20,7 +20,8 @@ _VERSION = 1
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")
 # What transformers calls a model's special tokens, and what else of a tokenizer_config.json goes along to an export.
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_SETTINGS = ("model_max_length", "padding_side", "clean_up_tokenization_spaces")
+_SETTINGS = ("model_max_length", "padding_side", "clean_up_tokenization_spaces", "extra_special_tokens")
+_SETTINGS += ("additional_special_tokens",)
 
 
 class PretrainedTokenizer:
@@ -58,8 +59,9 @@ class PretrainedTokenizer:
         self.chat_template = self.chat_templates.get("default")
         self._settings = dict(settings or {})
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        found = [vocabulary.get(token) for token in (*_ENDS, self.special_tokens_map.get("eos_token"))]
-        ends = list(dict.fromkeys(i for i in [*found, *stop] if i is not None))
+        named = [vocabulary.get(token) for token in (*_ENDS, self.special_tokens_map.get("eos_token"))]
+        known = {*vocabulary.values()}  # what a configuration says by default may be no token here
+        ends = list(dict.fromkeys(i for i in [*named, *stop] if i in known))
         if not ends:
             raise ValueError(f"{name}: has no token that ends a text (looked for {', '.join(_ENDS)})")
         self.stop_tokens: tuple[int, ...] = tuple(sorted(ends))
@@ -79,17 +81,17 @@ class PretrainedTokenizer:
         if allowed_special not in ("all", ()):
             raise ValueError(f"allowed_special: got {allowed_special!r}; accepted are 'all' and none")
         self._tokenizer.encode_special_tokens = allowed_special != "all"
-        return self._tokenizer.encode(_characters(text), add_special_tokens=False).ids
+        return self._tokenizer.encode(whole_characters(text), add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """`encode`, with what the model wants to see before a text (Llama 3's begin-of-text token)."""
         self._tokenizer.encode_special_tokens = True
-        return self._tokenizer.encode(_characters(text), add_special_tokens=True).ids
+        return self._tokenizer.encode(whole_characters(text), add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``[self.encode(text) for text in texts]``, on all processor cores."""
         self._tokenizer.encode_special_tokens = True
-        whole = [_characters(text) for text in texts]
+        whole = [whole_characters(text) for text in texts]
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(whole, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
@@ -216,15 +218,6 @@ def _join(token: bytes, ranks: dict[bytes, int], limit: int) -> tuple[bytes, byt
         at = pairs.index(best)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]
-
-
-def _characters(text: str) -> str:
-    """`text` with U+FFFD for half characters (JSON and command lines may have some), which the library does not take."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _spell(token: bytes) -> str:

@@ -129,7 +129,7 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """``encode(text)`` as an array, ``(tokens,)``; threads that call it run at the same time."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        return self._encoding.encode_to_numpy(whole_characters(text), disallowed_special=())
 
     def special_ids(self, rows: int) -> dict[str, int | list[int]]:
         """What transformers' configurations say of special tokens; none that a model has no `rows` for."""
@@ -370,6 +370,15 @@ BYTE_SPELLING = _byte_spelling()
 def _ranks_from_unicode(ids: dict[str, int]) -> dict[bytes, int]:
     byte_of = {character: byte for byte, character in BYTE_SPELLING.items()}
     return {bytes(byte_of[character] for character in token): i for token, i in ids.items()}
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD for half characters, which command lines and JSON may hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:

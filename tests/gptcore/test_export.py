@@ -93,13 +93,21 @@ def test_other_peoples_special_tokens_and_generation_settings_go_along(tmp_path:
     theirs.mkdir()
     made.save(str(theirs / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, "padding_side": "left"}
-    about |= {"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": {"content": "<s>"}}
+    about |= {
+        "extra_special_tokens": ["<|end|>"],
+        "chat_template": "{{ bos_token }}{{ messages[0].content }}",
+        "bos_token": {"content": "<s>"},
+    }
     (theirs / "tokenizer_config.json").write_text(json.dumps(names | about))
     generation = {"do_sample": False, "temperature": 0.6, "eos_token_id": [eos, end], "bos_token_id": bos}
     (theirs / "generation_config.json").write_text(json.dumps(generation))
     tokenizer = get_tokenizer(theirs)
     assert isinstance(tokenizer, PretrainedTokenizer)
     assert tokenizer.stop_tokens == (eos, end)  # its makers' ends too, not only the tokenizer's
+    (theirs / "generation_config.json").rename(theirs / "not.json")
+    (theirs / "config.json").write_text(json.dumps({"eos_token_id": 50256}))  # a default that is no token here
+    assert get_tokenizer(theirs).stop_tokens == (eos,)
+    (theirs / "not.json").rename(theirs / "generation_config.json")
     model, expected = make(tokenizer, "the cat", tmp_path / "run", "llama-tiny")
     assert export(tmp_path / "run", tmp_path / "1") == 0  # from a run that took this tokenizer
     model.save_pretrained(tmp_path / "weights")
@@ -111,7 +119,7 @@ def test_other_peoples_special_tokens_and_generation_settings_go_along(tmp_path:
         loaded, its_tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         assert its_tokenizer.special_tokens_map == names
         assert (its_tokenizer.chat_template, its_tokenizer.padding_side) == (about["chat_template"], "left")
-        assert its_tokenizer.model_max_length == 64
+        assert (its_tokenizer.model_max_length, its_tokenizer.extra_special_tokens) == (64, ["<|end|>"])
         assert loaded.config.eos_token_id == loaded.generation_config.eos_token_id == [eos, end]
         assert (loaded.config.bos_token_id, loaded.generation_config.pad_token_id) == (bos, pad)
         prompt = its_tokenizer("the cat", return_tensors="pt", return_token_type_ids=False)

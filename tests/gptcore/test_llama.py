@@ -13,6 +13,7 @@ import torch
 from gptkernels.testing import assert_within_budget
 
 from gptcore import GPT, GPTConfig
+from gptcore.config import RotaryScaling
 from gptcore.layers import Documents
 from gptcore.tokenizer import get_tokenizer
 from gptcore.weights import WeightsError, config_to_huggingface, from_huggingface, save_huggingface, to_huggingface
@@ -350,6 +351,26 @@ def test_a_gguf_files_tokenizer_is_the_one_it_was_made_from(gguf_file, byte_bpe,
     (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
     with pytest.raises(ValueError, match="damaged tokenizer file: its contents have the fingerprint"):
         get_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_a_gguf_files_rotary_frequencies_are_llama_3s(factor: float):
+    """The file has by how much each is divided; of transformers' configuration that is the scaling."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from gptcore.weights.gguf_file import llama3_scaling
+
+    config = GPTConfig.preset("llama-tiny", n_head=2, n_kv_head=1, width=128, rotary_base=500000.0)
+    scaling = RotaryScaling(factor, 1.0, 4.0, 8192)
+    theirs = LlamaConfig(**config_to_huggingface(dataclasses.replace(config, rotary_scaling=scaling)))
+    frequencies = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")[0]
+    divisors = config.rotary_base ** -(torch.arange(0, 64, 2) / 64) / frequencies
+    assert len(divisors.unique()) > 3
+    found = llama3_scaling(divisors, config, 8192)
+    assert found == dataclasses.replace(scaling, factor=pytest.approx(factor))
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight: got other frequencies than Llama 3's"):
+        llama3_scaling(divisors.sqrt(), config, 8192)
 
 
 def test_damaged_gguf_files(gguf_file, tmp_path: Path):
