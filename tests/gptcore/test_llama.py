@@ -261,7 +261,9 @@ def gguf_file(byte_bpe, tmp_path_factory) -> tuple[Path, Any]:
     """A Hugging Face Llama with random weights, written by the gguf library as llama.cpp's converter lays it out."""
     import gguf
 
-    theirs = hugging_face(GPTConfig.preset("llama-tiny", **(SMALL | {"vocab_size": byte_bpe.get_vocab_size()})))
+    scaling = RotaryScaling(8.0, 1.0, 4.0, 8192)
+    changes = {"vocab_size": byte_bpe.get_vocab_size(), "rotary_scaling": scaling}
+    theirs = hugging_face(GPTConfig.preset("llama-tiny", **(SMALL | changes)))
     config, state = theirs.config, theirs.state_dict()
     path = tmp_path_factory.mktemp("gguf") / "small.gguf"
     writer = gguf.GGUFWriter(path, "llama")
@@ -282,6 +284,8 @@ def gguf_file(byte_bpe, tmp_path_factory) -> tuple[Path, Any]:
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)
+    divisors = 10000.0 ** -(torch.arange(0, 16, 2) / 16) / theirs.model.rotary_emb.inv_freq
+    writer.add_tensor("rope_freqs.weight", divisors.numpy())
     parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate"}
     parts |= {"mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.o_proj": "attn_output"}
     parts |= {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
@@ -311,6 +315,7 @@ def gguf_file(byte_bpe, tmp_path_factory) -> tuple[Path, Any]:
 def test_a_gguf_file_is_the_model_it_was_made_from(gguf_file):
     path, theirs = gguf_file
     ours = GPT.from_pretrained(path, kernels="reference")
+    assert ours.config.rotary_scaling == RotaryScaling(pytest.approx(8.0), 1.0, 4.0, 8192)
     for layer, block in zip(theirs.model.layers, ours.h):
         for projection in (
             layer.mlp.gate_proj,
