@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from gptcore._extras import MissingPackageError
 from gptcore.config import Kernels
@@ -194,9 +197,9 @@ class _Loading:
         place = locate(self.model)
         tokenizer = get_tokenizer(self.tokenizer or place)  # first: one that cannot be had is an error at once
         model = GPT.from_pretrained(place, dtype=dtype, kernels=self.kernels, **changes).to(device).eval()
-        if tokenizer.vocab_size > model.config.vocab_size:
+        if tokenizer.base_size > model.config.vocab_size:  # tokens that were added later may lack rows: they never come
             raise ValueError(
-                f"tokenizer: has {tokenizer.vocab_size} tokens; accepted are at most the model's {model.config.vocab_size}"
+                f"tokenizer: has {tokenizer.base_size} tokens; accepted are at most the model's {model.config.vocab_size}"
             )
         return model, tokenizer
 
@@ -225,14 +228,16 @@ class Generate(_Sampling, _Loading):
     gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --repetition-penalty 1.2 "Once upon a time"
 
     gptcore generate --model runs/demo --temperature 0 "The function returns" "The class has"
+
+    gptcore generate --model runs/demo --stop . --stop ";" "The function returns"
     """
 
     prompts: Positional[tuple[str, ...]]
     """Text to continue; several are continued as one batch, and shown when all are done."""
     max_new_tokens: int = 100
     """Tokens to add at most."""
-    stop: tuple[str, ...] = ()
-    """End before any of these strings."""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """End before this string. May be given several times; --stop=--- for one that begins with a dash."""
 
     def run(self) -> int:
         from gptcore.generate import generate_text, stream_text
@@ -248,9 +253,11 @@ class Generate(_Sampling, _Loading):
             return 0
         pieces = stream_text(model, tokenizer, tokenizer.encode_prompt(prompt), self.max_new_tokens, **options)
         print(prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        finally:  # after Ctrl-C or an error, too, the next line is a new one
+            print(flush=True)
         return 0
 
 
@@ -280,8 +287,18 @@ class Chat(_Sampling, _Loading):
         chat = Conversation(
             model, tokenizer, system=self.system, max_new_tokens=self.max_new_tokens, **self.options()
         )  # fmt: skip
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         prompt = "you> " if sys.stdin.isatty() else ""
-        converse(chat, lambda: input(prompt), lambda text: print(text, end="", flush=True))
+
+        def ask() -> str:
+            try:
+                return input(prompt)
+            except (EOFError, KeyboardInterrupt):
+                print("\n" if prompt else "", end="", flush=True)  # after the prompt's own line
+                raise
+
+        converse(chat, ask, lambda text: print(text, end="", flush=True))
         return 0
 
 
@@ -297,19 +314,21 @@ class AttentionMap(_Loading):
     """
 
     text: Positional[str]
-    """What the model reads."""
+    """What the model reads; up to 512 tokens, as many as a picture can show."""
     out: Path = Path("attention.png")
     """The picture."""
-    layers: tuple[int, ...] | None = None
-    """Layers to draw, counted from 0; all if left out."""
-    heads: tuple[int, ...] | None = None
-    """Heads to draw, counted from 0; all if left out. One layer and one head show the tokens along the sides."""
+    layers: UseAppendAction[tuple[int, ...]] = ()
+    """Layer to draw, counted from 0; may be given several times; all if left out."""
+    heads: UseAppendAction[tuple[int, ...]] = ()
+    """Head to draw, counted from 0; may be given several times; all if left out. One layer and one head show the tokens
+    along the sides."""
 
     def run(self) -> int:
         from gptcore.inside import draw_attention
 
         model, tokenizer = self.load(attention_impl="explicit")
-        weights = draw_attention(model, tokenizer, self.text, self.out, layers=self.layers, heads=self.heads)
+        chosen = {"layers": self.layers or None, "heads": self.heads or None}
+        weights = draw_attention(model, tokenizer, self.text, self.out, **chosen)
         layers, heads, tokens, _ = weights.shape
         print(f"{self.out}: {layers} layers, {heads} heads, {tokens} tokens")
         return 0
@@ -340,7 +359,7 @@ class Export:
         from gptcore._files import folder_writer
         from gptcore.models import GPT
         from gptcore.tokenizer import get_tokenizer
-        from gptcore.weights import locate, save_huggingface
+        from gptcore.weights import locate, read_generation, save_huggingface
 
         _extras.load("tokenizers", "export")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
@@ -349,8 +368,9 @@ class Export:
         place = locate(self.model)
         tokenizer = get_tokenizer(place)
         model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
+        generation = read_generation(place) | tokenizer.special_ids(model.config.vocab_size)
         with folder_writer(self.out.resolve()) as folder:
-            save_huggingface(folder, model.config, model.state_dict())
+            save_huggingface(folder, model.config, model.state_dict(), generation)
             tokenizer.save_huggingface(folder)
         print(f"{self.out}: {model.num_parameters():,} parameters; load it with AutoModelForCausalLM and AutoTokenizer")
         return 0
@@ -405,6 +425,9 @@ def main(arguments: list[str] | None = None) -> None:
         "export": Export,
         "attention-map": AttentionMap,
     }
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is a question mark there, and no error
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         if arguments[:1] == ["train"]:
             command = Train.parse(arguments[1:])
@@ -413,6 +436,10 @@ def main(arguments: list[str] | None = None) -> None:
                 verbs, prog="gptcore", description="Build a GPT from scratch, on fused kernels.", args=arguments
             )
         status = command.run()
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does: what is left of it goes nowhere
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141  # as shells have it for a command that such a pipe ended
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MissingPackageError) as error:
         print(f"gptcore: error: {error}", file=sys.stderr)
         status = 2

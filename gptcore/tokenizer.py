@@ -84,6 +84,10 @@ class Tokenizer:
         """Ids after which generation ends."""
         self.chat_template: str | None = None
         """A trained BPE knows no roles."""
+        self.special_tokens_map: dict[str, str] = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        """Special tokens by transformers' names."""
+        self.base_size = len(mergeable_ranks)
+        """The number of tokens without the special ones."""
         self._pattern = pattern
         self._mergeable_ranks = mergeable_ranks
         self._special_tokens = special_tokens
@@ -126,17 +130,22 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """``encode(text)`` as an array, ``(tokens,)``; threads that call it run at the same time."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        return self._encoding.encode_to_numpy(whole_characters(text), disallowed_special=())
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids (a list, an array or a 1-D tensor).
+    def special_ids(self, rows: int) -> dict[str, int | list[int]]:
+        """What transformers' configurations say of special tokens; none that a model has no `rows` for."""
+        return {f"{name}_id": self.eot_token for name in self.special_tokens_map if self.eot_token < rows}
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of token ids (a list, an array or a 1-D tensor); special ones are written out unless to be skipped.
 
         Bytes that are not UTF-8, such as a character cut in half by the end of the ids, become U+FFFD.
 
         Raises:
             ValueError: if an id is not in 0 to ``vocab_size - 1``.
         """
-        return self._encoding.decode(checked_ids(ids, self.vocab_size), errors="replace")
+        tokens = checked_ids(ids, self.vocab_size)
+        return self._encoding.decode([i for i in tokens if not skip_special or i < self.base_size], errors="replace")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -171,7 +180,7 @@ class Tokenizer:
         from gptcore.pretrained_tokenizer import PretrainedTokenizer, byte_level_bpe
 
         inner = byte_level_bpe(self._pattern, self._tokens_in_order(), dict(self._specials_in_order()))
-        PretrainedTokenizer(inner, self.name, end=END_OF_TEXT).save_huggingface(folder)
+        PretrainedTokenizer(inner, self.name, special_tokens_map=self.special_tokens_map).save_huggingface(folder)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -387,6 +396,15 @@ BYTE_SPELLING = _byte_spelling()
 def _ranks_from_unicode(ids: dict[str, int]) -> dict[bytes, int]:
     byte_of = {character: byte for byte, character in BYTE_SPELLING.items()}
     return {bytes(byte_of[character] for character in token): i for token, i in ids.items()}
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD for half characters, which command lines and JSON may hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:

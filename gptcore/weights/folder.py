@@ -24,18 +24,48 @@ from gptcore.weights.huggingface import (
 )
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 _PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
 # What is fetched from the hub: safetensors, never pickles, and what the tokenizer needs.
-_WANTED = [CONFIG, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+_WANTED = [CONFIG, GENERATION, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json"]
+_WANTED += ["special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja"]
 
 
-def save_huggingface(folder: str | Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
+def save_huggingface(
+    folder: str | Path, config: GPTConfig, state: dict[str, Tensor], generation: dict[str, Any] | None = None
+) -> None:
     """Writes a folder that Hugging Face's ``AutoModelForCausalLM.from_pretrained`` loads, as a GPT-2 or a Llama.
+
+    Args:
+        folder: where to.
+        config, state: the model.
+        generation: what ``generation_config.json`` is to say, for instance where texts end (``eos_token_id``: a
+            tokenizer's `special_ids`); the model alone does not know.
 
     Raises:
         WeightsError: a configuration that is neither GPT-2's nor Llama's; names the field. Nothing is written then.
     """
-    _write(folder, config_to_huggingface(config), to_huggingface(state, config))
+    known = {
+        name: value for name in ("bos_token_id", "eos_token_id") if (value := (generation or {}).get(name)) is not None
+    }
+    _write(folder, config_to_huggingface(config) | known, to_huggingface(state, config))
+    if generation is not None:
+        with atomic_writer(Path(folder) / GENERATION) as file:
+            file.write(json.dumps(generation, indent=2).encode())
+
+
+def read_generation(place: Path) -> dict[str, Any]:
+    """What the makers of the weights at `place` say about generation, as they say it; {} where they say nothing.
+
+    Raises:
+        WeightsError: a damaged file.
+    """
+    if not (path := place / GENERATION).is_file():
+        return {}
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise WeightsError(f"{path}: is damaged ({error})") from error
 
 
 def save_folder(folder: str | Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
