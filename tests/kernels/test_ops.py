@@ -88,16 +88,6 @@ def test_compiled_equals_eager(spec: OpSpec, case: Case, backend: str, device: s
 
 
 @pytest.mark.parametrize(("spec", "case", "backend"), FUSED_REPRESENTATIVE)
-def test_double_backward_is_an_error(spec: OpSpec, case: Case, backend: str, device: str):
-    leaves = spec.make_inputs(case, torch.float32, torch.device(device), 5).mapped(lambda t: t.requires_grad_())
-    first = next(iter(leaves.differentiable().values()))
-    outs = outputs(spec.function(**leaves.tensors, **leaves.options, backend=backend))
-    (grad,) = torch.autograd.grad(sum(out.square().sum() for out in outs), first, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize(("spec", "case", "backend"), FUSED_REPRESENTATIVE)
 def test_explicit_backend_refuses_float64_and_auto_takes_the_reference(
     spec: OpSpec, case: Case, backend: str, device: str
 ):
