@@ -24,7 +24,9 @@ def cross_entropy(
     """Cross-entropy in nats: ``log(sum(exp(logits))) - logits[target]``, over the last dimension.
 
     Computed in float32 whatever the dtype. When the logits need a gradient, it is computed in the same pass as the
-    loss, and backward only hands it over. On a GPU the host waits for nothing, in forward or backward.
+    loss, and backward only hands it over: the logits may then be changed in place in between. With "none", and for
+    float16 logits, whose gradient a loss scale must reach before it is rounded, backward computes it from the logits.
+    On a GPU the host waits for nothing, in forward or backward.
 
     Args:
         logits: ``(..., V)``, floating point; any layout, a last dimension of stride 1 is read in place.
@@ -54,7 +56,7 @@ def cross_entropy(
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: keeps the finished gradient, and the logits to compute it again.
+    """Autograd around the fused kernels: keeps the finished gradient, and the logits to compute it (again).
 
     `recording` is whether a backward can come: ``needs_input_grad`` is about the inputs, in no_grad mode too.
     """

@@ -26,10 +26,11 @@ def linear_cross_entropy(
     """`cross_entropy` of the logits ``x @ weight^T + bias``, of which only a chunk of tokens is ever held.
 
     When something needs a gradient, all gradients are computed with the loss, chunk by chunk, and backward only hands
-    them over. The weight's is summed over the chunks in float32. Under autocast x, weight and bias are cast to
-    autocast's dtype, as a linear layer's are; the gradients come back in their own. On a GPU a chunk is a fifth of the
-    tokens, or some thousands, and the host waits for nothing. Gradients that are to be differentiated again
-    (``create_graph=True``) are the plain layer's, which holds all logits.
+    them over. With "none", and for float16, whose gradients a loss scale must reach before they are rounded, backward
+    computes them, and the logits a second time. The weight's is summed over the chunks in float32. Under autocast x,
+    weight and bias are cast to autocast's dtype, as a linear layer's are; the gradients come back in their own. On a GPU
+    a chunk is a fifth of the tokens, or some thousands, and the host waits for nothing. Gradients that are to be
+    differentiated again (``create_graph=True``) are the plain layer's, which holds all logits.
 
     Args:
         x: ``(..., C)``, floating point.
@@ -37,8 +38,7 @@ def linear_cross_entropy(
         target: ``(...)`` int64 or int32, the index of the right class, or `ignore_index`.
         bias: ``(V,)`` or None.
         ignore_index: targets of this value count for nothing, in the loss and in the mean.
-        reduction: "mean" over the targets that count (NaN when none does), "sum", or "none" (whose backward computes
-            the logits a second time).
+        reduction: "mean" over the targets that count (NaN when none does), "sum", or "none".
         backend: overrides `use_backend` for this call.
 
     Returns:
