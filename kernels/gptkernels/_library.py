@@ -7,11 +7,13 @@ op names and schemas; the autograd Functions differ between backends only in the
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 launchers: dict[str, Callable[[], Callable[..., Any]]] = {}
 """By op name, what imports and returns the function behind the op; filled by `register`, read by compile_report."""
@@ -55,7 +57,7 @@ class _Unrecorded:
 
     needs_input_grad = (False,) * 16
 
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
 
     def set_materialize_grads(self, value: bool) -> None:
@@ -70,3 +72,44 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function.apply(*args)
     return function.forward(_Unrecorded(), *args)
+
+
+def graph_wanted() -> bool:
+    """In a Function's backward: whether the gradients are to be differentiated themselves (``create_graph=True``).
+
+    A kernel's result has no history, and autograd would take its derivative for zero: `differentiated` is called then.
+    Never under torch.compile, which refuses second derivatives itself.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiated(
+    formula: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    *grad_outs: Tensor | None,
+) -> list[Any]:
+    """The gradients of the plain PyTorch ``formula(*inputs)``, recorded, so that they can be differentiated again.
+
+    `inputs` are what a Function saved, still in the graph that the forward built; `grad_outs` belong to the formula's
+    outputs, None for one without a gradient. An input that needs no gradient gets None.
+    """
+    # A view of each: a tensor that is given twice gets two gradients, and one made from another its own alone.
+    own = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+    asked = {i: x for i, x in enumerate(own) if x is not None and x.requires_grad}
+    with no_autocast(next(iter(asked.values()))):  # the inputs are what it has cast
+        outs = formula(*own)
+        reached = [(out, g) for out, g in zip(outs if isinstance(outs, tuple) else (outs,), grad_outs) if g is not None]
+        grads = torch.autograd.grad(
+            [out for out, _ in reached], list(asked.values()), [g for _, g in reached],
+            create_graph=True, materialize_grads=True,
+        )  # fmt: skip
+    found = dict(zip(asked, grads))
+    return [found.get(i) for i in range(len(own))]
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Switches autocast off on `x`'s device, for an operation's own products: what is to be cast has been."""
+    device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
@@ -82,9 +82,12 @@ class GELUFunction(torch.autograd.Function):
         return _library.ops(backend).gelu_forward(x, bias, tanh)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
+        if _library.graph_wanted():
+            approximate = "tanh" if ctx.tanh else "none"
+            formula = partial(reference.gelu, approximate=approximate)
+            return *_library.differentiated(formula, (x, bias), grad_out), None, None
         need_bias = ctx.needs_input_grad[1]
         grad_x, grad_bias = _library.ops(ctx.backend).gelu_backward(grad_out, x, bias, ctx.tanh, need_bias)
         return grad_x, grad_bias.to(bias.dtype) if need_bias else None, None, None
@@ -100,9 +103,10 @@ class SwiGLUFunction(torch.autograd.Function):
         return _library.ops(backend).swiglu_forward(gate, up)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if _library.graph_wanted():
+            return *_library.differentiated(reference.swiglu, (gate, up), grad_out), None
         return *_library.ops(ctx.backend).swiglu_backward(grad_out, gate, up), None
 
 

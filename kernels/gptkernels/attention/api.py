@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
@@ -36,7 +36,8 @@ def attention(
 
     Slices of a packed projection are read in place; the output is laid out ``(B, Tq, H, D)`` in memory, so that
     ``out.transpose(1, 2).reshape(B, Tq, H * D)`` costs nothing. Softmax runs in float32; the backward is
-    deterministic. Under autocast, inputs are cast to autocast's dtype as PyTorch's own attention does.
+    deterministic. Under autocast, inputs are cast to autocast's dtype as PyTorch's own attention does. Gradients that are
+    to be differentiated again (``create_graph=True``) are computed step by step, in memory quadratic in the tokens.
 
     Args:
         query: ``(B, H, Tq, D)``, D at most 256.
@@ -265,15 +266,33 @@ class AttentionFunction(torch.autograd.Function):
         return out, (lse * _NATURAL[backend]).masked_fill_(lse == math.inf, -math.inf)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, *tensors = ctx.saved_tensors
+        if _library.graph_wanted():
+            formula = partial(_textbook, options=(*tensors, *ctx.options))
+            return *_library.differentiated(formula, (query, key, value), grad_out, grad_lse), *(None,) * 13
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grads = _library.ops(ctx.backend).attention_backward(
             grad_out, grad_lse, query, key, value, out, lse, *tensors, *ctx.options
         )
         return *grads, *(None,) * 13
+
+
+def _textbook(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...]) -> reference.Attended:
+    """Output and log-sum-exp by the reference's explicit form, of the operator's arguments."""
+    key_lengths, key_mask, cu_queries, cu_keys, seed, max_queries, max_keys, is_causal, window, scale, dropout_p = (
+        options
+    )
+    shared = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "dropout_seed": seed, "window": window}
+    if cu_queries is None:
+        masks = {"key_lengths": key_lengths, "key_mask": key_mask}
+        return reference.attention(query, key, value, **masks, **shared, return_lse=True)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, H, D)
+    out, lse = reference.attention_varlen(
+        query, key, value, cu_queries, cu_keys, max_queries, max_keys, **shared, return_lse=True
+    )
+    return out.transpose(0, 1)[None], lse[None]
 
 
 def empty_like_heads(x: Tensor) -> Tensor:

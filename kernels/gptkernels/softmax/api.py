@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
@@ -72,9 +71,11 @@ class SoftmaxFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
+        if _library.graph_wanted():
+            dim, scale, _ = ctx.options
+            return reference.softmax_backward(grad_out, out, dim, scale), None, None, None, None
         grad_x = _library.ops(ctx.backend).softmax_backward(grad_out, out, *ctx.options)
         return grad_x, None, None, None, None
 
