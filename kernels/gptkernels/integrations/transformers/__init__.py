@@ -30,10 +30,10 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
-    from gptkernels.integrations.transformers import modules
     from gptkernels.integrations.transformers.attention import attend
     from gptkernels.integrations.transformers.losses import LOSSES
     from gptkernels.integrations.transformers.masks import make_mask
+    from gptkernels.integrations.transformers.modules import replace_parts
 except ImportError as error:
     raise ImportError(
         f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.18 and "
@@ -89,17 +89,8 @@ def accelerate_model(model: Any) -> Any:
             part.loss_function = LOSSES[part.loss_function]
         if own_loss or part.config._attn_implementation != attention_before:
             _swap.on_restore(part, functools.partial(_restore, attention_before=attention_before))
-    log.info("%s", replace_modules(model))
-    turns = all(modules.halves_are_equal(m) for m in model.modules() if "RotaryEmbedding" in type(m).__name__)
-    for module in list(model.modules()):
-        if _swap.obstacle(module):
-            continue
-        if modules.is_swiglu(module):
-            _swap.swap(module, modules.SwiGLU)
-        elif modules.is_gpt2_mlp(module):
-            _swap.swap(module, modules.BiasGELU)
-        elif turns and modules.is_rotary_attention(module):
-            _swap.swap(module, modules.Rotary)
+    for report in (replace_modules(model), replace_parts(model)):
+        log.info("%s", report)
     return model
 
 
