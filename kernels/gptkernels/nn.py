@@ -79,6 +79,8 @@ class Softmax(nn.Softmax):
     def forward(self, input: Tensor) -> Tensor:
         if self.dim is None or not -input.dim() <= self.dim < input.dim() or not input.dtype.is_floating_point:
             return super().forward(input)
+        if input.is_nested and input.layout is torch.strided:  # such a tensor has torch.softmax, and little beside it
+            return super().forward(input)
         return softmax(input, self.dim)
 
 

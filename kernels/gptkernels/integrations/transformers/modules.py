@@ -37,7 +37,7 @@ class SwiGLU(_swap.OfOneTensor):
     act_fn: nn.Module
 
     def fused(self, x: Tensor) -> Tensor | None:
-        if type(self.act_fn) not in _SILU or _hooked(self.act_fn):
+        if type(self.act_fn) not in _SILU or _hooked(self.act_fn) or x.is_nested:
             return None
         gate, up = self.gate_proj(x), self.up_proj(x)
         if gate.dtype != up.dtype or gate.shape != up.shape or not gate.dtype.is_floating_point:
