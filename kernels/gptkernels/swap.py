@@ -120,7 +120,7 @@ class OfOneTensor:
 
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if len(args) + len(kwargs) == 1 and (args or first in kwargs) and _relies_rightly(self):
+            if len(args) + len(kwargs) == 1 and (args or first in kwargs) and _constants_hold(self):
                 out = fused(self, args[0] if args else kwargs[first])
                 if out is not None:
                     return out
@@ -129,7 +129,7 @@ class OfOneTensor:
         cls.forward = forward
 
 
-def _relies_rightly(module: nn.Module) -> bool:
+def _constants_hold(module: nn.Module) -> bool:
     for name, value in module.__dict__.get("_gptkernels_relies_on", {}).items():
         found = getattr(module, name, Absent)
         if found is not value and found != value:
@@ -179,7 +179,8 @@ def _twin(module: nn.Module) -> Match | str:
     twin, (ours, function) = next(pair for pair in TWINS.items() if isinstance(module, pair[0]))
     if isinstance(module, ours):
         return "already on gptkernels"
-    known = type(module).forward is twin.forward
+    # Its own, and not what a library has put in its place.
+    known = type(module).forward is twin.forward and twin.forward.__module__ == twin.__module__
     return Match(ours, function) if known else f"{type(module).__name__} has a forward of its own"
 
 
@@ -193,6 +194,8 @@ def _rms_norm(module: Any) -> Match | str:
     eps, relies_on = getattr(module, name), {}
     if not isinstance(eps, float) or eps <= 0.0:
         return f"{type(module).__name__} has an epsilon that is no positive number"
+    if width == 0:
+        return f"{type(module).__name__} does not hold its weight (is it kept in pieces elsewhere?)"
 
     def exact(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = x.double(), weight.double()

@@ -252,6 +252,18 @@ def calls_of(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> list[str]:
     return reached
 
 
+def test_a_norm_whose_weight_is_elsewhere_is_left():
+    norm = RMSNorm(0)
+    assert replace_modules(norm).left == {"": "RMSNorm does not hold its weight (is it kept in pieces elsewhere?)"}
+
+
+def test_a_forward_that_a_library_put_in_pytorchs_place_is_left(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(nn.GELU, "forward", lambda self, input: input)
+    gelu = nn.GELU()
+    assert replace_modules(gelu).left == {"": "GELU has a forward of its own"}
+    assert gelu(5) == 5
+
+
 def known() -> nn.ModuleDict:
     """One of each kind, PyTorch's and strangers'."""
     return nn.ModuleDict(
