@@ -30,10 +30,10 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
+    from gptkernels.integrations.transformers import modules
     from gptkernels.integrations.transformers.attention import attend
     from gptkernels.integrations.transformers.losses import LOSSES
     from gptkernels.integrations.transformers.masks import make_mask
-    from gptkernels.integrations.transformers.modules import replace_parts
 except ImportError as error:
     raise ImportError(
         f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.18 and "
@@ -89,8 +89,8 @@ def accelerate_model(model: Any) -> Any:
             part.loss_function = LOSSES[part.loss_function]
         if own_loss or part.config._attn_implementation != attention_before:
             _swap.on_restore(part, functools.partial(_restore, attention_before=attention_before))
-    for report in (replace_modules(model), replace_parts(model)):
-        log.info("%s", report)
+    log.info("%s", replace_modules(model))
+    log.info("%s", modules.replace_parts(model))
     return model
 
 
