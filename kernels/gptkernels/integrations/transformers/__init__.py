@@ -90,16 +90,7 @@ def accelerate_model(model: Any) -> Any:
         if own_loss or part.config._attn_implementation != attention_before:
             _swap.on_restore(part, functools.partial(_restore, attention_before=attention_before))
     log.info("%s", replace_modules(model))
-    turns = all(modules.halves_are_equal(m) for m in model.modules() if "RotaryEmbedding" in type(m).__name__)
-    for module in list(model.modules()):
-        if _swap.obstacle(module):
-            continue
-        if modules.is_swiglu(module):
-            _swap.swap(module, modules.SwiGLU)
-        elif modules.is_gpt2_mlp(module):
-            _swap.swap(module, modules.BiasGELU)
-        elif turns and modules.is_rotary_attention(module):
-            _swap.swap(module, modules.Rotary)
+    log.info("%s", modules.replace_parts(model))
     return model
 
 
