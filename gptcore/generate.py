@@ -303,9 +303,8 @@ class _Text:
     ) -> None:
         self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
         self.finished = False
-        self._before = [
-            i for i in before if i < tokenizer.vocab_size
-        ]  # whole characters, decoded again with what comes
+        # Whole characters, decoded again with what comes.
+        self._before = [i for i in before if i < tokenizer.vocab_size]
         self._open: list[int] = []  # tokens since then; the last may end inside a character
         self._taken = len(self._decoded())  # how much of their text has been taken
         self._waited = 0  # for how many tokens nothing was

@@ -20,8 +20,8 @@ _VERSION = 1
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")
 # What transformers calls a model's special tokens, and what else of a tokenizer_config.json goes along to an export.
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_SETTINGS = ("model_max_length", "padding_side", "clean_up_tokenization_spaces", "extra_special_tokens")
-_SETTINGS += ("additional_special_tokens",)
+_SETTINGS = ("model_max_length", "padding_side", "clean_up_tokenization_spaces")
+_SETTINGS += ("extra_special_tokens", "additional_special_tokens")
 
 
 class PretrainedTokenizer:
@@ -107,9 +107,8 @@ class PretrainedTokenizer:
 
         Ids from `rows` on, for which the model has no embedding, are left out.
         """
-        ids: dict[str, Any] = {"eos_token_id": [i for i in self.stop_tokens if i < rows]}
-        if len(ids["eos_token_id"]) == 1:
-            ids["eos_token_id"] = ids["eos_token_id"][0]
+        stops = [i for i in self.stop_tokens if i < rows]
+        ids: dict[str, Any] = {"eos_token_id": stops if len(stops) > 1 else stops[0]} if stops else {}
         for name in ("bos_token", "pad_token"):
             i = self._tokenizer.token_to_id(self.special_tokens_map.get(name, ""))
             if i is not None and i < rows:

@@ -109,13 +109,12 @@ def _sentencepiece(
     scores: list[float] = _list(values, "scores", len(tokens))
     ordinary = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind == _ORDINARY}
     merges = []
-    for token, i in ordinary.items():
-        for at in range(1, len(token)):
-            if token[:at] in ordinary and token[at:] in ordinary:
-                merges.append((-scores[i], i, -at, token))
+    for token in sorted(ordinary, key=lambda token: -scores[ordinary[token]]):
+        halves = [(token[:at], token[at:]) for at in range(len(token) - 1, 0, -1)]
+        merges += [(left, right) for left, right in halves if left in ordinary and right in ordinary]
     model = library.models.BPE(
         _ids(tokens),
-        [(token[:-at], token[-at:]) for *_, at, token in sorted(merges)],
+        merges,
         unk_token=tokens[named["unk_token"]] if "unk_token" in named else None,
         fuse_unk=True,
         byte_fallback=True,

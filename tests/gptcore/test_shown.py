@@ -14,6 +14,7 @@ import torch
 from gptcore import GPT, GPTConfig
 from gptcore.chat import converse
 from gptcore.cli import main
+from gptcore.pretrained_tokenizer import PretrainedTokenizer
 from gptcore.tokenizer import Tokenizer
 
 ODD = "[bold] $$x$$ :end: [/] {0} %s \\n na\u00efve \U0001f600"
@@ -71,18 +72,29 @@ def test_a_reader_that_has_gone_is_no_error(
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "gptcore: interrupted\n"),
+        (RuntimeError("no memory"), 2, "gptcore: error: no memory\n"),
+    ],
+    ids=["Ctrl-C", "an error"],
+)
 def test_a_stream_that_breaks_off_ends_its_line(
-    error: BaseException, folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    status: int,
+    said: str,
+    folder: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     def broken(*arguments: object, **options: object) -> Iterator[str]:
         yield " and"
         raise error
 
     monkeypatch.setattr("gptcore.generate.stream_text", broken)
-    with pytest.raises((SystemExit, KeyboardInterrupt)):
-        main(["generate", "--model", folder, "--kernels", "reference", "a"])
-    assert capsys.readouterr().out == "a and\n"
+    assert generate(folder, "a") == status
+    assert capsys.readouterr() == ("a and\n", said)
 
 
 def test_stop_strings_leave_the_prompt(
@@ -116,6 +128,53 @@ def test_options_out_of_range_are_named(folder: str, capsys: pytest.CaptureFixtu
         assert generate(folder, *options, "a") == 2
         shown = "".join(capsys.readouterr())
         assert named in " ".join(shown.replace("\u2502", " ").split())
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with a chat template: bytes, and a token that ends a turn."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Library(models.BPE(alphabet | {"</s>": 256}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    template = "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}a:"
+    names = {"eos_token": "</s>"}
+    path = tmp_path_factory.mktemp("talker")
+    PretrainedTokenizer(made, "x", special_tokens_map=names, chat_template=template).save(path / "tokenizer.json")
+    torch.manual_seed(0)
+    GPT(GPTConfig.preset("tiny", vocab_size=257)).save_pretrained(path)
+    return str(path)
+
+
+def chat(talker: str) -> int:
+    return run("chat", "--model", talker, "--kernels", "reference", "--max-new-tokens", "5", "--temperature", "0")
+
+
+def test_a_conversation_over_a_pipe_takes_any_bytes(
+    talker: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n/quit\n"), encoding="utf-8"))
+    assert chat(talker) == 0
+    out, error = capsys.readouterr()
+    assert out.endswith("\n")
+    assert error == ""
+
+
+@pytest.mark.parametrize(("end", "status"), [(EOFError, 0), (KeyboardInterrupt, 130)], ids=["Ctrl-D", "Ctrl-C"])
+def test_a_conversation_that_ends_at_its_prompt_leaves_the_line(
+    end: type, status: int, talker: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def ask(prompt: str) -> str:
+        print(prompt, end="")
+        raise end
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert chat(talker) == status
+    assert capsys.readouterr().out == "you> \n"
 
 
 class Broken:
