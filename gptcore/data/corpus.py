@@ -1,6 +1,6 @@
 """Streams of documents from files of text and of records, folders, globs, datasets and Python's own documentation.
 
-Nothing here holds a file in memory: a document is a handle that yields its text in pieces.
+Nothing here holds a file in memory, arrays in JSON apart: a document is a handle that yields its text in pieces.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _is_json(path: Path) -> bool:
 
 
 def _read_json_array(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """The records of one array, all of which are in memory at a time."""
+    """The records of one array. All are in memory at a time: JSON Lines are for more than that holds."""
     with open_bytes(path) as file:
         records = _parse(file.read(), str(path))
     if not isinstance(records, list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 import threading
 from collections import Counter
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptcore.cli import main
 from gptcore.data import prepare as prepare_module
 from gptcore.data.corpus import documents
 from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
@@ -453,3 +455,15 @@ def test_progress_goes_to_standard_error(library: Path, tmp_path: Path, capsys: 
 def test_read_report_of_no_corpus(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is no prepared corpus: it has no corpus\.json"):
         read_report(tmp_path)
+
+
+def test_names_of_any_bytes_and_signs_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "[bold]:smile: $$"
+    folder.mkdir()
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt"))  # no UTF-8
+    path.write_text("some text of no great length\n" * 40)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="0"):
+            main(["prepare", str(path), "--out", str(tmp_path / "out"), "--vocab-size", "258"])
+        assert f"{folder}/caf?.txt\n" in capsys.readouterr().out
+    assert read_report(tmp_path / "out").sources == (str(path),)
