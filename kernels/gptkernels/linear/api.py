@@ -109,10 +109,22 @@ def _fake_backward(
     )
 
 
-_library.register("linear_forward", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", fake=_fake_forward)
+def _product_flops(x: Tensor, weight: Tensor) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+_library.register(
+    "linear_forward",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=_fake_forward,
+    flops=lambda x, weight, bias: _product_flops(x, weight),
+)
 _library.register(
     "linear_backward",
     "(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
+    flops=lambda grad_out, x, weight, need_x, need_weight, need_bias: (
+        (need_x + need_weight) * _product_flops(x, weight)
+    ),
 )
