@@ -12,8 +12,15 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 COUNTER = "torch.utils.flop_counter"
 _waiting: list[tuple[Any, Callable[..., int]]] = []
+
+
+def product(x: Tensor, weight: Tensor) -> int:
+    """The operations of ``x @ weight^T``."""
+    return 2 * x.numel() * weight.shape[0]
 
 
 def register(op: Any, formula: Callable[..., int]) -> None:
