@@ -16,6 +16,7 @@ from typing import Any
 import gptkernels
 import torch
 
+from gptcore import _extras
 from gptcore.train.checkpoint import Checkpoint, Position, newest, publish_model, save_checkpoint
 from gptcore.train.config import TrainConfig
 from gptcore.train.display import Display
@@ -23,7 +24,7 @@ from gptcore.train.folder import check_folder, start_folder
 from gptcore.train.hardware import model_flops_utilization, peak_flops, peak_memory
 from gptcore.train.job import Job
 from gptcore.train.parallel import World, processes
-from gptcore.train.records import Records, check_tensorboard
+from gptcore.train.records import Records
 from gptcore.weights import WeightsError
 
 
@@ -108,6 +109,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         FileExistsError: ``out`` holds another run.
         OSError: a checkpoint could not be written; the earlier ones stay.
         BackendUnavailableError: kernels that were chosen explicitly and cannot run here.
+        MissingPackageError: TensorBoard, or what the data's tokenizer needs, is not installed; nothing is written then.
         FloatingPointError: the loss is not finite; the last checkpoint stays as it was.
     """
     with processes(config.device) as (world, device):
@@ -133,7 +135,7 @@ def _find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpo
 
 def _train(config: TrainConfig, world: World, device: torch.device, shown: bool) -> TrainResult:
     if config.tensorboard:
-        check_tensorboard()
+        _extras.load("tensorboard", "tensorboard")  # before anything is read or written
     say = Display(shown, config.steps).say
     checkpoint = _find_checkpoint(config, say)
     job = Job(config, world, device)

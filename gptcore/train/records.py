@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gptcore import _extras
 from gptcore._files import atomic_writer, save_figure
 
 METRICS, TIMINGS, PLOT, TENSORBOARD = "metrics.jsonl", "timings.jsonl", "loss.png", "tensorboard"
@@ -24,14 +25,14 @@ class Records:
         tensorboard: write both for TensorBoard as well.
 
     Raises:
-        ValueError: TensorBoard is asked for and not installed.
+        MissingPackageError: TensorBoard is asked for and not installed.
     """
 
     def __init__(self, out: Path, step: int, tensorboard: bool) -> None:
         self.out = out
         self._board: Any = None
         if tensorboard:
-            check_tensorboard()
+            _extras.load("tensorboard", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(out / TENSORBOARD, purge_step=step + 1)
@@ -79,16 +80,6 @@ class Records:
             file.close()
         if self._board is not None:
             self._board.close()
-
-
-def check_tensorboard() -> None:
-    """Raises `ValueError` where TensorBoard is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("tensorboard") is None:
-        raise ValueError(
-            "tensorboard: got True, and it is not installed; accepted is False, or pip install tensorboard"
-        )
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
