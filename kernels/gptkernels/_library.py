@@ -15,19 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptkernels import _flops
+
 launchers: dict[str, Callable[[], Callable[..., Any]]] = {}
 """By op name, what imports and returns the function behind the op; filled by `register`, read by compile_report."""
 
 
-def register(name: str, schema: str, *, fake: Callable[..., Any], module: str | None = None) -> None:
+def register(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    module: str | None = None,
+    flops: Callable[..., int] | None = None,
+) -> None:
     """Defines the op ``{name}{schema}`` in the native namespace, and in triton's when there is a Triton launcher.
 
     The native op is implemented in C++ (``native.cpp``), which `gptkernels._native` loads at first use. The Triton op is
     the function of that name in `module`, imported at the op's first call: `import gptkernels` must work, and be
-    quick, without triton. `fake` returns the outputs' shapes, dtypes and layouts.
+    quick, without triton. `fake` returns the outputs' shapes, dtypes and layouts. `flops` returns what a call with these
+    arguments counts in PyTorch's FlopCounterMode, by its conventions: two operations for each multiplication of a product
+    of matrices, causal or not, and nothing for the rest.
     """
     torch.library.define(f"gptkernels_native::{name}", schema)
     torch.library.register_fake(f"gptkernels_native::{name}", fake)
+    if flops is not None:
+        _flops.register(getattr(torch.ops.gptkernels_native, name), flops)
     if module is None:
         return
 
@@ -45,6 +58,8 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], module: str | 
     # CPU tensors reach a Triton kernel only in the interpreter: backend.choose sees to that.
     torch.library.impl(qualified, ("CUDA", "CPU"), kernel)
     torch.library.register_fake(qualified, fake)
+    if flops is not None:
+        _flops.register(getattr(torch.ops.gptkernels_triton, name), flops)
 
 
 def ops(backend: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from gptkernels import _check
 
@@ -76,7 +77,8 @@ def take(ctx: Any, inputs: int, grad_out: Tensor) -> tuple[Tensor, ...]:
     """
     if torch.compiler.is_compiling():
         return tuple(gradient * grad_out for gradient in ctx.saved_tensors[inputs:])
-    if torch._C._are_functorch_transforms_active():  # is_grads_batched: several gradients for one forward
+    # Several at once, by torch.func.vmap or is_grads_batched: no one number to look at, no one buffer to give away.
+    if is_batchedtensor(grad_out) or is_legacy_batchedtensor(grad_out):
         return tuple(gradient * grad_out for gradient in ctx.gradients)
     gradients, ctx.gradients = ctx.gradients, ()
     # Almost always a 1, and no pass over the gradients. On a GPU the kernel looks: for the host to look would be to wait

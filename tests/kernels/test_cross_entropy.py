@@ -167,6 +167,37 @@ def test_the_mean_of_no_targets_is_nan_and_its_gradient_zero(backend: str, devic
     assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_one_target_without_dimensions(backend: str, device: str):
+    x, weight = torch.randn(7, device=device), torch.randn(7, 7, device=device)
+    target = torch.tensor(2, device=device)
+    for reduction in ("mean", "none"):
+        loss, gradient = losses_and_gradient(x, target, backend, reduction)
+        plain, plain_gradient = losses_and_gradient(x, target, "reference", reduction)
+        torch.testing.assert_close((loss, gradient), (plain, plain_gradient))
+        projected = linear_cross_entropy(x, weight, target, reduction=reduction, backend=backend)
+        torch.testing.assert_close(projected, cross_entropy(weight @ x, target, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_logits_may_change_in_place_between_forward_and_backward(backend: str, device: str):
+    """As with PyTorch's own loss, where the gradient is finished; where it is not, autograd notices."""
+
+    def gradient(change: bool, dtype: torch.dtype = torch.float32, **options: object) -> torch.Tensor:
+        leaf = base.to(dtype).requires_grad_()
+        logits = leaf * 1.0
+        loss = cross_entropy(logits, target, backend=backend, **options).sum()
+        if change:
+            logits.zero_()
+        return torch.autograd.grad(loss, leaf)[0]
+
+    base, target = torch.randn(5, 9, device=device), torch.randint(0, 9, (5,), device=device)
+    assert torch.equal(gradient(True), gradient(False))
+    for later in ({"reduction": "none"}, {"dtype": torch.float16}):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(True, **later)
+
+
 class NoWaiting(TorchDispatchMode):
     """Fails where the host would ask the device for a value."""
 

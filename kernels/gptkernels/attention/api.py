@@ -311,6 +311,26 @@ def _fake_backward(
     return empty_like_heads(query), empty_like_heads(key), empty_like_heads(value)
 
 
+def _product_flops(
+    query: Tensor,
+    key: Tensor,
+    cu_queries: Tensor | None,
+    cu_keys: Tensor | None,
+    dropout_seed: Tensor | None,
+    max_queries: int,
+    max_keys: int,
+) -> int:
+    """Operations of one of attention's products: every query with every key of its sequence."""
+    batch, heads, queries, head_dim = query.shape
+    pairs = batch * queries * key.shape[2]
+    if cu_queries is not None and cu_keys is not None:
+        if type(cu_queries) is Tensor and cu_queries.device.type != "meta":
+            pairs = int((cu_queries.diff() * cu_keys.diff()).sum())
+        else:  # a fake one has no values: as if all were as long as the longest
+            pairs = (len(cu_queries) - 1) * max_queries * max_keys
+    return 2 * heads * head_dim * pairs
+
+
 # cu_queries and cu_keys make it a packed batch, (1, H, total, D), whose sequences are at most max_queries and max_keys long.
 _OPTIONS = (
     "Tensor? key_lengths, Tensor? key_mask, Tensor? cu_queries, Tensor? cu_keys, Tensor? dropout_seed,"
@@ -321,6 +341,7 @@ _library.register(
     f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fake=_fake_forward,
     module="gptkernels.attention.triton",
+    flops=lambda query, key, value, *options: 2 * _product_flops(query, key, *options[2:7]),
 )
 _library.register(
     "attention_backward",
@@ -328,4 +349,8 @@ _library.register(
     f" {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake=_fake_backward,
     module="gptkernels.attention.triton",
+    # The scores once more, and the four products of their gradients.
+    flops=lambda grad_out, grad_lse, query, key, value, out, lse, *options: (
+        5 * _product_flops(query, key, *options[2:7])
+    ),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels import _check, _library, _native
+from gptkernels import _check, _flops, _library, _native
 from gptkernels import backend as _backend
 from gptkernels.linear import reference
 
@@ -109,10 +109,18 @@ def _fake_backward(
     )
 
 
-_library.register("linear_forward", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", fake=_fake_forward)
+_library.register(
+    "linear_forward",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=_fake_forward,
+    flops=lambda x, weight, bias: _flops.product(x, weight),
+)
 _library.register(
     "linear_backward",
     "(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
+    flops=lambda grad_out, x, weight, need_x, need_weight, need_bias: (
+        (need_x + need_weight) * _flops.product(x, weight)
+    ),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels import _check, _library, _loss
+from gptkernels import _check, _flops, _library, _loss
 from gptkernels import backend as _backend
 from gptkernels.linear_cross_entropy import reference
 
@@ -172,11 +172,17 @@ def _fake_backward(
     )
 
 
+def _backward_flops(x: Tensor, weight: Tensor, *rest: Any) -> int:
+    need_x, need_weight, _ = rest[-3:]
+    return (1 + need_x + need_weight) * _flops.product(x, weight)
+
+
 _library.register(
     "linear_cross_entropy_forward",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index) -> Tensor",
     fake=_fake_forward,
     module="gptkernels.linear_cross_entropy.triton",
+    flops=lambda x, weight, *_: _flops.product(x, weight),
 )
 # The losses, and with them the gradients of their sum weighted by row_weight (target's shape).
 _library.register(
@@ -185,4 +191,5 @@ _library.register(
     " bool need_weight, bool need_bias) -> (Tensor losses, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
     module="gptkernels.linear_cross_entropy.triton",
+    flops=_backward_flops,
 )
