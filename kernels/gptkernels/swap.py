@@ -120,7 +120,7 @@ class OfOneTensor:
 
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if len(args) + len(kwargs) == 1 and (args or first in kwargs) and _constants_hold(self):
+            if len(args) + len(kwargs) == 1 and (args or first in kwargs) and constants_hold(self):
                 out = fused(self, args[0] if args else kwargs[first])
                 if out is not None:
                     return out
@@ -129,7 +129,8 @@ class OfOneTensor:
         cls.forward = forward
 
 
-def _constants_hold(module: nn.Module) -> bool:
+def constants_hold(module: nn.Module) -> bool:
+    """Whether what the verdict on `module` relies on is still so."""
     for name, value in module.__dict__.get("_gptkernels_relies_on", {}).items():
         found = getattr(module, name, Absent)
         if found is not value and found != value:

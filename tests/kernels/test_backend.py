@@ -12,7 +12,6 @@ import gptkernels
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.tensor
 from gptkernels import BackendUnavailableError, available_backends, layer_norm, report, use_backend
 from gptkernels.backend import FUSED, choose
 from torch import Tensor
@@ -141,8 +140,9 @@ def one_process():
 
 
 def sharded() -> Tensor:
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    return dist.tensor.distribute_tensor(X, mesh, [dist.tensor.Shard(0)])
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(X, dist.device_mesh.init_device_mesh("cpu", (1,)), [Shard(0)])
 
 
 UNREADABLE = {
@@ -169,7 +169,9 @@ def test_a_tensor_that_no_kernel_can_read_takes_the_reference(what: str, one_pro
 
 
 def test_a_tensor_that_is_its_data_runs_on_the_kernels(one_process: None):
-    gathered = dist._functional_collectives.AsyncCollectiveTensor(X)
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    gathered = AsyncCollectiveTensor(X)
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(X)
     for x in (X, torch.nn.Parameter(X), X.as_subclass(Labelled), gathered, fake, X.t()):
@@ -182,6 +184,7 @@ def test_a_tensor_that_is_its_data_runs_on_the_kernels(one_process: None):
 
 def test_sequence_parallel_norms_and_activations(one_process: None):
     """What `parallelize_module` makes of inputs and parameters are DTensors."""
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
     torch.manual_seed(0)
@@ -192,7 +195,7 @@ def test_sequence_parallel_norms_and_activations(one_process: None):
     parallelize_module(ours, mesh, {name: SequenceParallel() for name in ("0", "1")})
     x = torch.randn(2, 3, 8)
     out, expected = ours(x), plain(x)
-    assert isinstance(out, dist.tensor.DTensor)
+    assert isinstance(out, DTensor)
     torch.testing.assert_close(out.full_tensor(), expected)
     out.sum().backward()
     expected.sum().backward()

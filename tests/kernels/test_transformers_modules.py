@@ -27,9 +27,9 @@ SIZES = {
     "pad_token_id": 0,
 }
 LLAMA = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
-GPT2 = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 FAMILIES = {
-    "gpt2": lambda: transformers.GPT2LMHeadModel(GPT2),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
     "llama": lambda: transformers.LlamaForCausalLM(LLAMA),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)),
 }
@@ -80,8 +80,10 @@ LEFT_MLPS = {
     "WidelyClampedMLP does not compute down(silu(gate(x)) * up(x))": lambda: WidelyClampedMLP(LLAMA),
     "DroppingMLP draws random numbers": lambda: DroppingMLP(LLAMA),
     "GemmaMLP has another activation than SiLU": lambda: GemmaMLP(transformers.GemmaConfig(**SIZES)),
-    "DroppingGPT2MLP draws random numbers": lambda: DroppingGPT2MLP(48, GPT2),
-    "ClampedGPT2MLP does not compute dropout(c_proj(gelu(c_fc(x))))": lambda: ClampedGPT2MLP(48, GPT2),
+    "DroppingGPT2MLP draws random numbers": lambda: DroppingGPT2MLP(48, transformers.GPT2Config(**GPT2)),
+    "ClampedGPT2MLP does not compute dropout(c_proj(gelu(c_fc(x))))": lambda: ClampedGPT2MLP(
+        48, transformers.GPT2Config(**GPT2)
+    ),
 }
 
 
@@ -129,6 +131,15 @@ def test_parts_are_called_by_the_names_of_their_own_arguments():
             if (argument := names.get(module_name.rpartition(".")[2])) is not None:
                 assert isinstance(module, Swapped)
                 assert torch.equal(module(**{argument: x}), module(x))
+
+
+def test_another_function_put_into_an_activation_is_taken():
+    torch.manual_seed(0)
+    plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, activation_function="gelu")).eval()
+    ours = accelerate_model(copy.deepcopy(plain))
+    for model in (ours, plain):
+        model.transformer.h[0].mlp.act.act = torch.sin
+    torch.testing.assert_close(ours(TOKENS).logits, plain(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_gate_and_up_of_two_dtypes_are_the_originals():

@@ -57,7 +57,7 @@ class BiasGELU(_swap.OfOneTensor):
     dropout: nn.Module
 
     def fused(self, x: Tensor) -> Tensor | None:
-        form = _FORMS.get(_swap.kind_of(self.act))
+        form = _FORMS.get(_swap.kind_of(self.act)) if _swap.constants_hold(self.act) else None
         if form is None or type(self.c_fc) is not Conv1D or _hooked(self.c_fc) or _hooked(self.act):
             return None
         hidden = torch.matmul(x, self.c_fc.weight)
