@@ -17,7 +17,6 @@ What differs from the twins, on purpose:
   again. The losses are float32 in either case.
 - `CrossEntropyLoss` of 16-bit logits is float32 without autocast too, where PyTorch rounds it to 16 bits.
 - `Softmax` of nothing but -inf is 0 everywhere, not NaN.
-- No second derivatives.
 """
 
 from __future__ import annotations
