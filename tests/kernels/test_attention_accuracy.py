@@ -28,7 +28,12 @@ def textbook(
     back = slice(None)
     if order is not None:
         dims, keys = order
-        query, key, value, back = query[..., dims], key[..., keys, :][..., dims], value[..., keys, :][..., dims], dims.argsort()
+        query, key, value, back = (
+            query[..., dims],
+            key[..., keys, :][..., dims],
+            value[..., keys, :][..., dims],
+            dims.argsort(),
+        )
         visible = visible if visible is None else visible[..., keys]
     out, lse = reference._explicit(query, key, value, visible, scale or query.shape[-1] ** -0.5, None, 1.0)
     return (out[..., back], lse) if return_lse else out[..., back]
@@ -109,9 +114,7 @@ def test_pytorchs_sample_inputs(is_causal: bool, backend: str, device: str):
 @pytest.mark.parametrize("amplitude", [1.0, 6.0, 30.0])
 @pytest.mark.parametrize("queries", [1, 3, 70])
 @pytest.mark.parametrize("keys", [1, 5])
-def test_a_lone_key_weighs_one_whatever_its_score(
-    keys: int, queries: int, amplitude: float, backend: str, device: str
-):
+def test_a_lone_key_weighs_one_whatever_its_score(keys: int, queries: int, amplitude: float, backend: str, device: str):
     """Its weight does not depend on query or key, nor does a rounded one: their gradients are exactly 0."""
     generator = torch.Generator().manual_seed(0)
     query = amplitude * torch.randn(1, 4, queries, 40, generator=generator).to(device)
