@@ -221,7 +221,7 @@ struct Backward {
         product(s.key.get(), query_columns.at(0, at), s.scores.get());
         product(s.value.get(), grad_columns.at(0, at), s.grads.get());
         weigh(sequence, philox, kv * group() + g, start, first,
-              {s.scores, s.grads, s.kept, s.shift + row, s.inverse + row, s.delta + row, s.lift + row, keys, columns,
+              {s.scores, s.grads, s.kept, s.shift + row, s.inverse + row, s.lift + row, s.delta + row, keys, columns,
                softmax.scale, dropout.factor, settle}, s);
         const auto add = [&](const C* left, Panels<C> right, float* to) {
           multiply<T, true>(sequence, keys, s.width, s.width, columns, left, kQueries, right, to, s.width);

@@ -13,8 +13,9 @@ constexpr int64_t kBlockKeys = Softmax<T>::apart ? 128 : 64;
 // their gradients are then left operands as they lie, and what belongs to a query is a vector along a row.
 struct ScoreBlock {
   const float *scores, *grads, *kept;     // rows of kQueries; kept: null without dropout
-  const float *shift, *inverse;           // of the queries: their maximum and 1 / their sum, or their log-sum-exp and none
-  float *delta, *lift;                    // of float32 inputs, `lift` holds the gradient of the log-sum-exp
+  const float *shift, *inverse, *lift;    // of the queries: their maximum, 1 / their sum, the gradient of their
+                                          // log-sum-exp; of 16-bit inputs the first is the log-sum-exp, the others unused
+  float* delta;
   int64_t keys, queries;
   float scale, factor;                    // of the scores, of 16-bit inputs; of the weights that dropout keeps
   bool settle;                            // no other block holds keys of these queries: delta is still to be summed
@@ -47,24 +48,18 @@ ALWAYS_INLINE Vec grads_of(const ScoreBlock& block, int64_t j, int64_t i) {
   else return grads;
 }
 
-// delta summed over the very weights and gradients that it will be taken from: of a lone key their difference is then
-// exactly 0. What its rounding lacks is summed likewise, and goes into `lift`. Queries [from(j), until(j)) of the block see
-// key j; `until` is asked only where a window ends in the block.
+// delta as the textbook sums it, over the very weights and gradients that it will be taken from: of a lone key their
+// difference is then exactly 0. Queries [from(j), until(j)) of the block see key j; `until` is asked only where a window
+// ends in the block.
 template <typename T, bool windowed, bool dropped, typename From, typename Until>
 void settle_delta(const ScoreBlock& block, From from, Until until) {
   for (int64_t i = 0; i < block.queries; i += kLanes) {
-    const auto mean_above = [&](Vec level) {
-      Vec sum(0.f);
-      for (int64_t j = 0; j < block.keys; ++j) {
-        const Lanes lanes{from(j) - i, windowed ? until(j) - i : kLanes};
-        if (lanes.none()) continue;
-        sum = sum + lanes.only(weights_of<T>(block, j, i) * (grads_of<dropped>(block, j, i) - level));
-      }
-      return sum;
-    };
-    const Vec delta = mean_above(Vec(0.f));
-    store(block.delta + i, delta);
-    store(block.lift + i, load(block.lift + i) - mean_above(delta));
+    Vec sum(0.f);
+    for (int64_t j = 0; j < block.keys; ++j) {
+      const Lanes lanes{from(j) - i, windowed ? until(j) - i : kLanes};
+      if (!lanes.none()) sum = sum + lanes.only(weights_of<T>(block, j, i) * grads_of<dropped>(block, j, i));
+    }
+    store(block.delta + i, sum);
   }
 }
 
