@@ -9,6 +9,7 @@ import torch
 from gptkernels import attention, attention_dropout_mask, attention_varlen, available_backends
 from gptkernels.attention import dropout
 from gptkernels.testing import assert_within_budget, poisoned_memory
+from torch._subclasses import FakeTensorMode
 
 BACKENDS = list(available_backends())
 FUSED = [name for name in BACKENDS if name != "reference"]
@@ -217,6 +218,41 @@ def test_a_packed_batch_is_each_sequence_alone(backend: str, is_causal: bool, de
         own = torch.autograd.grad(out, alone, grad_out[rows].transpose(0, 1)[None])
         for grad, expected, r in zip(grads, own, (rows, columns, columns)):
             torch.testing.assert_close(grad[r], expected[0].transpose(0, 1), rtol=1e-4, atol=1e-5)
+
+
+class Packed(torch.nn.Module):
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, x: torch.Tensor, cumulative: torch.Tensor) -> torch.Tensor:
+        return attention_varlen(x, x, x, cumulative, cumulative, 6, 6, is_causal=True, backend=self.backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_batch_of_tensors_without_data(backend: str, dtype: torch.dtype):
+    """Shapes and dtypes alone, as torch.export and tools that plan memory ask for them: no length is read."""
+    with FakeTensorMode():
+        query, key, value = (torch.zeros(10, 2, 16, dtype=dtype).requires_grad_() for _ in range(3))
+        cumulative = torch.zeros(3, dtype=torch.int32)
+        arguments = (query, key, value, cumulative, cumulative, 6, 6)
+        out, lse = attention_varlen(*arguments, dropout_p=0.1, return_lse=True, backend=backend)
+        grads = torch.autograd.grad((out, lse), (query, key, value), (out, lse))
+    assert (out.shape, out.dtype) == (query.shape, dtype)
+    assert (lse.shape, lse.dtype) == ((2, 10), torch.float32)
+    assert all((grad.shape, grad.dtype) == (query.shape, dtype) for grad in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_packed_batch_exported_and_compiled(backend: str):
+    x, cumulative = draw(10, 2, 16, count=1)[0], torch.tensor([0, 4, 10])
+    module = Packed(backend)
+    exported = torch.export.export(module, (x, cumulative)).module()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for lengths in (cumulative, torch.tensor([0, 6, 10])):
+        assert torch.equal(exported(x, lengths), module(x, lengths))
+        assert torch.equal(compiled(x, lengths), module(x, lengths))
 
 
 X = torch.zeros(10, 2, 16)

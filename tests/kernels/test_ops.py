@@ -152,15 +152,15 @@ def _op_calls(device: str, ops):
     plain = (None, None, None, None, None, 0, 0, True, None, 0.25, 0.0)
     yield "attention_forward", (q, k, v, *plain)
     yield "attention_forward", (q[:, :, :2], k, v, *plain)
+    yield "attention_forward", (q.half(), k.half(), v.half(), *plain)
     masked = (lengths, mask, None, None, lengths, 0, 0, True, 9, 0.25, 0.1)
     cumulative = torch.tensor([0, 5, 19], device=device)
     packed = (None, None, cumulative, cumulative, None, 14, 14, False, None, 0.25, 0.0)
     for inputs, options in (((q, k, v), masked), ((q[:1], k[:1, :, :19], v[:1, :, :19]), packed)):
-        out, lse = ops.attention_forward(*inputs, *options)
+        out, statistics = ops.attention_forward(*inputs, *options)
         yield "attention_forward", (*inputs, *options)
-        # Not lse itself, which is infinite where no key is seen: such a gradient makes NaN, unequal to itself.
-        yield "attention_backward", (out, torch.ones_like(lse), *inputs, out, lse, *options)
-        yield "attention_backward", (out, None, *inputs, out, lse, *options)
+        for grad_lse in (torch.ones_like(statistics[0]), None):
+            yield "attention_backward", (out, grad_lse, *inputs, out, statistics, *options)
     angles = torch.randn(19, 5, device=device)
     for way in ("forward", "backward"):
         yield f"rotary_{way}", (q, angles, angles, False)

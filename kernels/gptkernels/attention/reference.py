@@ -107,7 +107,7 @@ def _attend(
         scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
         out, lse = _explicit(query, key, value, visible, scale, kept, dropout.rescale(dropout_p))
         return (out, lse) if return_lse else out
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])  # of compiled code's sizes it is a symbol, which SDPA does not take
     if visible is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     sees_any = visible.any(dim=-1, keepdim=True)

@@ -9,6 +9,7 @@
 namespace gptkernels {
 
 constexpr int64_t kQueries = 64;  // queries in a block
+constexpr int64_t kFew = 4;       // up to so many queries the forward's products are with vectors: see decode.h
 
 // A (batch, heads, tokens, head_dim) tensor whose head_dim is adjacent.
 struct Heads {
@@ -35,17 +36,20 @@ inline Tensor empty_like_heads(const Tensor& x) {
 // One sequence: its rows in the tensors, and which keys its queries see. Positions are counted from its own beginning.
 struct Sequence {
   int64_t batch, first_query, queries, first_key, keys;
-  int64_t length = 0;                // keys from here on are hidden
+  int64_t skipped = 0, length = 0;   // keys before the one and from the other on are hidden
   int64_t diagonal = 0, window = 0;  // query i sees keys below i + diagonal, and of those the last `window`
   const float* caps = nullptr;       // with a mask: +inf for a key that is seen, -inf for a hidden one; else null
   int64_t seed = 0;                  // of its dropout
 
   // Keys [begin, end) are those that query i sees, before the mask; none where begin >= end.
-  int64_t begin(int64_t i) const { return std::max<int64_t>(i + diagonal - window, 0); }
+  int64_t begin(int64_t i) const { return std::max<int64_t>(i + diagonal - window, skipped); }
   int64_t end(int64_t i) const { return std::clamp<int64_t>(i + diagonal, 0, length); }
   // Queries [from, until) are those that see key j, if it is seen at all.
   int64_t from(int64_t j) const { return std::max<int64_t>(j + 1 - diagonal, 0); }
   int64_t until(int64_t j) const { return std::min(j + 1 - diagonal + window, queries); }
+  // Few rows or columns of scores. BLAS sums these in many short parts: one long sum of floats would err more. Of float32
+  // inputs they are summed in double.
+  bool few() const { return std::min(queries, keys) <= kFew; }
   int64_t work() const { return queries * std::min(length, window); }
 };
 
@@ -78,7 +82,11 @@ struct Sequences {
       one.diagonal = is_causal ? one.keys - one.queries + 1 : one.keys;
       const int64_t widest = one.keys + one.queries;  // hides nothing
       one.window = std::min(window.value_or(widest), widest);
-      if (key_mask) one.caps = caps_.const_data_ptr<float>() + static_cast<int64_t>(s) * caps_.size(1);
+      if (key_mask) {
+        one.caps = caps_.const_data_ptr<float>() + static_cast<int64_t>(s) * caps_.size(1);
+        while (one.length > 0 && one.caps[one.length - 1] < 0.f) --one.length;
+        while (one.skipped < one.length && one.caps[one.skipped] < 0.f) ++one.skipped;
+      }
       if (dropout) one.seed = seeds[s];
     }
   }
@@ -118,16 +126,26 @@ std::vector<Unit> units_of(std::vector<const Sequence*> sequences, int64_t heads
   return units;
 }
 
-// The forward's exponential, of scores times a factor. Where products are float, base e: the factor is then the
-// caller's scale, mostly a power of two and exact. Where they are bfloat16 anyway, base 2: log2(e) goes into the factor
-// and saves a product.
-template <typename C>
+// The forward's exponential, of scores times a factor, and what it leaves for the backward. Of float32 inputs it is what
+// the textbook computes: the scale goes into the queries, the factor is 1, and a row's maximum and its sum are kept apart.
+// Of 16-bit inputs one number is kept, the log-sum-exp. Where products are float, base e: the factor is then the caller's
+// scale, mostly a power of two and exact. Where they are bfloat16, base 2: log2(e) goes into the factor and saves a
+// product.
+template <typename T>
 struct Softmax {
-  static constexpr bool base_e = std::is_same_v<C, float>;
+  static constexpr bool apart = std::is_same_v<T, float>, base_e = std::is_same_v<Compute<T>, float>;
   float scale, factor;
 
   explicit Softmax(double given) : scale(static_cast<float>(given)) {
-    factor = base_e ? scale : static_cast<float>(given * M_LOG2E);
+    factor = apart ? 1.f : base_e ? scale : static_cast<float>(given * M_LOG2E);
+  }
+  // Scales queries, of float32 inputs, that were copied or packed.
+  template <typename C>
+  ALWAYS_INLINE void prepare(C* queries, int64_t count) const {
+    if constexpr (apart)
+      sweep(count, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
+        store(queries + j, load(queries + j, lanes) * Vec(scale), lanes);
+      });
   }
   static ALWAYS_INLINE Vec power(Vec x) {
     if constexpr (base_e) return exp(x);
@@ -146,17 +164,35 @@ struct Softmax {
   }
 };
 
+// A product of a block of a sequence, `real` of its columns no padding. Scores are the same bits in the forward and the
+// backward.
+template <typename T, bool accumulate, typename C>
+void multiply(const Sequence& sequence, int64_t rows, int64_t columns, int64_t real, int64_t depth, const C* left,
+              int64_t row_left, Panels<C> right, float* out, int64_t row_out) {
+  if constexpr (Softmax<T>::apart)
+    if (sequence.few())
+      return gemm_in_double<accumulate>(rows, columns, real, depth, left, row_left, right, out, row_out);
+  gemm<accumulate>(rows, columns, depth, left, row_left, right, out, row_out);
+}
+
 // What the forward reads and writes.
 template <typename T>
 struct ForwardCall {
   const Heads &query, &key, &value, &out;
-  float* lse;  // (batch, heads, tokens)
-  Softmax<Compute<T>> softmax;
+  float* statistics;  // (1 or 2, batch, heads, tokens): log-sum-exps, or maxima and then sums
+  Softmax<T> softmax;
   Dropout dropout;
 
   int64_t group() const { return query.heads / key.heads; }
+  // Of the row at `index`, whose highest score is `top`; `total` is 0 where it saw no key.
+  void save(int64_t index, float top, float total) const {
+    if constexpr (Softmax<T>::apart) {
+      statistics[index] = softmax.shift(top);
+      statistics[query.batch * query.heads * query.tokens + index] = total;
+    } else {
+      statistics[index] = total == 0.f ? kInfinity : softmax.lse(top, total);
+    }
+  }
 };
-
-constexpr int64_t kFewQueries = 4;  // up to here the products are with vectors, not matrices: see decode.h
 
 }  // namespace gptkernels

@@ -8,8 +8,10 @@ namespace gptkernels {
 constexpr int64_t kDecodeKeys = 64;    // keys whose scores are held at a time
 constexpr int64_t kDecodePart = 256;   // fewest keys that are worth a thread of their own
 
+template <typename T>
 struct DecodeScratch {
-  Scratch<float> query, scores, kept, partial;
+  Scratch<std::conditional_t<Softmax<T>::apart, double, float>> query;  // sums in double: see Sequence::few
+  Scratch<float> scores, kept, partial;
   DecodeScratch(int64_t rows, int64_t head_dim)
       : query(rows * head_dim), scores(rows * kDecodeKeys), kept(round_up(kDecodeKeys, kKeptAtOnce)),
         partial(rows * (head_dim + 2)) {}
@@ -29,14 +31,23 @@ struct Decode {
     return std::max(ceil_div(s.end(s.queries - 1), kDecodeKeys), first_block(s));
   }
 
-  void part(const Unit& unit, DecodeScratch& s, float* records) const {
+  template <typename Q>
+  ALWAYS_INLINE float product(const T* key, const Q* query) const {
+    if constexpr (Softmax<T>::apart) return dot_in_double(key, query, call.key.head_dim);
+    else return dot(key, query, call.key.head_dim);
+  }
+
+  void part(const Unit& unit, DecodeScratch<T>& s, float* records) const {
     const Sequence& sequence = *unit.sequence;
     const int64_t head_dim = call.key.head_dim, count_rows = rows(sequence), b = sequence.batch;
     const int64_t row_key = call.key.row(), row_value = call.value.row();
     for (int64_t r = 0; r < count_rows; ++r) {
       const int64_t h = unit.head * call.group() + r / sequence.queries, i = r % sequence.queries;
       const T* query = call.query.template at<T>(b, h, sequence.first_query + i);
-      copy_rows(query, call.query.row(), 1, head_dim, s.query + r * head_dim, 1, head_dim);
+      auto* row = s.query + r * head_dim;
+      if constexpr (Softmax<T>::apart)
+        for (int64_t d = 0; d < head_dim; ++d) row[d] = query[d] * call.softmax.scale;
+      else copy_rows(query, call.query.row(), 1, head_dim, row, 1, head_dim);
       records[r * record()] = -kInfinity;
       std::fill_n(records + r * record() + 1, head_dim + 1, 0.f);
     }
@@ -51,11 +62,7 @@ struct Decode {
       const T* values = call.value.template at<T>(b, unit.head, sequence.first_key + start);
       for (int64_t j = 0; j < count; ++j)
         for (int64_t r = 0; r < count_rows; ++r) {
-          Sum dot;
-          sweep(head_dim, [&](int64_t d, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
-            dot.add(load(keys + j * row_key + d, lanes), load(s.query + r * head_dim + d, lanes), k);
-          });
-          s.scores[r * kDecodeKeys + j] = dot.total();
+          s.scores[r * kDecodeKeys + j] = product(keys + j * row_key, s.query + r * head_dim);
         }
       for (int64_t r = 0; r < count_rows; ++r) {
         float *held = records + r * record(), *row = s.scores + r * kDecodeKeys, *out = held + 2;
@@ -69,11 +76,11 @@ struct Decode {
           top = row[j] > top ? row[j] : top;
         }
         const float shift = call.softmax.shift(top);
-        const float shrink = Softmax<Compute<T>>::power(held[0] * call.softmax.factor - shift);
+        const float shrink = Softmax<T>::power(held[0] * call.softmax.factor - shift);
         const Vec factor(call.softmax.factor), down(-shift);
         Sum total;
         sweep(high - low, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
-          const Vec w = keep(Softmax<Compute<T>>::power(fmadd(load(row + low + j, lanes), factor, down)), lanes, 0.f);
+          const Vec w = keep(Softmax<T>::power(fmadd(load(row + low + j, lanes), factor, down)), lanes, 0.f);
           store(row + low + j, w, lanes);
           total.add(w, k);
         });
@@ -102,7 +109,7 @@ struct Decode {
       for (int64_t cut = 0; cut < unit.cuts; ++cut) top = std::max(top, first[cut * stride]);
       const float shift = call.softmax.shift(top);
       for (int64_t cut = 0; cut < unit.cuts; ++cut) {
-        const float *p = first + cut * stride, shrink = Softmax<Compute<T>>::power(p[0] * call.softmax.factor - shift);
+        const float *p = first + cut * stride, shrink = Softmax<T>::power(p[0] * call.softmax.factor - shift);
         total += p[1] * shrink;
         for (int64_t d = 0; d < call.key.head_dim; ++d) sum[d] = (cut ? sum[d] : 0.f) + p[2 + d] * shrink;
       }
@@ -112,7 +119,7 @@ struct Decode {
       const bool nothing = total == 0.f;
       for (int64_t d = 0; d < call.key.head_dim; ++d)
         to[d] = static_cast<T>(nothing ? 0.f : sum[d] / total * call.dropout.factor);
-      call.lse[call.query.index(sequence.batch, h, token)] = nothing ? kInfinity : call.softmax.lse(top, total);
+      call.save(call.query.index(sequence.batch, h, token), top, total);
     }
   }
 
@@ -129,8 +136,8 @@ struct Decode {
     }
     Scratch<float> records(size);
     parallel_units(
-        count, [&] { return std::make_unique<DecodeScratch>(most_rows, call.key.head_dim); },
-        [&](int64_t u, std::unique_ptr<DecodeScratch>& s) {
+        count, [&] { return std::make_unique<DecodeScratch<T>>(most_rows, call.key.head_dim); },
+        [&](int64_t u, std::unique_ptr<DecodeScratch<T>>& s) {
           const bool whole = units[u].cuts == 1;
           float* own = whole ? s->partial.get() : records + offsets[u];
           part(units[u], *s, own);

@@ -245,6 +245,24 @@ void gemm(int64_t m, int64_t n, int64_t depth, const C* a, int64_t lda, Panels<C
   }
 }
 
+// C (+)= A B with each sum in double, rounded once; of the columns, those from `real` on are padding: C keeps or gets 0.
+template <bool accumulate>
+void gemm_in_double(
+    int64_t m, int64_t n, int64_t real, int64_t depth, const float* a, int64_t lda, Panels<float> b, float* c, int64_t ldc) {
+  constexpr int64_t lanes = Doubles::size();
+  for (int64_t j = 0; j < n; j += lanes) {
+    const float* columns = b.data + j / kPanel * b.panel + j % kPanel;
+    for (int64_t i = 0; i < m; ++i) {
+      Doubles sum(0.);
+      if (j < real)
+        for (int64_t k = 0; k < depth; ++k)
+          sum = at::vec::fmadd(Doubles(static_cast<double>(a[i * lda + k])), load_doubles(columns + k * b.row), sum);
+      if constexpr (accumulate) sum = load_doubles(c + i * ldc + j) + sum;
+      store(c + i * ldc + j, sum);
+    }
+  }
+}
+
 // Rows of T as rows of the compute type, `rows` by `columns`, padded with zeros to `padded_rows` by `stride`.
 template <typename C, typename T>
 void copy_rows(const T* x, int64_t stride_x, int64_t rows, int64_t columns, C* out, int64_t padded_rows, int64_t stride) {

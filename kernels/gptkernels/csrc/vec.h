@@ -146,6 +146,40 @@ ALWAYS_INLINE float max(Vec v) {
 
 #endif
 
+// Half a vector's floats as doubles, and back.
+using Doubles = at::vec::Vectorized<double>;
+#if defined(CPU_CAPABILITY_AVX512)
+ALWAYS_INLINE Doubles load_doubles(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+ALWAYS_INLINE void store(float* p, Doubles v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
+ALWAYS_INLINE double sum(Doubles v) { return _mm512_reduce_add_pd(v); }
+#elif defined(CPU_CAPABILITY_AVX2)
+ALWAYS_INLINE Doubles load_doubles(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+ALWAYS_INLINE void store(float* p, Doubles v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+ALWAYS_INLINE double sum(Doubles v) {
+  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+}
+#else
+ALWAYS_INLINE Doubles load_doubles(const float* p) {
+  double lanes[Doubles::size()];
+  for (int64_t i = 0; i < Doubles::size(); ++i) lanes[i] = p[i];
+  return Doubles::loadu(lanes);
+}
+ALWAYS_INLINE void store(float* p, Doubles v) {
+  double lanes[Doubles::size()];
+  v.store(lanes);
+  for (int64_t i = 0; i < Doubles::size(); ++i) p[i] = static_cast<float>(lanes[i]);
+}
+ALWAYS_INLINE double sum(Doubles v) {
+  double lanes[Doubles::size()], total = 0.;
+  v.store(lanes);
+  for (double lane : lanes) total += lane;
+  return total;
+}
+#endif
+
+ALWAYS_INLINE Doubles load_doubles(const double* p) { return Doubles::loadu(p); }
+
 template <typename T>
 ALWAYS_INLINE Vec load(const T* p) { return load(p, All{}); }
 template <typename T>
@@ -356,5 +390,31 @@ struct Sum {
   ALWAYS_INLINE void add(Vec a, Vec b, std::integral_constant<int, k>) { part[k] = fmadd(a, b, part[k]); }
   ALWAYS_INLINE float total() const { return sum((part[0] + part[1]) + (part[2] + part[3])); }
 };
+
+template <typename A, typename B>
+ALWAYS_INLINE float dot(const A* a, const B* b, int64_t count) {
+  Sum sum;
+  sweep(count, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
+    sum.add(load(a + j, lanes), load(b + j, lanes), k);
+  });
+  return sum.total();
+}
+
+// The same with the sum in double, rounded once.
+template <typename B>
+ALWAYS_INLINE float dot_in_double(const float* a, const B* b, int64_t count) {
+  constexpr int64_t lanes = Doubles::size();
+  Doubles sums[4] = {Doubles(0.), Doubles(0.), Doubles(0.), Doubles(0.)};
+  int64_t j = 0;
+  for (; j + 4 * lanes <= count; j += 4 * lanes)
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < 4; ++part) {
+      const int64_t at = j + part * lanes;
+      sums[part] = at::vec::fmadd(load_doubles(a + at), load_doubles(b + at), sums[part]);
+    }
+  double total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; j < count; ++j) total += static_cast<double>(a[j]) * b[j];
+  return static_cast<float>(total);
+}
 
 }  // namespace gptkernels
