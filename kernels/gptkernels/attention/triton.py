@@ -27,13 +27,16 @@ DELTA_BLOCK = 32
 # Up to so many queries share a program with their group's other heads, the keys split over programs.
 DECODE_QUERIES = 8
 DECODE_ROWS = 64
+# Within a tile of at most 128 tokens, offsets are 32 bits: twice as many registers would be spilled for wider ones.
+MAX_TOKEN_STRIDE = 2**24
 # The fewest tiles of keys that are worth a program of their own.
 DECODE_TILES = 4
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    """`x` itself where its head_dim has stride 1 (slices of a packed projection have), else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """`x` itself where head_dim has stride 1 (slices of a packed projection have) and tokens lie close enough, else a copy."""
+    adjacent = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if adjacent and x.stride(-2) < MAX_TOKEN_STRIDE else x.contiguous()
 
 
 def _block_d(head_dim: int) -> int:
@@ -111,7 +114,7 @@ def attention_forward(
     )  # fmt: skip
     if p.empty():
         return out.zero_(), lse.fill_(math.inf)
-    query, key, value = _adjacent(query), _adjacent(key), _adjacent(value)
+    query, key, value = _readable(query), _readable(key), _readable(value)
     few = p.queries <= DECODE_QUERIES and p.queries * p.heads // p.kv_heads <= DECODE_ROWS
     if few and not p.packed and not p.has_dropout:
         _decode(p, query, key, value, scale, out, lse)
@@ -177,7 +180,7 @@ def attention_backward(
     )  # fmt: skip
     if p.empty():
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
-    query, key, value, grad_out = _adjacent(query), _adjacent(key), _adjacent(value), _adjacent(grad_out)
+    query, key, value, grad_out = _readable(query), _readable(key), _readable(value), _readable(grad_out)
     grad_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
     arch, itemsize = architecture(query), query.dtype.itemsize
     delta = torch.empty_like(lse)

@@ -41,16 +41,21 @@ def _delta_kernel(
 
 @triton.jit
 def _dkdv_loop(
-    dk, dv, k, v, q_pointers, do_pointers, LSE, DELTA, start, end, keys, start_n, diagonal, window, scale, Tq,
+    dk, dv, k, v, Q, DOUT, LSE, DELTA, start, end, keys, start_n, diagonal, window, scale, Tq,
     stride_qt, stride_dt, seed, head, threshold, rescale,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DROPOUT: tl.constexpr, EVEN_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    row = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
+    q_offsets = row[:, None] * stride_qt + dims[None, :]
+    do_offsets = row[:, None] * stride_dt + dims[None, :]
+    Q += tl.cast(start, tl.int64) * stride_qt
+    DOUT += tl.cast(start, tl.int64) * stride_dt
     for m in range(start, end, BLOCK_M):
-        queries = m + tl.arange(0, BLOCK_M)
+        queries = m + row
         inside = queries < Tq
-        q = load_tile(q_pointers, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
+        q = load_tile(Q + q_offsets, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
         lse = tl.load(LSE + queries, mask=inside, other=0.0)
         st = tl.dot(k, tl.trans(q), input_precision="ieee")  # (N, M): scores transposed, so that P^T feeds a product
         pt = tl.exp2(st * scale - lse[None, :])
@@ -58,7 +63,7 @@ def _dkdv_loop(
             pt = tl.where(keys[:, None] <= queries[None, :] + diagonal, pt, 0.0)
             if HAS_WINDOW:
                 pt = tl.where(keys[:, None] > queries[None, :] + diagonal - window, pt, 0.0)
-        do = load_tile(do_pointers, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
+        do = load_tile(DOUT + do_offsets, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
         if HAS_DROPOUT:  # dv is rescaled when it is stored
             keep = tl.trans(kept(seed, head, queries, start_n, threshold, BLOCK_M, BLOCK_N))
             dv = tl.dot(tl.where(keep, pt, 0.0).to(do.dtype), do, dv, input_precision="ieee")
@@ -70,9 +75,9 @@ def _dkdv_loop(
             dpt = tl.where(keep, dpt * rescale, 0.0)
         dst = pt * (dpt - delta[None, :])
         dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
-        q_pointers += BLOCK_M * stride_qt
-        do_pointers += BLOCK_M * stride_dt
-    return dk, dv, q_pointers, do_pointers
+        Q += BLOCK_M * stride_qt
+        DOUT += BLOCK_M * stride_dt
+    return dk, dv
 
 
 @triton.jit
@@ -131,28 +136,26 @@ def _dkdv_kernel(
         to = tl.maximum(tl.minimum(last, tl.maximum(start_n - diagonal + window, 0) // BLOCK_M * BLOCK_M), from_)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    row_m = tl.arange(0, BLOCK_M)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        # Tiles start at multiples of BLOCK_M, which `first` is: pointers advance with the loops.
-        rows = first_query + first + row_m
-        q_pointers = Q + batch * stride_qb + head * stride_qh + rows[:, None] * stride_qt + dims[None, :]
-        do_pointers = DOUT + batch * stride_db + head * stride_dh + rows[:, None] * stride_dt + dims[None, :]
+        q_head = Q + batch * stride_qb + head * stride_qh + first_query * stride_qt
+        do_head = DOUT + batch * stride_db + head * stride_dh + first_query * stride_dt
         statistics = batch * stride_lb + head * stride_lh + first_query
-        if IS_CAUSAL:
-            dk, dv, q_pointers, do_pointers = _dkdv_loop(
-                dk, dv, k, v, q_pointers, do_pointers, LSE + statistics, DELTA + statistics, first, from_, keys, start_n,
-                diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
-                True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        dk, dv, q_pointers, do_pointers = _dkdv_loop(
-            dk, dv, k, v, q_pointers, do_pointers, LSE + statistics, DELTA + statistics, from_, to, keys, start_n,
+        # The loop without a mask comes first: ptxas spills less than with the diagonal first.
+        dk, dv = _dkdv_loop(
+            dk, dv, k, v, q_head, do_head, LSE + statistics, DELTA + statistics, from_, to, keys, start_n,
             diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
             False, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+        if IS_CAUSAL:
+            dk, dv = _dkdv_loop(
+                dk, dv, k, v, q_head, do_head, LSE + statistics, DELTA + statistics, first, from_, keys, start_n,
+                diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
+                True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         if HAS_WINDOW:
-            dk, dv, q_pointers, do_pointers = _dkdv_loop(
-                dk, dv, k, v, q_pointers, do_pointers, LSE + statistics, DELTA + statistics, to, last, keys, start_n,
+            dk, dv = _dkdv_loop(
+                dk, dv, k, v, q_head, do_head, LSE + statistics, DELTA + statistics, to, last, keys, start_n,
                 diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
                 True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
@@ -170,30 +173,35 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_loop(
-    dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
+    dq, q, do, lse, delta, K, V, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
     stride_kt, stride_vt, seed, head, threshold, rescale,
     MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    row = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
+    k_offsets = row[:, None] * stride_kt + dims[None, :]
+    v_offsets = row[:, None] * stride_vt + dims[None, :]
+    K += tl.cast(start, tl.int64) * stride_kt
+    V += tl.cast(start, tl.int64) * stride_vt
     for n in range(start, end, BLOCK_N):
-        keys = n + tl.arange(0, BLOCK_N)
-        k = load_tile(k_pointers, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        keys = n + row
+        k = load_tile(K + k_offsets, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, N)
         p = tl.exp2(s * scale - lse[:, None])
         if MASKED:
             seen = visible(queries[:, None], keys[None, :], keys_end, KEY_MASK, diagonal, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW)  # fmt: skip
             p = tl.where(seen, p, 0.0)
-        v = load_tile(v_pointers, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        v = load_tile(V + v_offsets, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if HAS_DROPOUT:
             dp = tl.where(kept(seed, head, queries, n, threshold, BLOCK_M, BLOCK_N), dp * rescale, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        k_pointers += BLOCK_N * stride_kt
-        v_pointers += BLOCK_N * stride_vt
-    return dq, k_pointers, v_pointers
+        K += BLOCK_N * stride_kt
+        V += BLOCK_N * stride_vt
+    return dq
 
 
 @triton.jit
@@ -240,23 +248,20 @@ def _dq_kernel(
     statistics = batch * stride_lb + head * stride_lh + start + row
     lse = tl.load(LSE + statistics, mask=queries < Tq, other=0.0)
     delta = tl.load(DELTA + statistics, mask=queries < Tq, other=0.0)
-    key = begin + tl.arange(0, BLOCK_N)
-    k_pointers = K + key[:, None].to(tl.int64) * stride_kt + dims[None, :]
-    v_pointers = V + key[:, None].to(tl.int64) * stride_vt + dims[None, :]
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if HAS_WINDOW:
-        dq, k_pointers, v_pointers = _dq_loop(
-            dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, begin, from_, queries, keys_end, diagonal, window,
+        dq = _dq_loop(
+            dq, q, do, lse, delta, K, V, KEY_MASK, begin, from_, queries, keys_end, diagonal, window,
             scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
             True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    dq, k_pointers, v_pointers = _dq_loop(
-        dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, from_, to, queries, keys_end, diagonal, window,
+    dq = _dq_loop(
+        dq, q, do, lse, delta, K, V, KEY_MASK, from_, to, queries, keys_end, diagonal, window,
         scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
         False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    dq, k_pointers, v_pointers = _dq_loop(
-        dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, to, end, queries, keys_end, diagonal, window,
+    dq = _dq_loop(
+        dq, q, do, lse, delta, K, V, KEY_MASK, to, end, queries, keys_end, diagonal, window,
         scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
         True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip

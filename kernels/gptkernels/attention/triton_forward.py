@@ -10,41 +10,78 @@ from gptkernels.attention.triton_tile import kept, key_range, keys_in_use, load_
 
 @triton.jit
 def _forward_loop(
-    acc, l, m, q, k_pointers, v_pointers, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
+    acc, l, m, q, K, V, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
     stride_kt, stride_vt, seed, head, threshold,
     MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    row = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
+    k_offsets = row[:, None] * stride_kt + dims[None, :]
+    v_offsets = row[:, None] * stride_vt + dims[None, :]
+    K += tl.cast(start, tl.int64) * stride_kt
+    V += tl.cast(start, tl.int64) * stride_vt
     for n in range(start, end, BLOCK_N):
-        keys = n + tl.arange(0, BLOCK_N)
-        k = load_tile(k_pointers, keys[None, :], dims[:, None], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (D, N)
-        s = tl.dot(q, k, input_precision="ieee")  # (M, N)
+        keys = n + row
+        k = load_tile(K + k_offsets, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, N)
         if MASKED:
             seen = visible(queries[:, None], keys[None, :], keys_end, KEY_MASK, diagonal, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW)  # fmt: skip
             s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, axis=1))
-        shift = m_new * scale
+        m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+        shift = m_new
         if MASKED:  # a row that has seen nothing: -inf - -inf would be NaN
-            shift = tl.where(m_new == float("-inf"), 0.0, shift)
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s * scale - shift[:, None])
-        correction = tl.exp2(m * scale - shift)
+        correction = tl.exp2(m - shift)
         l = l * correction + tl.sum(p, axis=1)
         if HAS_DROPOUT:  # the sum is that of all weights
             p = tl.where(kept(seed, head, queries, n, threshold, BLOCK_M, BLOCK_N), p, 0.0)
-        v = load_tile(v_pointers, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        v = load_tile(V + v_offsets, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
         m = m_new
-        k_pointers += BLOCK_N * stride_kt
-        v_pointers += BLOCK_N * stride_vt
-    return acc, l, m, k_pointers, v_pointers
+        K += BLOCK_N * stride_kt
+        V += BLOCK_N * stride_vt
+    return acc, l, m
 
 
 @triton.jit
-def _log_sum(m, l, scale):
+def _attend(
+    q, K, V, KEY_MASK, begin, from_, to, end, queries, keys_end, diagonal, window, scale,
+    stride_kt, stride_vt, seed, head, threshold,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``(weighted sum of values, sum of weights, maximum)`` over keys [begin, end), without a mask from `from_` to `to`.
+
+    The maximum is of the scores times `scale`, the weights are powers of 2 of what is below it.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if HAS_WINDOW:
+        acc, l, m = _forward_loop(
+            acc, l, m, q, K, V, KEY_MASK, begin, from_, queries, keys_end, diagonal, window, scale,
+            stride_kt, stride_vt, seed, head, threshold, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    acc, l, m = _forward_loop(
+        acc, l, m, q, K, V, KEY_MASK, from_, to, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, seed, head, threshold, False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    return _forward_loop(
+        acc, l, m, q, K, V, KEY_MASK, to, end, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, seed, head, threshold, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def _log_sum(m, l):
     """The base-2 logarithm of the sum of exponentials; +inf of none, so that a weight recomputed from it is 0."""
-    return tl.where(l == 0.0, float("inf"), m * scale + tl.log2(l))
+    return tl.where(l == 0.0, float("inf"), m + tl.log2(l))
 
 
 @triton.jit
@@ -88,32 +125,15 @@ def _forward_kernel(
     diagonal = Tk - Tq
     begin, from_, to, end = key_range(start_m, diagonal, keys_end, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N)  # fmt: skip
     q = load_tile(Q + row[:, None] * stride_qt + dims[None, :], queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # fmt: skip
-    key = begin + tl.arange(0, BLOCK_N)
-    k_pointers = K + key[None, :].to(tl.int64) * stride_kt + dims[:, None]
-    v_pointers = V + key[:, None].to(tl.int64) * stride_vt + dims[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if HAS_WINDOW:
-        acc, l, m, k_pointers, v_pointers = _forward_loop(
-            acc, l, m, q, k_pointers, v_pointers, KEY_MASK, begin, from_, queries, keys_end, diagonal, window, scale,
-            stride_kt, stride_vt, seed, head, threshold, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    acc, l, m, k_pointers, v_pointers = _forward_loop(
-        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, from_, to, queries, keys_end, diagonal, window, scale,
-        stride_kt, stride_vt, seed, head, threshold, False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    acc, l, m, k_pointers, v_pointers = _forward_loop(
-        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, to, end, queries, keys_end, diagonal, window, scale,
-        stride_kt, stride_vt, seed, head, threshold, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+    acc, l, m = _attend(
+        q, K, V, KEY_MASK, begin, from_, to, end, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, seed, head, threshold, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     if HAS_DROPOUT:
         out *= rescale
-    tl.store(LSE + row, _log_sum(m, l, scale), mask=queries < Tq)
+    tl.store(LSE + row, _log_sum(m, l), mask=queries < Tq)
     tl.store(
         OUT + row[:, None] * stride_ot + dims[None, :],
         out.to(OUT.dtype.element_ty),
@@ -169,32 +189,14 @@ def _decode_kernel(
         to = begin
     to = tl.maximum(to // BLOCK_N * BLOCK_N, begin)
     from_ = tl.minimum(from_, to)
-    key = begin + tl.arange(0, BLOCK_N)
-    k_pointers = K + key[None, :].to(tl.int64) * stride_kt + dims[:, None]
-    v_pointers = V + key[:, None].to(tl.int64) * stride_vt + dims[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if HAS_WINDOW:
-        acc, l, m, k_pointers, v_pointers = _forward_loop(
-            acc, l, m, q, k_pointers, v_pointers, KEY_MASK, begin, from_, queries, keys_end, diagonal, window, scale,
-            stride_kt, stride_vt, 0, 0, 0, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    acc, l, m, k_pointers, v_pointers = _forward_loop(
-        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, from_, to, queries, keys_end, diagonal, window, scale,
-        stride_kt, stride_vt, 0, 0, 0, False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    acc, l, m, k_pointers, v_pointers = _forward_loop(
-        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, to, end, queries, keys_end, diagonal, window, scale,
-        stride_kt, stride_vt, 0, 0, 0, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    acc, l, m = _attend(
+        q, K, V, KEY_MASK, begin, from_, to, end, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, 0, 0, 0, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     # Partial results: (batch * kv_heads, splits, group * Tq, D), each normalised by its own sum.
     rows = (head_index.to(tl.int64) * splits + split) * (GROUP * Tq) + row
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    lse = tl.where(l == 0.0, float("-inf"), m * scale + tl.log2(l))
+    lse = tl.where(l == 0.0, float("-inf"), m + tl.log2(l))
     tl.store(PARTIAL_LSE + rows, lse, mask=inside)
     tl.store(PARTIAL + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=inside[:, None] & (dims[None, :] < HEAD_DIM))
 
