@@ -242,12 +242,23 @@ def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Te
     return query, key, value
 
 
-# The kernels' own log-sum-exp is +inf where no key is seen (a weight recomputed from it is then 0), and in Triton base 2.
+# The kernels' own maxima and log-sum-exps are to this base's logarithm: base 2 in Triton.
 _NATURAL = {"triton": math.log(2.0), "native": 1.0}
 
 
+def _log_sum_exp(statistics: Tensor, unit: float) -> Tensor:
+    """The public log-sum-exp, natural, -inf where no key is seen."""
+    if len(statistics) == 1:  # the kernels' own, +inf where no key is seen: a weight recomputed from it is then 0
+        return (statistics[0] * unit).masked_fill_(statistics[0] == math.inf, -math.inf)
+    maximum, total = statistics.double()
+    return (maximum * unit + total.log()).float()
+
+
 class AttentionFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: saves inputs, output and each row's float32 log-sum-exp.
+    """Autograd around the fused kernels: saves inputs, output and each row's float32 statistics.
+
+    Those are one log-sum-exp for 16-bit inputs; for float32 inputs the row's maximum and its sum of exponentials over it,
+    kept apart because a rounded log-sum-exp would cost more than all other rounding (MATH.md).
 
     `options` are the operator's: key_lengths, key_mask, cu_queries, cu_keys, dropout_seed, then what is not a tensor.
     """
@@ -256,22 +267,22 @@ class AttentionFunction(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, return_lse: bool, backend: str, *options: Any
     ) -> Any:
-        out, lse = _library.ops(backend).attention_forward(query, key, value, *options)
-        ctx.save_for_backward(query, key, value, out, lse, *options[:5])
+        out, statistics = _library.ops(backend).attention_forward(query, key, value, *options)
+        ctx.save_for_backward(query, key, value, out, statistics, *options[:5])
         ctx.options, ctx.backend = options[5:], backend
         ctx.set_materialize_grads(False)
         if not return_lse:
             return out
-        return out, (lse * _NATURAL[backend]).masked_fill_(lse == math.inf, -math.inf)
+        return out, _log_sum_exp(statistics, _NATURAL[backend])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, *tensors = ctx.saved_tensors
+        query, key, value, out, statistics, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grads = _library.ops(ctx.backend).attention_backward(
-            grad_out, grad_lse, query, key, value, out, lse, *tensors, *ctx.options
+            grad_out, grad_lse, query, key, value, out, statistics, *tensors, *ctx.options
         )
         return *grads, *(None,) * 13
 
@@ -283,7 +294,8 @@ def empty_like_heads(x: Tensor) -> Tensor:
 
 
 def _fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_like_heads(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    rows = (2 if query.dtype == torch.float32 else 1, *query.shape[:3])
+    return empty_like_heads(query), query.new_empty(rows, dtype=torch.float32)
 
 
 def _fake_backward(
@@ -299,13 +311,13 @@ _OPTIONS = (
 )
 _library.register(
     "attention_forward",
-    f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor out, Tensor statistics)",
     fake=_fake_forward,
     module="gptkernels.attention.triton",
 )
 _library.register(
     "attention_backward",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
+    "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor statistics,"
     f" {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake=_fake_backward,
     module="gptkernels.attention.triton",
