@@ -79,14 +79,22 @@ def _attend(
 
 
 @triton.jit
-def _log_sum(m, l):
-    """The base-2 logarithm of the sum of exponentials; +inf of none, so that a weight recomputed from it is 0."""
-    return tl.where(l == 0.0, float("inf"), m + tl.log2(l))
+def _store_statistics(m, l, SHIFTS, SUMS, rows, mask):
+    """What the backward recomputes weights from: maximum and sum, or without `SUMS` their log-sum-exp, base 2.
+
+    A row that sees no key has the log-sum-exp +inf, so that its weights come out as 0, or maximum and sum 0.
+    """
+    if SUMS is None:
+        shift = tl.where(l == 0.0, float("inf"), m + tl.log2(l))
+    else:
+        shift = tl.where(l == 0.0, 0.0, m)
+        tl.store(SUMS + rows, l, mask=mask)
+    tl.store(SHIFTS + rows, shift, mask=mask)
 
 
 @triton.jit
 def _forward_kernel(
-    Q, K, V, OUT, LSE, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS, scale, rescale, threshold, window,
+    Q, K, V, OUT, SHIFTS, SUMS, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS, scale, rescale, threshold, window,
     H, GROUP, Tq, Tk, MAX_QUERIES,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh,
@@ -114,7 +122,6 @@ def _forward_kernel(
     K += batch * stride_kb + head // GROUP * stride_kh + first_key * stride_kt
     V += batch * stride_vb + head // GROUP * stride_vh + first_key * stride_vt
     OUT += batch * stride_ob + head * stride_oh + start * stride_ot
-    LSE += batch * stride_lb + head * stride_lh + start
     if HAS_MASK:
         KEY_MASK += batch * Tk
     seed = 0
@@ -125,6 +132,9 @@ def _forward_kernel(
     diagonal = Tk - Tq
     begin, from_, to, end = key_range(start_m, diagonal, keys_end, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N)  # fmt: skip
     q = load_tile(Q + row[:, None] * stride_qt + dims[None, :], queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # fmt: skip
+    if Q.dtype.element_ty == tl.float32:  # scores in base-2 units: what is subtracted from them is exact
+        q *= scale
+        scale = 1.0
     acc, l, m = _attend(
         q, K, V, KEY_MASK, begin, from_, to, end, queries, keys_end, diagonal, window, scale,
         stride_kt, stride_vt, seed, head, threshold, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
@@ -133,7 +143,8 @@ def _forward_kernel(
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     if HAS_DROPOUT:
         out *= rescale
-    tl.store(LSE + row, _log_sum(m, l), mask=queries < Tq)
+    statistics = batch * stride_lb + head * stride_lh + start + row
+    _store_statistics(m, l, SHIFTS, SUMS, statistics, queries < Tq)
     tl.store(
         OUT + row[:, None] * stride_ot + dims[None, :],
         out.to(OUT.dtype.element_ty),
@@ -143,7 +154,7 @@ def _forward_kernel(
 
 @triton.jit
 def _decode_kernel(
-    Q, K, V, PARTIAL, PARTIAL_LSE, KEY_LENGTHS, KEY_MASK, scale, window, H, GROUP, Tq, Tk, CHUNK,
+    Q, K, V, PARTIAL, MAXIMA, SUMS, KEY_LENGTHS, KEY_MASK, scale, window, H, GROUP, Tq, Tk, CHUNK,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -189,24 +200,26 @@ def _decode_kernel(
         to = begin
     to = tl.maximum(to // BLOCK_N * BLOCK_N, begin)
     from_ = tl.minimum(from_, to)
+    if Q.dtype.element_ty == tl.float32:
+        q *= scale
+        scale = 1.0
     acc, l, m = _attend(
         q, K, V, KEY_MASK, begin, from_, to, end, queries, keys_end, diagonal, window, scale,
         stride_kt, stride_vt, 0, 0, 0, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    # Partial results: (batch * kv_heads, splits, group * Tq, D), each normalised by its own sum.
+    # (batch * kv_heads, splits, group * Tq, D): nothing is divided by its sum yet.
     rows = (head_index.to(tl.int64) * splits + split) * (GROUP * Tq) + row
-    out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    lse = tl.where(l == 0.0, float("-inf"), m + tl.log2(l))
-    tl.store(PARTIAL_LSE + rows, lse, mask=inside)
-    tl.store(PARTIAL + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=inside[:, None] & (dims[None, :] < HEAD_DIM))
+    tl.store(MAXIMA + rows, m, mask=inside)
+    tl.store(SUMS + rows, l, mask=inside)
+    tl.store(PARTIAL + rows[:, None] * HEAD_DIM + dims[None, :], acc, mask=inside[:, None] & (dims[None, :] < HEAD_DIM))
 
 
 @triton.jit
 def _combine_kernel(
-    PARTIAL, PARTIAL_LSE, OUT, LSE, H, GROUP, Tq, SPLITS, stride_ob, stride_oh, stride_ot,
+    PARTIAL, PARTIAL_MAXIMA, PARTIAL_SUMS, OUT, SHIFTS, SUMS, H, GROUP, Tq, SPLITS, stride_ob, stride_oh, stride_ot,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of one query of one head, in order: each weighs as much as its sum of exponentials."""
+    """Joins the splits of one query of one head, in order, as the tiles of one loop are: under their common maximum."""
     program = tl.program_id(0)
     query = (program % Tq).to(tl.int64)
     head_index = program // Tq
@@ -218,17 +231,16 @@ def _combine_kernel(
     inside = split < SPLITS
     dims = tl.arange(0, BLOCK_D)
     rows = (kv_index * SPLITS + split) * (GROUP * Tq) + row
-    lse = tl.load(PARTIAL_LSE + rows, mask=inside, other=float("-inf"))
-    m = tl.max(lse, axis=0)
-    m = tl.where(m == float("-inf"), 0.0, m)
-    weights = tl.exp2(lse - m)
-    total = tl.sum(weights, axis=0)
+    maxima = tl.load(PARTIAL_MAXIMA + rows, mask=inside, other=float("-inf"))
+    m = tl.max(maxima, axis=0)
+    corrections = tl.exp2(maxima - tl.where(m == float("-inf"), 0.0, m))
+    l = tl.sum(tl.load(PARTIAL_SUMS + rows, mask=inside, other=0.0) * corrections, axis=0)
     partial = tl.load(
         PARTIAL + rows[:, None] * HEAD_DIM + dims[None, :],
         mask=inside[:, None] & (dims[None, :] < HEAD_DIM),
         other=0.0,
     )
-    out = tl.sum(weights[:, None] * partial, axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(LSE + head_index.to(tl.int64) * Tq + query, tl.where(total == 0.0, float("inf"), m + tl.log2(total)))
+    out = tl.sum(corrections[:, None] * partial, axis=0) / tl.where(l == 0.0, 1.0, l)
+    _store_statistics(m, l, SHIFTS, SUMS, head_index.to(tl.int64) * Tq + query, None)
     OUT += batch * stride_ob + head * stride_oh + query * stride_ot
     tl.store(OUT + dims, out.to(OUT.dtype.element_ty), mask=dims < HEAD_DIM)
