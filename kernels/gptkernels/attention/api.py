@@ -363,7 +363,7 @@ _library.register(
     fake=_fake_backward,
     module="gptkernels.attention.triton",
     # The scores once more, and the four products of their gradients.
-    flops=lambda grad_out, grad_lse, query, key, value, out, lse, *options: (
+    flops=lambda grad_out, grad_lse, query, key, value, out, statistics, *options: (
         5 * _product_flops(query, key, *options[2:7])
     ),
 )

@@ -1,14 +1,12 @@
 """The shipped launch configurations of the attention kernels: one tile per direction, architecture, dtype and head_dim.
 
-Chosen so that no kernel spills registers and each fits its target's shared memory
-(`tests/kernels/test_compile.py` holds sm_90's); nothing is tuned at first use.
+Chosen so that under Triton 3.6, 3.7.1, 3.8 and 3.9 no kernel spills registers and each fits its target's shared memory
+(`tests/kernels/test_compile.py` holds the main configurations); nothing is tuned at first use.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,6 @@ _BLACKWELL: _Table = (
         256: (*_HOPPER[256][:2], Tile(64, 32, 8, 2), _HOPPER[256][3]),
     }
 )
-# Triton before 3.7 takes more registers and shared memory for the same tiles at head_dim 128.
-_HOPPER_BEFORE_3_7: _Table = _HOPPER | {
-    128: (Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3)),
-}
 _AMPERE: _Table = {  # 163 kB
     64: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 128, 4, 3)),
     128: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 4, 3)),
@@ -67,17 +61,28 @@ _BY_ARCH = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_103": 
 _INTERPRETER = Tile(32, 16, 1, 1)
 
 
-@cache
-def _old_triton() -> bool:
-    return tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 7)
-
-
 def tile(direction: str, arch: str, itemsize: int, block_d: int) -> Tile:
     """The launch configuration of a direction on `arch` for elements of `itemsize` bytes."""
     if arch == "interpreter":
         return _INTERPRETER
     table = _FLOAT32 if itemsize == 4 else _BY_ARCH.get(arch, _CONSUMER)
-    if table is _HOPPER and _old_triton():
-        table = _HOPPER_BEFORE_3_7
     row = table[64 if block_d <= 64 else block_d]
     return row[_DIRECTIONS.index(direction)]
+
+
+def dkdv_tile(arch: str, itemsize: int, block_d: int, queries: int, dropout: bool) -> Tile:
+    """That of dK and dV, with fewer queries where there are no more (`queries`: a power of 2) or registers are short."""
+    found = tile("dkdv", arch, itemsize, block_d)
+    if dropout and arch == "sm_90" and block_d == 128:  # its random numbers take the registers of half the queries
+        queries = 16
+    return replace(found, block_m=min(found.block_m, max(16, queries)))
+
+
+def whole_rows(keys: int, block_d: int) -> Tile | None:
+    """The backward's tile for so few `keys` (a power of 2) of float32 inputs that it holds them all; None for more.
+
+    Weights and what softmax's backward subtracts are then made within the tile, as the textbook makes them: a lone key's
+    gradient is exactly 0, where sums that were rounded apart would leave their difference.
+    """
+    block_n = max(16, keys)
+    return Tile(16, block_n, 8, 1) if block_n <= min(64, 8192 // block_d) else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from gptkernels._triton import FP_FUSION, architecture, multiprocessors, next_power_of_2, on_device
 from gptkernels.attention import dropout
 from gptkernels.attention.api import empty_like_heads
-from gptkernels.attention.tiles import tile
+from gptkernels.attention.tiles import dkdv_tile, tile, whole_rows
 from gptkernels.attention.triton_backward import _delta_kernel, _dkdv_kernel, _dq_kernel
 from gptkernels.attention.triton_forward import _combine_kernel, _decode_kernel, _forward_kernel
 
@@ -27,13 +27,16 @@ DELTA_BLOCK = 32
 # Up to so many queries share a program with their group's other heads, the keys split over programs.
 DECODE_QUERIES = 8
 DECODE_ROWS = 64
+# Within a tile of at most 128 tokens, offsets are 32 bits: twice as many registers would be spilled for wider ones.
+MAX_TOKEN_STRIDE = 2**24
 # The fewest tiles of keys that are worth a program of their own.
 DECODE_TILES = 4
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    """`x` itself where its head_dim has stride 1 (slices of a packed projection have), else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """`x` itself where head_dim has stride 1 (slices of a packed projection have) and tokens lie close enough, else a copy."""
+    adjacent = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if adjacent and x.stride(-2) < MAX_TOKEN_STRIDE else x.contiguous()
 
 
 def _block_d(head_dim: int) -> int:
@@ -62,7 +65,7 @@ class _Problem:
         self.options = (dropout.rescale(dropout_p), dropout.threshold(dropout_p), window or 0)
         self.sizes = (self.heads, self.heads // max(self.kv_heads, 1), self.queries, self.keys)
         # Of a packed batch the one batch entry holds all sequences.
-        self.statistics = (0 if self.packed else self.heads * self.queries, self.queries)
+        self.statistics_strides = (0 if self.packed else self.heads * self.queries, self.queries)
         self.flags: dict[str, Any] = {
             "IS_CAUSAL": is_causal,
             "HAS_LENGTHS": key_lengths is not None,
@@ -103,31 +106,44 @@ def attention_forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``: out (B, H, Tq, D) laid out (B, Tq, H, D); lse (B, H, Tq) float32, base 2, +inf where nothing is seen."""
+    """``(out, statistics)``: out (B, H, Tq, D) laid out (B, Tq, H, D), statistics float32 (1, B, H, Tq) or (2, B, H, Tq).
+
+    They are each row's log-sum-exp in base 2, +inf where it sees no key; of float32 inputs its maximum in those units and
+    its sum of exponentials over it, 0 and 0 where it sees no key.
+    """
     out = empty_like_heads(query)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    numbers = 2 if query.dtype == torch.float32 else 1
+    statistics = torch.empty((numbers, *query.shape[:3]), dtype=torch.float32, device=query.device)
+    shifts, sums = _shifts_and_sums(statistics)
     p = _Problem(
         query, key, key_lengths, key_mask, cu_queries, cu_keys, dropout_seed, max_queries, max_keys, is_causal, window, dropout_p
     )  # fmt: skip
     if p.empty():
-        return out.zero_(), lse.fill_(math.inf)
-    query, key, value = _adjacent(query), _adjacent(key), _adjacent(value)
+        return out.zero_(), statistics.fill_(math.inf if sums is None else 0.0)
+    query, key, value = _readable(query), _readable(key), _readable(value)
     few = p.queries <= DECODE_QUERIES and p.queries * p.heads // p.kv_heads <= DECODE_ROWS
     if few and not p.packed and not p.has_dropout:
-        _decode(p, query, key, value, scale, out, lse)
-        return out, lse
+        _decode(p, query, key, value, scale, out, statistics)
+        return out, statistics
     t = tile("forward", architecture(query), query.dtype.itemsize, p.block_d)
     with on_device(query):
         _forward_kernel[(triton.cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,)](
-            query, key, value, out, lse, *p.tensors, scale * LOG2_E, *p.options, *p.sizes, p.max_queries,
-            *p.strides(query, key, value, out), *p.statistics,
+            query, key, value, out, shifts, sums, *p.tensors, scale * LOG2_E, *p.options, *p.sizes, p.max_queries,
+            *p.strides(query, key, value, out), *p.statistics_strides,
             **p.flags, HAS_DROPOUT=p.has_dropout, PACKED=p.packed, EVEN_Q=p.even(t.block_m),
             BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=t.num_warps, num_stages=t.num_stages, **FP_FUSION,
         )  # fmt: skip
-    return out, lse
+    return out, statistics
 
 
-def _decode(p: _Problem, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+def _shifts_and_sums(statistics: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``(log-sum-exp, None)``, or of float32 inputs ``(maximum, sum)``."""
+    return statistics[0], statistics[1] if len(statistics) == 2 else None
+
+
+def _decode(
+    p: _Problem, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, statistics: Tensor
+) -> None:
     """The forward of few queries: as many splits of the keys as fill the GPU twice, then their union."""
     rows = p.queries * p.heads // p.kv_heads
     t = tile("decode", architecture(query), query.dtype.itemsize, p.block_d)
@@ -137,15 +153,15 @@ def _decode(p: _Problem, query: Tensor, key: Tensor, value: Tensor, scale: float
     chunk = max(DECODE_TILES, triton.cdiv(tiles, wanted)) * t.block_n
     splits = triton.cdiv(p.keys, chunk)
     partial = torch.empty((kv_heads, splits, rows, p.head_dim), dtype=torch.float32, device=query.device)
-    partial_lse = torch.empty((kv_heads, splits, rows), dtype=torch.float32, device=query.device)
+    maxima, sums = torch.empty((2, kv_heads, splits, rows), dtype=torch.float32, device=query.device)
     with on_device(query):
         _decode_kernel[(splits, kv_heads)](
-            query, key, value, partial, partial_lse, *p.masks, scale * LOG2_E, p.options[-1], *p.sizes, chunk,
+            query, key, value, partial, maxima, sums, *p.masks, scale * LOG2_E, p.options[-1], *p.sizes, chunk,
             *p.strides(query, key, value), **p.flags, BLOCK_M=max(t.block_m, next_power_of_2(rows)), BLOCK_N=t.block_n,
             num_warps=t.num_warps, num_stages=t.num_stages, **FP_FUSION,
         )  # fmt: skip
         _combine_kernel[(p.sequences * p.heads * p.queries,)](
-            partial, partial_lse, out, lse, *p.sizes[:3], splits, *out.stride()[:3],
+            partial, maxima, sums, out, *_shifts_and_sums(statistics), *p.sizes[:3], splits, *out.stride()[:3],
             HEAD_DIM=p.head_dim, BLOCK_D=p.block_d, BLOCK_S=next_power_of_2(splits), num_warps=4, **FP_FUSION,
         )  # fmt: skip
 
@@ -157,7 +173,7 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     key_lengths: Tensor | None,
     key_mask: Tensor | None,
     cu_queries: Tensor | None,
@@ -177,30 +193,34 @@ def attention_backward(
     )  # fmt: skip
     if p.empty():
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
-    query, key, value, grad_out = _adjacent(query), _adjacent(key), _adjacent(value), _adjacent(grad_out)
+    query, key, value, grad_out = _readable(query), _readable(key), _readable(value), _readable(grad_out)
     grad_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
     arch, itemsize = architecture(query), query.dtype.itemsize
-    delta = torch.empty_like(lse)
-    inputs = (query, key, value, grad_out, lse, delta)
+    dkdv = dkdv_tile(arch, itemsize, p.block_d, next_power_of_2(p.max_queries), p.has_dropout)
+    dq = tile("dq", arch, itemsize, p.block_d)
+    shifts, sums = _shifts_and_sums(statistics)
+    whole = sums is not None and whole_rows(next_power_of_2(p.max_keys), p.block_d)
+    if whole:
+        dkdv, dq, sums = whole, whole, None
+    delta = torch.empty_like(shifts)
+    inputs = (query, key, value, grad_out, shifts, sums, delta)
     numbers = (scale, scale * LOG2_E, *p.options, *p.sizes)
-    strides = (*p.strides(query, key, value, grad_out), *p.statistics)
-    flags = {**p.flags, "HAS_DROPOUT": p.has_dropout, "PACKED": p.packed}
+    strides = (*p.strides(query, key, value, grad_out), *p.statistics_strides)
+    flags = {**p.flags, "HAS_DROPOUT": p.has_dropout, "PACKED": p.packed, "WHOLE_ROWS": bool(whole)}
     with on_device(query):
         _delta_kernel[(triton.cdiv(p.max_queries, DELTA_BLOCK) * p.sequences * p.heads,)](
-            out, grad_out, grad_lse, delta, *p.sequence, p.heads, p.queries, p.max_queries,
-            *p.strides(out, grad_out), *p.statistics, PACKED=p.packed, HAS_DLSE=grad_lse is not None,
+            out, grad_out, sums, grad_lse, delta, *p.sequence, p.heads, p.queries, p.max_queries,
+            *p.strides(out, grad_out), *p.statistics_strides, PACKED=p.packed, HAS_DLSE=grad_lse is not None, WHOLE_ROWS=bool(whole),
             HEAD_DIM=p.head_dim, BLOCK_D=p.block_d, BLOCK_M=DELTA_BLOCK, num_warps=4, **FP_FUSION,
         )  # fmt: skip
-        t = tile("dkdv", arch, itemsize, p.block_d)
-        _dkdv_kernel[(triton.cdiv(p.max_keys, t.block_n) * p.sequences * p.kv_heads,)](
+        _dkdv_kernel[(triton.cdiv(p.max_keys, dkdv.block_n) * p.sequences * p.kv_heads,)](
             *inputs, grad_key, grad_value, *p.tensors, *numbers, p.max_keys, *strides, *p.strides(grad_key, grad_value),
-            **flags, EVEN_Q=p.even(t.block_m), EVEN_K=not p.packed and p.keys % t.block_n == 0,
-            BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=t.num_warps, num_stages=t.num_stages, **FP_FUSION,
+            **flags, EVEN_Q=p.even(dkdv.block_m), EVEN_K=not p.packed and p.keys % dkdv.block_n == 0,
+            BLOCK_M=dkdv.block_m, BLOCK_N=dkdv.block_n, num_warps=dkdv.num_warps, num_stages=dkdv.num_stages, **FP_FUSION,
         )  # fmt: skip
-        t = tile("dq", arch, itemsize, p.block_d)
-        _dq_kernel[(triton.cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,)](
+        _dq_kernel[(triton.cdiv(p.max_queries, dq.block_m) * p.sequences * p.heads,)](
             *inputs, grad_query, *p.tensors, *numbers, p.max_queries, *strides, *p.strides(grad_query),
-            **flags, EVEN_Q=p.even(t.block_m),
-            BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=t.num_warps, num_stages=t.num_stages, **FP_FUSION,
+            **flags, EVEN_Q=p.even(dq.block_m),
+            BLOCK_M=dq.block_m, BLOCK_N=dq.block_n, num_warps=dq.num_warps, num_stages=dq.num_stages, **FP_FUSION,
         )  # fmt: skip
     return grad_query, grad_key, grad_value

@@ -10,12 +10,15 @@ from gptkernels.attention.triton_tile import kept, key_range, keys_in_use, load_
 
 @triton.jit
 def _delta_kernel(
-    OUT, DOUT, DLSE, DELTA, CU_QUERIES, CU_KEYS, H, Tq, MAX_QUERIES,
+    OUT, DOUT, SUMS, DLSE, DELTA, CU_QUERIES, CU_KEYS, H, Tq, MAX_QUERIES,
     stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt, stride_lb, stride_lh,
-    PACKED: tl.constexpr, HAS_DLSE: tl.constexpr,
+    PACKED: tl.constexpr, HAS_DLSE: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dout) - dlse: what softmax's backward subtracts from every row of dP."""
+    """delta = rowsum(out * dout) - dlse: what softmax's backward subtracts from every row of dP.
+
+    With `SUMS` it is divided by the row's sum, as dout is where dP is made. With WHOLE_ROWS it is -dlse alone.
+    """
     blocks = tl.cdiv(MAX_QUERIES, BLOCK_M)
     program = tl.program_id(0)
     start_m = program % blocks * BLOCK_M
@@ -30,60 +33,107 @@ def _delta_kernel(
     OUT += batch * stride_ob + head * stride_oh + start * stride_ot
     DOUT += batch * stride_db + head * stride_dh + start * stride_dt
     statistics = batch * stride_lb + head * stride_lh + start + row
-    mask = (queries[:, None] < Tq) & (dims[None, :] < HEAD_DIM)
-    out = tl.load(OUT + row[:, None] * stride_ot + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    dout = tl.load(DOUT + row[:, None] * stride_dt + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    delta = tl.sum(out * dout, axis=1)
+    delta = tl.zeros((BLOCK_M,), tl.float32)
+    if not WHOLE_ROWS:
+        mask = (queries[:, None] < Tq) & (dims[None, :] < HEAD_DIM)
+        out = tl.load(OUT + row[:, None] * stride_ot + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        dout = tl.load(DOUT + row[:, None] * stride_dt + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        if SUMS is None:
+            delta = tl.sum(out * dout, axis=1)
+        else:  # in the order of the product that dP is: where one key has all the weight, their difference is exactly 0
+            dout *= _reciprocals(SUMS, statistics, queries < Tq)[:, None]
+            products = tl.dot(dout, tl.trans(out), input_precision="ieee")
+            delta = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), axis=1)
     if HAS_DLSE:
-        delta -= tl.load(DLSE + statistics, mask=queries < Tq, other=0.0)
+        dlse = tl.load(DLSE + statistics, mask=queries < Tq, other=0.0)
+        if SUMS is not None:
+            dlse *= _reciprocals(SUMS, statistics, queries < Tq)
+        delta -= dlse
     tl.store(DELTA + statistics, delta, mask=queries < Tq)
 
 
 @triton.jit
+def _reciprocals(SUMS, rows, mask):
+    """1 / each row's sum of exponentials; anything finite for a row that sees no key."""
+    l = tl.load(SUMS + rows, mask=mask, other=0.0)
+    return 1.0 / tl.where(l == 0.0, 1.0, l)
+
+
+@triton.jit
+def _whole_rows_weights(s, seen, scale, AXIS: tl.constexpr):
+    """The softmax of scores that reach along AXIS over all keys: a lone key's weight is exactly 1."""
+    s = tl.where(seen, s, float("-inf"))
+    m = tl.max(s, axis=AXIS, keep_dims=True)
+    p = tl.exp2((s - tl.where(m == float("-inf"), 0.0, m)) * scale)
+    l = tl.sum(p, axis=AXIS, keep_dims=True)
+    return tl.where(seen, p / tl.where(l == 0.0, 1.0, l), 0.0)
+
+
+@triton.jit
 def _dkdv_loop(
-    dk, dv, k, v, q_pointers, do_pointers, LSE, DELTA, start, end, keys, start_n, diagonal, window, scale, Tq,
+    dk, dv, k, v, Q, DOUT, SHIFTS, SUMS, DELTA, statistics, start, end, keys, seen, start_n, diagonal, window, scale, Tq,
     stride_qt, stride_dt, seed, head, threshold, rescale,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DROPOUT: tl.constexpr, EVEN_Q: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    row = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
+    q_offsets = row[:, None] * stride_qt + dims[None, :]
+    do_offsets = row[:, None] * stride_dt + dims[None, :]
+    Q += tl.cast(start, tl.int64) * stride_qt
+    DOUT += tl.cast(start, tl.int64) * stride_dt
     for m in range(start, end, BLOCK_M):
-        queries = m + tl.arange(0, BLOCK_M)
+        queries = m + row
         inside = queries < Tq
-        q = load_tile(q_pointers, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
-        lse = tl.load(LSE + queries, mask=inside, other=0.0)
+        q = load_tile(Q + q_offsets, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
+        if SUMS is not None:  # as in the forward
+            q *= scale
         st = tl.dot(k, tl.trans(q), input_precision="ieee")  # (N, M): scores transposed, so that P^T feeds a product
-        pt = tl.exp2(st * scale - lse[None, :])
         if MASKED:  # keys beyond the end are dropped when dk and dv are stored
-            pt = tl.where(keys[:, None] <= queries[None, :] + diagonal, pt, 0.0)
+            shown = keys[:, None] <= queries[None, :] + diagonal
             if HAS_WINDOW:
-                pt = tl.where(keys[:, None] > queries[None, :] + diagonal - window, pt, 0.0)
-        do = load_tile(do_pointers, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
+                shown = shown & (keys[:, None] > queries[None, :] + diagonal - window)
+        if WHOLE_ROWS:
+            visible = seen[:, None]
+            if MASKED:
+                visible = visible & shown
+            pt = _whole_rows_weights(st, visible, scale, 0)
+        else:
+            shift = tl.load(SHIFTS + statistics + queries, mask=inside, other=0.0)
+            pt = tl.exp2((st if SUMS is not None else st * scale) - shift[None, :])
+            if MASKED:
+                pt = tl.where(shown, pt, 0.0)
+        do = load_tile(DOUT + do_offsets, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
+        if SUMS is not None:
+            do *= _reciprocals(SUMS, statistics + queries, inside)[:, None]
         if HAS_DROPOUT:  # dv is rescaled when it is stored
             keep = tl.trans(kept(seed, head, queries, start_n, threshold, BLOCK_M, BLOCK_N))
             dv = tl.dot(tl.where(keep, pt, 0.0).to(do.dtype), do, dv, input_precision="ieee")
         else:
             dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")
-        delta = tl.load(DELTA + queries, mask=inside, other=0.0)
+        delta = tl.load(DELTA + statistics + queries, mask=inside, other=0.0)
         dpt = tl.dot(v, tl.trans(do), input_precision="ieee")  # (N, M)
         if HAS_DROPOUT:
             dpt = tl.where(keep, dpt * rescale, 0.0)
+        if WHOLE_ROWS:  # rowsum(out * dout), by the weights themselves
+            dpt -= tl.sum(pt * tl.where(visible, dpt, 0.0), axis=0)[None, :]
         dst = pt * (dpt - delta[None, :])
         dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
-        q_pointers += BLOCK_M * stride_qt
-        do_pointers += BLOCK_M * stride_dt
-    return dk, dv, q_pointers, do_pointers
+        Q += BLOCK_M * stride_qt
+        DOUT += BLOCK_M * stride_dt
+    return dk, dv
 
 
 @triton.jit
 def _dkdv_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DK, DV, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
+    Q, K, V, DOUT, SHIFTS, SUMS, DELTA, DK, DV, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
     scale, scale_log2, rescale, threshold, window, H, GROUP, Tq, Tk, MAX_KEYS,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_db, stride_dh, stride_dt, stride_lb, stride_lh,
     stride_gkb, stride_gkh, stride_gkt, stride_gvb, stride_gvh, stride_gvt,
     IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, WHOLE_ROWS: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys: all query heads of the group, all queries that see it, in fixed order."""
@@ -129,38 +179,38 @@ def _dkdv_kernel(
     to = last
     if HAS_WINDOW:
         to = tl.maximum(tl.minimum(last, tl.maximum(start_n - diagonal + window, 0) // BLOCK_M * BLOCK_M), from_)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    row_m = tl.arange(0, BLOCK_M)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        # Tiles start at multiples of BLOCK_M, which `first` is: pointers advance with the loops.
-        rows = first_query + first + row_m
-        q_pointers = Q + batch * stride_qb + head * stride_qh + rows[:, None] * stride_qt + dims[None, :]
-        do_pointers = DOUT + batch * stride_db + head * stride_dh + rows[:, None] * stride_dt + dims[None, :]
-        statistics = batch * stride_lb + head * stride_lh + first_query
-        if IS_CAUSAL:
-            dk, dv, q_pointers, do_pointers = _dkdv_loop(
-                dk, dv, k, v, q_pointers, do_pointers, LSE + statistics, DELTA + statistics, first, from_, keys, start_n,
-                diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
-                True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        dk, dv, q_pointers, do_pointers = _dkdv_loop(
-            dk, dv, k, v, q_pointers, do_pointers, LSE + statistics, DELTA + statistics, from_, to, keys, start_n,
-            diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
-            False, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        if HAS_WINDOW:
-            dk, dv, q_pointers, do_pointers = _dkdv_loop(
-                dk, dv, k, v, q_pointers, do_pointers, LSE + statistics, DELTA + statistics, to, last, keys, start_n,
-                diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
-                True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
     seen = keys < keys_end
     if HAS_MASK:
         seen = seen & (tl.load(KEY_MASK + keys, mask=seen, other=0) != 0)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        q_head = Q + batch * stride_qb + head * stride_qh + first_query * stride_qt
+        do_head = DOUT + batch * stride_db + head * stride_dh + first_query * stride_dt
+        statistics = batch * stride_lb + head * stride_lh + first_query
+        # The loop without a mask comes first: ptxas spills less than with the diagonal first.
+        dk, dv = _dkdv_loop(
+            dk, dv, k, v, q_head, do_head, SHIFTS, SUMS, DELTA, statistics, from_, to, keys, seen, start_n,
+            diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
+            False, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        if IS_CAUSAL:
+            dk, dv = _dkdv_loop(
+                dk, dv, k, v, q_head, do_head, SHIFTS, SUMS, DELTA, statistics, first, from_, keys, seen, start_n,
+                diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
+                True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        if HAS_WINDOW:
+            dk, dv = _dkdv_loop(
+                dk, dv, k, v, q_head, do_head, SHIFTS, SUMS, DELTA, statistics, to, last, keys, seen, start_n,
+                diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
+                True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     if HAS_DROPOUT:
         dv *= rescale
+    if SUMS is not None:  # the queries were multiplied by the rest
+        scale /= scale_log2
     dk = tl.where(seen[:, None], dk * scale, 0.0)
     dv = tl.where(seen[:, None], dv, 0.0)
     mask = (keys[:, None] < Tk) & (dims[None, :] < HEAD_DIM)
@@ -170,40 +220,51 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_loop(
-    dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
+    dq, q, do, shift, delta, K, V, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
     stride_kt, stride_vt, seed, head, threshold, rescale,
     MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    row = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
+    k_offsets = row[:, None] * stride_kt + dims[None, :]
+    v_offsets = row[:, None] * stride_vt + dims[None, :]
+    K += tl.cast(start, tl.int64) * stride_kt
+    V += tl.cast(start, tl.int64) * stride_vt
     for n in range(start, end, BLOCK_N):
-        keys = n + tl.arange(0, BLOCK_N)
-        k = load_tile(k_pointers, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        keys = n + row
+        k = load_tile(K + k_offsets, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, N)
-        p = tl.exp2(s * scale - lse[:, None])
-        if MASKED:
+        if WHOLE_ROWS or MASKED:
             seen = visible(queries[:, None], keys[None, :], keys_end, KEY_MASK, diagonal, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW)  # fmt: skip
-            p = tl.where(seen, p, 0.0)
-        v = load_tile(v_pointers, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        if WHOLE_ROWS:
+            p = _whole_rows_weights(s, seen, scale, 1)
+        else:
+            p = tl.exp2(s * scale - shift[:, None])
+            if MASKED:
+                p = tl.where(seen, p, 0.0)
+        v = load_tile(V + v_offsets, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if HAS_DROPOUT:
             dp = tl.where(kept(seed, head, queries, n, threshold, BLOCK_M, BLOCK_N), dp * rescale, 0.0)
+        if WHOLE_ROWS:  # rowsum(out * dout), by the weights themselves
+            dp -= tl.sum(p * tl.where(seen, dp, 0.0), axis=1)[:, None]
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        k_pointers += BLOCK_N * stride_kt
-        v_pointers += BLOCK_N * stride_vt
-    return dq, k_pointers, v_pointers
+        K += BLOCK_N * stride_kt
+        V += BLOCK_N * stride_vt
+    return dq
 
 
 @triton.jit
 def _dq_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DQ, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
+    Q, K, V, DOUT, SHIFTS, SUMS, DELTA, DQ, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
     scale, scale_log2, rescale, threshold, window, H, GROUP, Tq, Tk, MAX_QUERIES,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_db, stride_dh, stride_dt, stride_lb, stride_lh, stride_gb, stride_gh, stride_gt,
     IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, EVEN_Q: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, WHOLE_ROWS: tl.constexpr, EVEN_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries against all keys they see; the walk is the forward's."""
@@ -238,27 +299,28 @@ def _dq_kernel(
     q = load_tile(Q + row[:, None] * stride_qt + dims[None, :], queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # fmt: skip
     do = load_tile(DOUT + row[:, None] * stride_dt + dims[None, :], queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # fmt: skip
     statistics = batch * stride_lb + head * stride_lh + start + row
-    lse = tl.load(LSE + statistics, mask=queries < Tq, other=0.0)
+    shift = tl.load(SHIFTS + statistics, mask=queries < Tq, other=0.0)
     delta = tl.load(DELTA + statistics, mask=queries < Tq, other=0.0)
-    key = begin + tl.arange(0, BLOCK_N)
-    k_pointers = K + key[:, None].to(tl.int64) * stride_kt + dims[None, :]
-    v_pointers = V + key[:, None].to(tl.int64) * stride_vt + dims[None, :]
+    if SUMS is not None:
+        q *= scale_log2
+        scale_log2 = 1.0
+        do *= _reciprocals(SUMS, statistics, queries < Tq)[:, None]
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if HAS_WINDOW:
-        dq, k_pointers, v_pointers = _dq_loop(
-            dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, begin, from_, queries, keys_end, diagonal, window,
+        dq = _dq_loop(
+            dq, q, do, shift, delta, K, V, KEY_MASK, begin, from_, queries, keys_end, diagonal, window,
             scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
-            True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    dq, k_pointers, v_pointers = _dq_loop(
-        dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, from_, to, queries, keys_end, diagonal, window,
+    dq = _dq_loop(
+        dq, q, do, shift, delta, K, V, KEY_MASK, from_, to, queries, keys_end, diagonal, window,
         scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
-        False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    dq, k_pointers, v_pointers = _dq_loop(
-        dq, q, do, lse, delta, k_pointers, v_pointers, KEY_MASK, to, end, queries, keys_end, diagonal, window,
+    dq = _dq_loop(
+        dq, q, do, shift, delta, K, V, KEY_MASK, to, end, queries, keys_end, diagonal, window,
         scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
-        True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     tl.store(
         DQ + row[:, None] * stride_gt + dims[None, :],

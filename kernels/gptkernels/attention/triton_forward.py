@@ -10,46 +10,91 @@ from gptkernels.attention.triton_tile import kept, key_range, keys_in_use, load_
 
 @triton.jit
 def _forward_loop(
-    acc, l, m, q, k_pointers, v_pointers, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
+    acc, l, m, q, K, V, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
     stride_kt, stride_vt, seed, head, threshold,
     MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    row = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
+    k_offsets = row[:, None] * stride_kt + dims[None, :]
+    v_offsets = row[:, None] * stride_vt + dims[None, :]
+    K += tl.cast(start, tl.int64) * stride_kt
+    V += tl.cast(start, tl.int64) * stride_vt
     for n in range(start, end, BLOCK_N):
-        keys = n + tl.arange(0, BLOCK_N)
-        k = load_tile(k_pointers, keys[None, :], dims[:, None], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (D, N)
-        s = tl.dot(q, k, input_precision="ieee")  # (M, N)
+        keys = n + row
+        k = load_tile(K + k_offsets, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, N)
         if MASKED:
             seen = visible(queries[:, None], keys[None, :], keys_end, KEY_MASK, diagonal, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW)  # fmt: skip
             s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, axis=1))
-        shift = m_new * scale
+        m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+        shift = m_new
         if MASKED:  # a row that has seen nothing: -inf - -inf would be NaN
-            shift = tl.where(m_new == float("-inf"), 0.0, shift)
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s * scale - shift[:, None])
-        correction = tl.exp2(m * scale - shift)
+        correction = tl.exp2(m - shift)
         l = l * correction + tl.sum(p, axis=1)
         if HAS_DROPOUT:  # the sum is that of all weights
             p = tl.where(kept(seed, head, queries, n, threshold, BLOCK_M, BLOCK_N), p, 0.0)
-        v = load_tile(v_pointers, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
+        v = load_tile(V + v_offsets, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
         m = m_new
-        k_pointers += BLOCK_N * stride_kt
-        v_pointers += BLOCK_N * stride_vt
-    return acc, l, m, k_pointers, v_pointers
+        K += BLOCK_N * stride_kt
+        V += BLOCK_N * stride_vt
+    return acc, l, m
 
 
 @triton.jit
-def _log_sum(m, l, scale):
-    """The base-2 logarithm of the sum of exponentials; +inf of none, so that a weight recomputed from it is 0."""
-    return tl.where(l == 0.0, float("inf"), m * scale + tl.log2(l))
+def _attend(
+    q, K, V, KEY_MASK, begin, from_, to, end, queries, keys_end, diagonal, window, scale,
+    stride_kt, stride_vt, seed, head, threshold,
+    IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``(weighted sum of values, sum of weights, maximum)`` over keys [begin, end), without a mask from `from_` to `to`.
+
+    The maximum is of the scores times `scale`, the weights are powers of 2 of what is below it.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if HAS_WINDOW:
+        acc, l, m = _forward_loop(
+            acc, l, m, q, K, V, KEY_MASK, begin, from_, queries, keys_end, diagonal, window, scale,
+            stride_kt, stride_vt, seed, head, threshold, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    acc, l, m = _forward_loop(
+        acc, l, m, q, K, V, KEY_MASK, from_, to, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, seed, head, threshold, False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    return _forward_loop(
+        acc, l, m, q, K, V, KEY_MASK, to, end, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, seed, head, threshold, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_statistics(m, l, SHIFTS, SUMS, rows, mask):
+    """What the backward recomputes weights from: maximum and sum, or without `SUMS` their log-sum-exp, base 2.
+
+    A row that sees no key has the log-sum-exp +inf, so that its weights come out as 0, or maximum and sum 0.
+    """
+    if SUMS is None:
+        shift = tl.where(l == 0.0, float("inf"), m + tl.log2(l))
+    else:
+        shift = tl.where(l == 0.0, 0.0, m)
+        tl.store(SUMS + rows, l, mask=mask)
+    tl.store(SHIFTS + rows, shift, mask=mask)
 
 
 @triton.jit
 def _forward_kernel(
-    Q, K, V, OUT, LSE, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS, scale, rescale, threshold, window,
+    Q, K, V, OUT, SHIFTS, SUMS, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS, scale, rescale, threshold, window,
     H, GROUP, Tq, Tk, MAX_QUERIES,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh,
@@ -77,7 +122,6 @@ def _forward_kernel(
     K += batch * stride_kb + head // GROUP * stride_kh + first_key * stride_kt
     V += batch * stride_vb + head // GROUP * stride_vh + first_key * stride_vt
     OUT += batch * stride_ob + head * stride_oh + start * stride_ot
-    LSE += batch * stride_lb + head * stride_lh + start
     if HAS_MASK:
         KEY_MASK += batch * Tk
     seed = 0
@@ -88,32 +132,19 @@ def _forward_kernel(
     diagonal = Tk - Tq
     begin, from_, to, end = key_range(start_m, diagonal, keys_end, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N)  # fmt: skip
     q = load_tile(Q + row[:, None] * stride_qt + dims[None, :], queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # fmt: skip
-    key = begin + tl.arange(0, BLOCK_N)
-    k_pointers = K + key[None, :].to(tl.int64) * stride_kt + dims[:, None]
-    v_pointers = V + key[:, None].to(tl.int64) * stride_vt + dims[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if HAS_WINDOW:
-        acc, l, m, k_pointers, v_pointers = _forward_loop(
-            acc, l, m, q, k_pointers, v_pointers, KEY_MASK, begin, from_, queries, keys_end, diagonal, window, scale,
-            stride_kt, stride_vt, seed, head, threshold, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    acc, l, m, k_pointers, v_pointers = _forward_loop(
-        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, from_, to, queries, keys_end, diagonal, window, scale,
-        stride_kt, stride_vt, seed, head, threshold, False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    acc, l, m, k_pointers, v_pointers = _forward_loop(
-        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, to, end, queries, keys_end, diagonal, window, scale,
-        stride_kt, stride_vt, seed, head, threshold, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
+    if Q.dtype.element_ty == tl.float32:  # scores in base-2 units: what is subtracted from them is exact
+        q *= scale
+        scale = 1.0
+    acc, l, m = _attend(
+        q, K, V, KEY_MASK, begin, from_, to, end, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, seed, head, threshold, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     if HAS_DROPOUT:
         out *= rescale
-    tl.store(LSE + row, _log_sum(m, l, scale), mask=queries < Tq)
+    statistics = batch * stride_lb + head * stride_lh + start + row
+    _store_statistics(m, l, SHIFTS, SUMS, statistics, queries < Tq)
     tl.store(
         OUT + row[:, None] * stride_ot + dims[None, :],
         out.to(OUT.dtype.element_ty),
@@ -123,7 +154,7 @@ def _forward_kernel(
 
 @triton.jit
 def _decode_kernel(
-    Q, K, V, PARTIAL, PARTIAL_LSE, KEY_LENGTHS, KEY_MASK, scale, window, H, GROUP, Tq, Tk, CHUNK,
+    Q, K, V, PARTIAL, MAXIMA, SUMS, KEY_LENGTHS, KEY_MASK, scale, window, H, GROUP, Tq, Tk, CHUNK,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -169,42 +200,26 @@ def _decode_kernel(
         to = begin
     to = tl.maximum(to // BLOCK_N * BLOCK_N, begin)
     from_ = tl.minimum(from_, to)
-    key = begin + tl.arange(0, BLOCK_N)
-    k_pointers = K + key[None, :].to(tl.int64) * stride_kt + dims[:, None]
-    v_pointers = V + key[:, None].to(tl.int64) * stride_vt + dims[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if HAS_WINDOW:
-        acc, l, m, k_pointers, v_pointers = _forward_loop(
-            acc, l, m, q, k_pointers, v_pointers, KEY_MASK, begin, from_, queries, keys_end, diagonal, window, scale,
-            stride_kt, stride_vt, 0, 0, 0, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    acc, l, m, k_pointers, v_pointers = _forward_loop(
-        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, from_, to, queries, keys_end, diagonal, window, scale,
-        stride_kt, stride_vt, 0, 0, 0, False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    if Q.dtype.element_ty == tl.float32:
+        q *= scale
+        scale = 1.0
+    acc, l, m = _attend(
+        q, K, V, KEY_MASK, begin, from_, to, end, queries, keys_end, diagonal, window, scale,
+        stride_kt, stride_vt, 0, 0, 0, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    acc, l, m, k_pointers, v_pointers = _forward_loop(
-        acc, l, m, q, k_pointers, v_pointers, KEY_MASK, to, end, queries, keys_end, diagonal, window, scale,
-        stride_kt, stride_vt, 0, 0, 0, True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    # Partial results: (batch * kv_heads, splits, group * Tq, D), each normalised by its own sum.
+    # (batch * kv_heads, splits, group * Tq, D): nothing is divided by its sum yet.
     rows = (head_index.to(tl.int64) * splits + split) * (GROUP * Tq) + row
-    out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    lse = tl.where(l == 0.0, float("-inf"), m * scale + tl.log2(l))
-    tl.store(PARTIAL_LSE + rows, lse, mask=inside)
-    tl.store(PARTIAL + rows[:, None] * HEAD_DIM + dims[None, :], out, mask=inside[:, None] & (dims[None, :] < HEAD_DIM))
+    tl.store(MAXIMA + rows, m, mask=inside)
+    tl.store(SUMS + rows, l, mask=inside)
+    tl.store(PARTIAL + rows[:, None] * HEAD_DIM + dims[None, :], acc, mask=inside[:, None] & (dims[None, :] < HEAD_DIM))
 
 
 @triton.jit
 def _combine_kernel(
-    PARTIAL, PARTIAL_LSE, OUT, LSE, H, GROUP, Tq, SPLITS, stride_ob, stride_oh, stride_ot,
+    PARTIAL, PARTIAL_MAXIMA, PARTIAL_SUMS, OUT, SHIFTS, SUMS, H, GROUP, Tq, SPLITS, stride_ob, stride_oh, stride_ot,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of one query of one head, in order: each weighs as much as its sum of exponentials."""
+    """Joins the splits of one query of one head, in order, as the tiles of one loop are: under their common maximum."""
     program = tl.program_id(0)
     query = (program % Tq).to(tl.int64)
     head_index = program // Tq
@@ -216,17 +231,16 @@ def _combine_kernel(
     inside = split < SPLITS
     dims = tl.arange(0, BLOCK_D)
     rows = (kv_index * SPLITS + split) * (GROUP * Tq) + row
-    lse = tl.load(PARTIAL_LSE + rows, mask=inside, other=float("-inf"))
-    m = tl.max(lse, axis=0)
-    m = tl.where(m == float("-inf"), 0.0, m)
-    weights = tl.exp2(lse - m)
-    total = tl.sum(weights, axis=0)
+    maxima = tl.load(PARTIAL_MAXIMA + rows, mask=inside, other=float("-inf"))
+    m = tl.max(maxima, axis=0)
+    corrections = tl.exp2(maxima - tl.where(m == float("-inf"), 0.0, m))
+    l = tl.sum(tl.load(PARTIAL_SUMS + rows, mask=inside, other=0.0) * corrections, axis=0)
     partial = tl.load(
         PARTIAL + rows[:, None] * HEAD_DIM + dims[None, :],
         mask=inside[:, None] & (dims[None, :] < HEAD_DIM),
         other=0.0,
     )
-    out = tl.sum(weights[:, None] * partial, axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(LSE + head_index.to(tl.int64) * Tq + query, tl.where(total == 0.0, float("inf"), m + tl.log2(total)))
+    out = tl.sum(corrections[:, None] * partial, axis=0) / tl.where(l == 0.0, 1.0, l)
+    _store_statistics(m, l, SHIFTS, SUMS, head_index.to(tl.int64) * Tq + query, None)
     OUT += batch * stride_ob + head * stride_oh + query * stride_ot
     tl.store(OUT + dims, out.to(OUT.dtype.element_ty), mask=dims < HEAD_DIM)
