@@ -115,7 +115,7 @@ def test_slices_of_a_packed_projection_are_not_copied(device: str):
 
     packed = torch.randn(2, 19, 3 * 4 * 16, device=device)
     q, k, v = packed.view(2, 19, 3, 4, 16).permute(2, 0, 3, 1, 4)
-    assert all(launchers._adjacent(x) is x for x in (q, k, v))
+    assert all(launchers._readable(x) is x for x in (q, k, v))
     out = causal_attention(q, k, v, backend="triton")
     merged = out.transpose(1, 2).reshape(2, 19, 64)
     assert merged.data_ptr() == out.data_ptr()
