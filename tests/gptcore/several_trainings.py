@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import config
 
 from gptcore.train import train
+from gptcore.train.folder import locked_folder
 from gptcore.train.job import Job
-from gptcore.train.parallel import Replica, processes
+from gptcore.train.parallel import ALONE, Replica, processes
 
 RANK = int(os.environ["RANK"])
 RUN = {"batch_size": 4, "accumulate": 2}
@@ -78,6 +80,13 @@ def main(corpus: Path, folder: Path) -> None:
         except OSError as error:
             say(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with locked_folder(folder / "held", ALONE) if world.is_main else nullcontext():
+            world.barrier()
+            try:
+                run("held")
+            except BlockingIOError as error:
+                say(error)
+            world.barrier()
         loss = Replica.loss
         at_step(3, lambda: setattr(Replica, "loss", lambda *args, **options: loss(*args, **options) * torch.nan))
         try:
