@@ -18,6 +18,12 @@ from gptcore.train.folder import locked_folder
 from gptcore.train.parallel import ALONE
 
 
+@pytest.fixture(autouse=True)
+def _no_peak(monkeypatch) -> None:
+    """The measurement of the machine's peak takes most of a small run."""
+    monkeypatch.setattr("gptcore.train.loop.peak_flops", lambda *_: (1e12, "not measured"))
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))

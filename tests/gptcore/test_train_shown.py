@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -21,9 +22,15 @@ from gptcore.train.job import Job
 from gptcore.train.records import Records, read_records
 
 OPTIONS = (
-    "--preset tiny --context 16 --batch-size 2 --steps 8 --warmup 2 --eval-interval 4 --eval-windows 2 --sample-tokens 3"
+    "--preset tiny --context 16 --batch-size 2 --steps 8 --warmup 2 --eval-interval 8 --eval-windows 2 --sample-tokens 3"
     " --dtype fp32 --kernels reference"
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_peak(monkeypatch) -> None:
+    """The measurement of the machine's peak takes most of a small run."""
+    monkeypatch.setattr("gptcore.train.loop.peak_flops", lambda *_: (1e12, "not measured"))
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +50,17 @@ def runs(corpus: Path, tmp_path_factory) -> Path:
 
 
 def run_them(corpus: Path, folder: Path) -> None:
-    """Every run is a fork of this process, which has imported everything and computed nothing."""
-    import matplotlib.figure  # noqa: F401 (once, not in each fork)
+    """Every run is a fork of this process, which has imported everything and computed nothing with torch."""
+    import matplotlib.figure
     import torch
+    import torch._dynamo  # the optimizer does
 
     from gptcore.train import loop
 
-    loop.peak_flops = lambda *_: (1e12, "not measured")  # takes most of such a run
+    figure = matplotlib.figure.Figure()
+    figure.add_subplot(title="fonts are found once, not in each fork")
+    figure.savefig(io.BytesIO())
+    loop.peak_flops = lambda *_: (1e12, "not measured")  # as in `_no_peak`
 
     def hang_up() -> None:
         """As a terminal that closes: the signal comes twice."""
@@ -121,7 +132,7 @@ def test_what_cannot_be_shown_is_said_once(runs: Path, name: str, reason: str):
 
 @pytest.mark.parametrize(("name", "sample"), [("utf-8", "\u2192 \u2603"), ("ascii", "? ?"), ("cp1252", "? ?")])
 def test_characters_that_an_encoding_lacks(runs: Path, name: str, sample: str):
-    assert said(runs, name).count(f"\n  {sample}") == 2
+    assert said(runs, name).count(f"\n  {sample}") == 1
     assert said(runs, name, "stderr") == ""
 
 
