@@ -7,8 +7,15 @@ RUN ?= runs/demo
 # What the targets for GPUs run: an environment with a PyTorch for CUDA (.venv holds the CPU's).
 GPU_PYTHON ?= python3
 TARGET ?= sm_90
+# What check-install resolves for; PYTHONS="/path/to/python3.10 ..." where they are not on the PATH.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
-.PHONY: help demo test lint bench bench-cpu gpu-test bench-gpu sanitize compile-report clean
+# The two installations that make up the environment: the CPU's PyTorch where that is what pip finds, then everything else.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PYTORCH := -c constraints.txt torch==2.13.0
+PROJECT := -c constraints.txt -e '.[dev]'
+
+.PHONY: help demo test lint bench bench-cpu gpu-test bench-gpu check-install sanitize compile-report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -16,8 +23,8 @@ help: ## list the targets
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo "installing PyTorch (CPU) and the tools; a few minutes on a slow line"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP_INSTALL) $(PYTORCH)
+	$(BIN)/python $(PIP_INSTALL) $(PROJECT)
 	@touch $@
 
 demo: $(READY) ## train a small GPT on Python's own documentation, generate from it, and show what the flag buys
@@ -48,6 +55,15 @@ gpu-test: ## on a machine with a GPU: the kernels on it, real sizes, past 2^31 e
 
 bench-gpu: ## on a machine with a GPU: every Triton kernel and a training step against everybody else's (about ten minutes)
 	PYTHONPATH=kernels:. $(GPU_PYTHON) -m bench.gpu
+
+check-install: ## resolve what demo and test install, for each of PYTHONS as on a new machine (gigabytes; nothing is installed)
+	@set -e; for python in $(PYTHONS); do \
+	    $$python --version; \
+	    resolve="env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL -u PIP_CONSTRAINT PIP_CONFIG_FILE=/dev/null \
+	        $$python -m pip install --disable-pip-version-check --dry-run --ignore-installed"; \
+	    found=$$($$resolve $(PYTORCH)); echo "PyTorch:$${found##*Would install}"; \
+	    found=$$($$resolve $(PROJECT)); echo "project:$${found##*Would install}"; \
+	done
 
 sanitize: $(READY) ## the native kernels over every op's cases under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m bench.sanitize

@@ -79,6 +79,27 @@ def publish_folder(temporary: Path, path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def folder_writer(path: Path) -> Iterator[Path]:
+    """Make a temporary folder that becomes ``path`` if, and only if, the block ends without an exception.
+
+    Otherwise nothing is left, nor any of the folders above it that were missing.
+    """
+    missing = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        publish_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # another program may have put something there
+                parent.rmdir()
+        raise
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder so that a crash leaves all of it or nothing under its name."""
     aside = temporary_sibling(path)

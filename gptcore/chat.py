@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
@@ -19,27 +22,62 @@ class Message(TypedDict):
     content: str
 
 
-def render(template: str, messages: list[Message], *, reply: bool = True) -> str:
-    """The text that `template`, a model's Jinja chat template, makes of `messages`; with `reply` up to where the
-    assistant's next turn begins.
+def render(
+    template: str, messages: list[Message], *, special_tokens: Mapping[str, str] | None = None, reply: bool = True
+) -> str:
+    """The text that `template`, a model's Jinja chat template, makes of `messages`, as transformers'
+    ``apply_chat_template`` does.
 
-    Templates come with weights from anywhere, so they run in Jinja's sandbox.
+    Args:
+        template: comes with weights from anywhere, so it runs in Jinja's sandbox.
+        messages: the conversation.
+        special_tokens: what the template may call ``bos_token``, ``eos_token``, ...: a tokenizer's `special_tokens_map`.
+        reply: end where the assistant's next turn begins.
 
     Raises:
         ValueError: a template that is invalid, or refuses these messages; with its own words.
     """
-    from jinja2 import TemplateError
+    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": reply}
+    try:
+        return _environment().from_string(template).render({**(special_tokens or {}), **given})
+    except Exception as error:  # a stranger's program may fail in any way
+        raise ValueError(f"chat_template: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Any:
+    """Jinja's sandbox with what transformers gives to chat templates."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(message: str) -> str:
+    class Generation(Extension):
+        """``{% generation %}`` marks what the assistant says, for training; what is inside is rendered as it is."""
+
+        tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def raise_exception(message: str) -> str:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=reply)
-    except TemplateError as error:
-        raise ValueError(f"chat_template: {error}") from error
+    def strftime_now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ):
+        """JSON as it is; Jinja's own filter escapes what means something in HTML."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment
 
 
 class Chat:
@@ -52,7 +90,8 @@ class Chat:
         sampling: fields of `gptcore.generate.Sampling`.
 
     Raises:
-        ValueError: a tokenizer without a chat template, or a context that cannot hold a reply.
+        ValueError: a tokenizer without a chat template, one that refuses the system message, or a context that cannot
+            hold a reply.
     """
 
     def __init__(
@@ -66,7 +105,8 @@ class Chat:
     ) -> None:
         if tokenizer.chat_template is None:
             raise ValueError(
-                "model: has no chat template, it was not trained to converse; accepted are models with one"
+                "model: has no chat template, it was not trained to converse; accepted are models with one "
+                "(of several, one named 'default')"
             )
         if not 0 < max_new_tokens < model.config.context:
             raise ValueError(
@@ -76,6 +116,7 @@ class Chat:
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.turns: list[Message] = []
+        self._prompt([{"role": "user", "content": "Hello"}])  # a template that refuses the system message says so now
         self.forgotten = 0
         """How many of the oldest messages no longer fit into the context."""
 
@@ -99,14 +140,17 @@ class Chat:
             if dropped >= len(turns):
                 raise ValueError(f"message: got {len(prompt)} tokens; accepted are up to {room} beside a reply")
         answer = ""
-        for piece in stream_text(self.model, self.tokenizer, prompt, self.max_new_tokens, **self.sampling):
+        stream = stream_text(self.model, self.tokenizer, prompt, self.max_new_tokens, continues=False, **self.sampling)
+        for piece in stream:
             answer += piece
             yield piece
         self.turns = [*turns[dropped:], {"role": "assistant", "content": answer}]
         self.forgotten += dropped
 
     def _prompt(self, turns: list[Message]) -> list[int]:
-        return self.tokenizer.encode(render(self.template, self.system + turns), allowed_special="all")
+        named = self.tokenizer.special_tokens_map
+        text = render(self.template, self.system + turns, special_tokens=named)  # begins with BOS where that is wanted
+        return self.tokenizer.encode(text, allowed_special="all")
 
 
 def converse(chat: Chat, ask: Callable[[], str], show: Callable[[str], None]) -> None:
@@ -132,10 +176,11 @@ def converse(chat: Chat, ask: Callable[[], str], show: Callable[[str], None]) ->
             try:
                 for piece in chat.reply(text):
                     show(piece)
-                show("\n")
             except ValueError as error:
-                show(f"({error})\n")
+                show(f"({error})")
             except KeyboardInterrupt:  # ends the reply, not the conversation
-                show("\n(interrupted)\n")
+                show("\n(interrupted)")
+            finally:
+                show("\n")
             if chat.forgotten > before:
                 show(f"(the oldest {chat.forgotten} messages no longer fit into the context)\n")

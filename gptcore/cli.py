@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
+from gptcore._extras import MissingPackageError
 from gptcore.config import Kernels
 from gptcore.generate import Sampling
 from gptcore.train.config import TrainConfig, read_values
@@ -116,8 +121,9 @@ class Prepare:
     """
 
     sources: Positional[tuple[str, ...]]
-    """Files (.jsonl, .jsonl.gz and .parquet hold a document per record), folders, globs, the names of fetched texts,
-    hf:NAME[:CONFIG[:SPLIT]] for a Hugging Face dataset, or python-docs: the documentation that comes with Python."""
+    """Files (.jsonl, .ndjson, .parquet and arrays in .json hold a document per record; .gz is unpacked), folders, globs,
+    the names of fetched texts, hf:NAME[:CONFIG[:SPLIT]] for a Hugging Face dataset, or python-docs: the documentation
+    that comes with Python."""
     out: Path
     """Folder to make."""
     field: str = "text"
@@ -127,7 +133,7 @@ class Prepare:
     vocab_size: int = 4096
     """Tokens of a trained BPE."""
     val_fraction: float = 0.1
-    """Share of the text kept for validation."""
+    """Share of the text's bytes kept for validation: whole documents or, where there are few, the end of the largest."""
     shard_tokens: int = 100_000_000
     """Tokens in each token file, of 2 bytes if the vocabulary has at most 65,536 tokens, otherwise of 4."""
     overwrite: bool = False
@@ -136,16 +142,20 @@ class Prepare:
     def run(self) -> int:
         from gptcore.data.prepare import prepare
 
-        report = prepare(
-            list(self.sources),
-            self.out,
-            field=self.field,
-            tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
-            val_fraction=self.val_fraction,
-            shard_tokens=self.shard_tokens,
-            overwrite=self.overwrite,
-        )
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", UserWarning)
+            report = prepare(
+                list(self.sources),
+                self.out,
+                field=self.field,
+                tokenizer=self.tokenizer,
+                vocab_size=self.vocab_size,
+                val_fraction=self.val_fraction,
+                shard_tokens=self.shard_tokens,
+                overwrite=self.overwrite,
+            )
+        for warning in warned:
+            print(f"gptcore: warning: {warning.message}", file=sys.stderr)
         print(report)
         return 0
 
@@ -185,11 +195,11 @@ class _Loading:
         wide = self.dtype == "fp32" or (self.dtype == "auto" and (device, self.kernels) == ("cpu", "reference"))
         dtype = torch.float32 if wide else torch.bfloat16
         place = locate(self.model)
+        tokenizer = get_tokenizer(self.tokenizer or place)  # first: one that cannot be had is an error at once
         model = GPT.from_pretrained(place, dtype=dtype, kernels=self.kernels, **changes).to(device).eval()
-        tokenizer = get_tokenizer(self.tokenizer or place)
-        if tokenizer.vocab_size > model.config.vocab_size:
+        if tokenizer.base_size > model.config.vocab_size:  # tokens that were added later may lack rows: they never come
             raise ValueError(
-                f"tokenizer: has {tokenizer.vocab_size} tokens; accepted are at most the model's {model.config.vocab_size}"
+                f"tokenizer: has {tokenizer.base_size} tokens; accepted are at most the model's {model.config.vocab_size}"
             )
         return model, tokenizer
 
@@ -218,14 +228,16 @@ class Generate(_Sampling, _Loading):
     gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --repetition-penalty 1.2 "Once upon a time"
 
     gptcore generate --model runs/demo --temperature 0 "The function returns" "The class has"
+
+    gptcore generate --model runs/demo --stop . --stop ";" "The function returns"
     """
 
     prompts: Positional[tuple[str, ...]]
     """Text to continue; several are continued as one batch, and shown when all are done."""
     max_new_tokens: int = 100
     """Tokens to add at most."""
-    stop: tuple[str, ...] = ()
-    """End before any of these strings."""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """End before this string. May be given several times; --stop=--- for one that begins with a dash."""
 
     def run(self) -> int:
         from gptcore.generate import generate_text, stream_text
@@ -241,9 +253,11 @@ class Generate(_Sampling, _Loading):
             return 0
         pieces = stream_text(model, tokenizer, tokenizer.encode_prompt(prompt), self.max_new_tokens, **options)
         print(prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        finally:  # after Ctrl-C or an error, too, the next line is a new one
+            print(flush=True)
         return 0
 
 
@@ -273,8 +287,18 @@ class Chat(_Sampling, _Loading):
         chat = Conversation(
             model, tokenizer, system=self.system, max_new_tokens=self.max_new_tokens, **self.options()
         )  # fmt: skip
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         prompt = "you> " if sys.stdin.isatty() else ""
-        converse(chat, lambda: input(prompt), lambda text: print(text, end="", flush=True))
+
+        def ask() -> str:
+            try:
+                return input(prompt)
+            except (EOFError, KeyboardInterrupt):
+                print("\n" if prompt else "", end="", flush=True)  # after the prompt's own line
+                raise
+
+        converse(chat, ask, lambda text: print(text, end="", flush=True))
         return 0
 
 
@@ -290,19 +314,21 @@ class AttentionMap(_Loading):
     """
 
     text: Positional[str]
-    """What the model reads."""
+    """What the model reads; up to 512 tokens, as many as a picture can show."""
     out: Path = Path("attention.png")
     """The picture."""
-    layers: tuple[int, ...] | None = None
-    """Layers to draw, counted from 0; all if left out."""
-    heads: tuple[int, ...] | None = None
-    """Heads to draw, counted from 0; all if left out. One layer and one head show the tokens along the sides."""
+    layers: UseAppendAction[tuple[int, ...]] = ()
+    """Layer to draw, counted from 0; may be given several times; all if left out."""
+    heads: UseAppendAction[tuple[int, ...]] = ()
+    """Head to draw, counted from 0; may be given several times; all if left out. One layer and one head show the tokens
+    along the sides."""
 
     def run(self) -> int:
         from gptcore.inside import draw_attention
 
         model, tokenizer = self.load(attention_impl="explicit")
-        weights = draw_attention(model, tokenizer, self.text, self.out, layers=self.layers, heads=self.heads)
+        chosen = {"layers": self.layers or None, "heads": self.heads or None}
+        weights = draw_attention(model, tokenizer, self.text, self.out, **chosen)
         layers, heads, tokens, _ = weights.shape
         print(f"{self.out}: {layers} layers, {heads} heads, {tokens} tokens")
         return 0
@@ -329,19 +355,23 @@ class Export:
     def run(self) -> int:
         import torch
 
+        from gptcore import _extras
+        from gptcore._files import folder_writer
         from gptcore.models import GPT
         from gptcore.tokenizer import get_tokenizer
-        from gptcore.weights import config_to_huggingface, locate, save_huggingface
+        from gptcore.weights import locate, read_generation, save_huggingface
 
+        _extras.load("tokenizers", "export")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise FileExistsError(f"out: {self.out} holds something; accepted are a new or an empty folder")
         dtypes = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         place = locate(self.model)
-        model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
-        config_to_huggingface(model.config)  # without a twin at Hugging Face it is an error before anything is written
         tokenizer = get_tokenizer(place)
-        save_huggingface(self.out, model.config, model.state_dict())
-        tokenizer.save_huggingface(self.out)
+        model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
+        generation = read_generation(place) | tokenizer.special_ids(model.config.vocab_size)
+        with folder_writer(self.out.resolve()) as folder:
+            save_huggingface(folder, model.config, model.state_dict(), generation)
+            tokenizer.save_huggingface(folder)
         print(f"{self.out}: {model.num_parameters():,} parameters; load it with AutoModelForCausalLM and AutoTokenizer")
         return 0
 
@@ -387,7 +417,7 @@ class Train(TrainConfig):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; an error that the user can mend is one line and exit status 2."""
+    """Runs the command line; an error that the user can mend is one line and exit status 2, Ctrl-C one line and 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verbs = {
         "info": Info,
@@ -399,6 +429,9 @@ def main(arguments: list[str] | None = None) -> None:
         "export": Export,
         "attention-map": AttentionMap,
     }
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is a question mark there, and no error
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         if arguments[:1] == ["train"]:
             command = Train.parse(arguments[1:])
@@ -407,7 +440,14 @@ def main(arguments: list[str] | None = None) -> None:
                 verbs, prog="gptcore", description="Build a GPT from scratch, on fused kernels.", args=arguments
             )
         status = command.run()
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does: what is left of it goes nowhere
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141  # as shells have it for a command that such a pipe ended
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MissingPackageError) as error:
         print(f"gptcore: error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("gptcore: interrupted", file=sys.stderr)
+        status = 130  # as shells have it for a command that Ctrl-C ended
     sys.exit(status)

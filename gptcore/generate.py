@@ -38,16 +38,21 @@ class Sampling:
     """Makes the sample repeatable; another one is drawn each time if left out."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
+        # Outside these ranges a float32 of ordinary size overflows when it is divided or multiplied.
+        if self.temperature != 0.0 and not 1e-6 <= self.temperature < float("inf"):
             raise ValueError(
-                f"temperature: got {self.temperature}; accepted are 0 (the likeliest token) and positive numbers"
+                f"temperature: got {self.temperature}; accepted are 0 (the likeliest token) and numbers from 1e-6 on"
             )
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(f"top_k: got {self.top_k}; accepted are positive integers, or None for all")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: got {self.top_p}; accepted is 0 < top_p <= 1, or None for all")
-        if not 0.0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty: got {self.repetition_penalty}; accepted are positive numbers")
+        if not 1e-6 <= self.repetition_penalty <= 1e9:
+            raise ValueError(
+                f"repetition_penalty: got {self.repetition_penalty}; accepted are numbers from 1e-6 to 1e9, 1 for none"
+            )
+        if self.seed is not None and not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**64):
+            raise ValueError(f"seed: got {self.seed}; accepted are integers from -2**63 to 2**64 - 1, or None for any")
 
 
 def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -124,10 +129,10 @@ def generate_stream(
         raise ValueError(
             f"tokens: got a prompt of {tokens.shape[1]}; accepted is up to the model's context, {model.config.context}"
         )
-    if tokens.numel() and int(tokens.max()) >= model.config.vocab_size:
-        raise ValueError(
-            f"tokens: got id {int(tokens.max())}; accepted are 0 to {model.config.vocab_size - 1} (vocab_size - 1)"
-        )
+    vocab_size = model.config.vocab_size
+    for i in (int(tokens.min()), int(tokens.max())) if tokens.numel() else ():
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"tokens: got id {i}; accepted are 0 to {vocab_size - 1} (vocab_size - 1)")
     if padding is not None:
         if padding.shape != tokens.shape[:1] or not ((padding >= 0) & (padding < tokens.shape[1])).all():
             raise ValueError(
@@ -137,6 +142,7 @@ def generate_stream(
             raise ValueError("padding: got it without a cache; accepted is use_cache=True")
         padding = padding.to(tokens.device) if padding.any() else None
     stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    stops = [i for i in stops if 0 <= i < vocab_size]  # others, of tokens that were added later, cannot come
     return _stream(model, tokens, max_new_tokens, padding, stops, use_cache, options)
 
 
@@ -286,14 +292,26 @@ def generate(
 
 
 class _Text:
-    """The text of one row as its tokens come: whole characters, nothing that may turn out to be a stop string."""
+    """The text of one row as its tokens come: whole characters, nothing that may turn out to be a stop string, and
+    nothing for special tokens and for ids that the tokenizer does not have (rows that pad a model's vocabulary).
 
-    def __init__(self, tokenizer: Tokenizer | PretrainedTokenizer, stop: Sequence[str]) -> None:
+    `before` are the tokens that it goes on from: some decoders leave out the space at the beginning of a text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | PretrainedTokenizer, stop: Sequence[str], before: Sequence[int] = ()
+    ) -> None:
         self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
         self.finished = False
-        self._before: list[int] = []  # tokens of the last characters: some decoders look at what stands before
-        self._open: list[int] = []  # tokens that may end inside a character
+        # Whole characters, decoded again with what comes.
+        self._before = [i for i in before if i < tokenizer.vocab_size]
+        self._open: list[int] = []  # tokens since then; the last may end inside a character
+        self._taken = len(self._decoded())  # how much of their text has been taken
+        self._waited = 0  # for how many tokens nothing was
         self._held = ""  # text that may be the beginning of a stop string
+
+    def _decoded(self) -> str:
+        return self.tokenizer.decode(self._before + self._open, skip_special=True)
 
     def push(self, token: int) -> str:
         """The text that `token` makes certain; sets `finished` at a stop token or string, which are not part of it."""
@@ -301,12 +319,19 @@ class _Text:
             return ""
         if token in self.tokenizer.stop_tokens:
             return self.end()
-        self._open.append(token)
-        known = self.tokenizer.decode(self._before)
-        text = self.tokenizer.decode(self._before + self._open)[len(known) :]
-        if text.endswith("\ufffd") and len(self._open) < 4:  # a character has at most four bytes
+        if token >= self.tokenizer.vocab_size:
             return ""
-        self._before, self._open = self._open, []
+        self._open.append(token)
+        decoded = self._decoded()
+        certain = len(decoded.rstrip("\ufffd"))  # what follows may be bytes of a character that is not there yet
+        self._waited = 0 if certain > self._taken else self._waited + 1
+        if self._waited == 4:  # a character has at most four bytes
+            certain, self._waited = len(decoded), 0
+        text = decoded[self._taken : certain]
+        self._taken = max(self._taken, certain)
+        if text and certain == len(decoded):
+            self._before, self._open = self._open, []
+            self._taken = len(self._decoded())
         self._held += text
         places = [place for place in map(self._held.find, self.stop) if place >= 0]
         if places:
@@ -319,8 +344,7 @@ class _Text:
     def end(self) -> str:
         """What was held back, when no more tokens come."""
         self.finished = True
-        known = self.tokenizer.decode(self._before)
-        return self._held + self.tokenizer.decode(self._before + self._open)[len(known) :]
+        return self._held + self._decoded()[self._taken :]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -335,19 +359,25 @@ def stream_text(
     max_new_tokens: int,
     *,
     stop: Sequence[str] = (),
+    continues: bool = True,
     **sampling: Any,
 ) -> Iterator[str]:
     """Yields the continuation of `prompt`, token ids, in pieces of whole characters as they become certain.
 
-    Ends at one of the tokenizer's stop tokens or before one of the strings in `stop`, neither of which is yielded; the
-    other arguments and errors are those of `generate`.
+    Ends at one of the tokenizer's stop tokens or before one of the strings in `stop`, neither of which is yielded, nor are
+    other special tokens; ids that the tokenizer does not have are nothing. The other arguments and errors are those of
+    `generate`.
+
+    Args:
+        continues: what is yielded goes on from the prompt's text, with a space before it where one belongs; False: it is a
+            text of its own, as a reply is.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt)], dtype=torch.long, device=device)
     stream = generate_stream(model, ids, max_new_tokens, stop=tokenizer.stop_tokens, **sampling)
 
     def pieces() -> Iterator[str]:
-        text = _Text(tokenizer, stop)
+        text = _Text(tokenizer, stop, prompt if continues else ())
         for new in stream:
             if piece := text.push(int(new[0])):
                 yield piece
@@ -369,9 +399,10 @@ def generate_text(
     **sampling: Any,
 ) -> list[str]:
     """The continuation of each of `prompts`, in one batch whatever their lengths; arguments as `stream_text`."""
-    tokens, padding = pad_left([tokenizer.encode_prompt(prompt) for prompt in prompts])
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    tokens, padding = pad_left(ids)
     device = next(model.parameters()).device
-    texts = [_Text(tokenizer, stop) for _ in prompts]
+    texts = [_Text(tokenizer, stop, before) for before in ids]
     shown = [""] * len(prompts)
     stream = generate_stream(
         model, tokens.to(device), max_new_tokens, padding=padding, stop=tokenizer.stop_tokens, **sampling

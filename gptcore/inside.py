@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _LABELLED = 40
 """Most tokens whose texts still fit along the side of a map."""
+_MOST = 512
+"""Most tokens of a map: of one head alone each is two pixels wide, and memory grows with the square."""
 
 
 def describe(model: GPT) -> str:
@@ -79,17 +81,18 @@ def _size(count: float) -> str:
 
 
 @torch.no_grad()
-def attention_weights(model: GPT, tokens: Sequence[int]) -> Tensor:
+def attention_weights(model: GPT, tokens: Sequence[int], layers: Sequence[int], heads: Sequence[int]) -> Tensor:
     """``(layers, heads, T, T)`` float32: how much of each token's (row's) attention goes to each (column).
 
     Raises:
-        ValueError: a model whose attention is fused and never holds the weights; no tokens, or more than the context.
+        ValueError: a model whose attention is fused and never holds the weights; no tokens, or more than the context or 512.
     """
-    if not tokens:
-        raise ValueError("text: got none; accepted is a text of one token or more")
+    most = min(_MOST, model.config.context)
+    if not 0 < len(tokens) <= most:
+        raise ValueError(f"text: got {len(tokens) or 'no'} tokens; accepted are 1 to {most}")
     device = next(model.parameters()).device
     _, weights = model(torch.tensor([list(tokens)], device=device), return_attention=True)
-    return torch.cat(weights).float().cpu()
+    return torch.stack([weights[layer][0, list(heads)] for layer in layers]).float().cpu()
 
 
 def draw_attention(
@@ -106,7 +109,7 @@ def draw_attention(
     Args:
         model: with ``attention_impl="explicit"``.
         tokenizer: the model's.
-        text: what it reads.
+        text: what it reads, up to 512 tokens.
         out: the picture; appears whole or not at all.
         layers, heads: counted from 0; None for all.
 
@@ -127,16 +130,18 @@ def draw_attention(
         chosen.append(indices)
     rows, columns = chosen
     tokens = tokenizer.encode_prompt(text)
-    weights = attention_weights(model, tokens)[rows][:, columns]
-    labels = [tokenizer.decode([token]).replace("\n", "\\n") for token in tokens]
+    weights = attention_weights(model, tokens, rows, columns)
+    labels = [repr(tokenizer.decode([token]))[1:-1] for token in tokens]  # line ends and their like as they are typed
     single = len(rows) * len(columns) == 1
-    side = max(3.0, 0.28 * len(tokens)) if single else 1.3
+    side = (
+        max(3.0, 0.28 * min(len(tokens), _LABELLED)) if single else 1.3
+    )  # inches: room for the labels, where there are some
     figure = Figure(figsize=(side * len(columns) + 1.2, side * len(rows) + 0.9), layout="constrained")
     grid: list[list[Axes]] = figure.subplots(len(rows), len(columns), squeeze=False).tolist()
     image = None
     for layer, line in enumerate(grid):
         for head, axes in enumerate(line):
-            image = axes.imshow(weights[layer, head].numpy(), vmin=0, vmax=1, cmap="magma", interpolation="nearest")
+            image = axes.imshow(weights[layer, head].numpy(), vmin=0, vmax=1, cmap="magma")
             axes.set_xticks([])
             axes.set_yticks([])
             if layer == 0:
@@ -144,8 +149,8 @@ def draw_attention(
             if head == 0:
                 axes.set_ylabel(f"layer {rows[layer]}", fontsize=8)
             if single and len(tokens) <= _LABELLED:
-                axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8)
-                axes.set_yticks(range(len(tokens)), labels, fontsize=8)
+                axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8, parse_math=False)
+                axes.set_yticks(range(len(tokens)), labels, fontsize=8, parse_math=False)
     figure.suptitle("rows look at columns", fontsize=9)
     assert image is not None
     figure.colorbar(image, ax=[axes for line in grid for axes in line], shrink=0.6, label="share of attention")

@@ -4,50 +4,74 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from gptcore import _extras
 from gptcore._files import atomic_writer
-from gptcore.tokenizer import BYTE_SPELLING, check_fingerprint, checked_ids
+from gptcore.tokenizer import BYTE_SPELLING, check_fingerprint, checked_ids, whole_characters
 
 FORMAT = "gptcore-pretrained-tokenizer"
 _VERSION = 1
 # Tokens by these names end a text (the first three) or a turn, whatever else a model's configuration says.
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")
-# How GGUF's names for ways to split text are done. (gpt2: one regular expression, built into ByteLevel.)
-_SPLITS = {"smollm": ("digits", "gpt2"), "gpt-2": ("gpt2",), "gpt2": ("gpt2",)}
+# What transformers calls a model's special tokens, and what else of a tokenizer_config.json goes along to an export.
+_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_SETTINGS = ("model_max_length", "padding_side", "clean_up_tokenization_spaces")
+_SETTINGS += ("extra_special_tokens", "additional_special_tokens")
 
 
 class PretrainedTokenizer:
     """The interface of `gptcore.Tokenizer` over a ``tokenizers.Tokenizer``; special tokens may have any ids.
 
     Args:
-        tokenizer: the library's object.
+        tokenizer: the library's object. Truncation, padding and dropout are switched off in it.
         name: for people to read.
-        end: the token that ends a text, if the model says; otherwise ``<|endoftext|>`` or its like is looked for.
-        chat_template: a Jinja template that turns messages into a prompt; None if the model has none.
+        special_tokens_map: the special tokens by transformers' names (``bos_token``, ``eos_token``, ...).
+        stop: ids after which the model's makers end generation, besides ``eos_token`` and ``<|endoftext|>`` or its like.
+        chat_template: a Jinja template that turns messages into a prompt, or several by name, of which ``default``
+            serves a conversation; None if the model has none.
+        settings: other values that ``tokenizer_config.json`` had and an export is to have again.
 
     Raises:
         ValueError: no token that ends a text.
     """
 
-    def __init__(self, tokenizer: Any, name: str, *, end: str | None = None, chat_template: str | None = None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str,
+        *,
+        special_tokens_map: Mapping[str, str] | None = None,
+        stop: Iterable[int] = (),
+        chat_template: str | Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tokenizer = _of_the_whole_text(tokenizer)
         self.name = name
-        self.chat_template = chat_template
-        ids = [tokenizer.token_to_id(token) for token in (*_ENDS, *([end] if end else []))]
-        found = list(dict.fromkeys(i for i in ids if i is not None))
-        if not found:
+        self.special_tokens_map = dict(special_tokens_map or {})
+        """Special tokens by transformers' names, which chat templates know them by."""
+        templates = {"default": chat_template} if isinstance(chat_template, str) else chat_template
+        self.chat_templates = dict(templates or {})
+        self.chat_template = self.chat_templates.get("default")
+        self._settings = dict(settings or {})
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        named = [vocabulary.get(token) for token in (*_ENDS, self.special_tokens_map.get("eos_token"))]
+        known = {*vocabulary.values()}  # what a configuration says by default may be no token here
+        ends = list(dict.fromkeys(i for i in [*named, *stop] if i in known))
+        if not ends:
             raise ValueError(f"{name}: has no token that ends a text (looked for {', '.join(_ENDS)})")
-        self.stop_tokens: tuple[int, ...] = tuple(found)
+        self.stop_tokens: tuple[int, ...] = tuple(sorted(ends))
         """Ids after which generation ends."""
-        self.eot_token: int = found[0]
+        self.eot_token: int = ends[0]
         """The id that stands between documents."""
-        self._end = end
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size: int = 1 + max(vocabulary.values())
+        """All ids are below it; there may be gaps among them."""
+        self.base_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+        """What ids of tokens are below, those that were added later left out: a model may have no rows for these."""
 
     def __repr__(self) -> str:
         return f"PretrainedTokenizer({self.name!r}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
@@ -57,31 +81,44 @@ class PretrainedTokenizer:
         if allowed_special not in ("all", ()):
             raise ValueError(f"allowed_special: got {allowed_special!r}; accepted are 'all' and none")
         self._tokenizer.encode_special_tokens = allowed_special != "all"
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(whole_characters(text), add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """`encode`, with what the model wants to see before a text (Llama 3's begin-of-text token)."""
         self._tokenizer.encode_special_tokens = True
-        return self._tokenizer.encode(text, add_special_tokens=True).ids
+        return self._tokenizer.encode(whole_characters(text), add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``[self.encode(text) for text in texts]``, on all processor cores."""
         self._tokenizer.encode_special_tokens = True
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        whole = [whole_characters(text) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(whole, add_special_tokens=False)]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; special tokens are written out.
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of token ids; special tokens are written out unless they are to be skipped, ids in a gap are nothing.
 
         Raises:
             ValueError: if an id is not in 0 to ``vocab_size - 1``.
         """
-        return self._tokenizer.decode(checked_ids(ids, self.vocab_size), skip_special_tokens=False)
+        return self._tokenizer.decode(checked_ids(ids, self.vocab_size), skip_special_tokens=skip_special)
+
+    def special_ids(self, rows: int) -> dict[str, int | list[int]]:
+        """What transformers' configurations say of special tokens; generation ends at each in ``eos_token_id``.
+
+        Ids from `rows` on, for which the model has no embedding, are left out.
+        """
+        stops = [i for i in self.stop_tokens if i < rows]
+        ids: dict[str, Any] = {"eos_token_id": stops if len(stops) > 1 else stops[0]} if stops else {}
+        for name in ("bos_token", "pad_token"):
+            i = self._tokenizer.token_to_id(self.special_tokens_map.get(name, ""))
+            if i is not None and i < rows:
+                ids[f"{name}_id"] = i
+        return ids
 
     @cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits that depend on the tokens, their ids and how text is split, and not on the name."""
-        parts = json.dumps([json.loads(self._tokenizer.to_str()), self.eot_token], sort_keys=True)
-        return hashlib.sha256(parts.encode()).hexdigest()[:32]
+        return _fingerprint(json.loads(self._tokenizer.to_str()), self.eot_token)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer to one JSON file, which is either complete or not there at all."""
@@ -90,8 +127,10 @@ class PretrainedTokenizer:
             "version": _VERSION,
             "name": self.name,
             "fingerprint": self.fingerprint,
-            "end": self._end,
-            "chat_template": self.chat_template,
+            "special_tokens_map": self.special_tokens_map,
+            "stop": self.stop_tokens,
+            "chat_template": self.chat_templates,
+            "settings": self._settings,
             "tokenizer": json.loads(self._tokenizer.to_str()),
         }
         with atomic_writer(Path(path)) as file:
@@ -101,10 +140,11 @@ class PretrainedTokenizer:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` as transformers reads them."""
         with atomic_writer(folder / "tokenizer.json") as file:
             file.write(self._tokenizer.to_str(pretty=True).encode())
-        end = self._end or self._tokenizer.id_to_token(self.eot_token)
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
-        if self.chat_template:
-            about["chat_template"] = self.chat_template
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings, **self.special_tokens_map}
+        about.setdefault("eos_token", self._tokenizer.id_to_token(self.eot_token))
+        if self.chat_templates:
+            several = [{"name": name, "template": template} for name, template in self.chat_templates.items()]
+            about["chat_template"] = self.chat_template if list(self.chat_templates) == ["default"] else several
         with atomic_writer(folder / "tokenizer_config.json") as file:
             file.write(json.dumps(about, indent=2).encode())
 
@@ -114,51 +154,32 @@ class PretrainedTokenizer:
 
         Raises:
             ValueError: it is damaged.
-            ImportError: the ``tokenizers`` package is missing.
+            MissingPackageError: the ``tokenizers`` package is missing.
         """
         library = _library()
         if state.get("format") != FORMAT:
-            end, template = _beside(path)
-            return cls(_parse(library, state, path), path.parent.name, end=end, chat_template=template)
+            return cls(_parse(library, state, path), path.parent.name, **_beside(path))
         if state.get("version") != _VERSION:
             raise ValueError(f"{path} has format version {state.get('version')!r}; this gptcore reads {_VERSION}")
         try:
             inner = _parse(library, state["tokenizer"], path)
-            tokenizer = cls(inner, state["name"], end=state["end"], chat_template=state["chat_template"])
+            known = {name: state[name] for name in ("special_tokens_map", "stop", "settings") if name in state}
+            if state.get("end"):  # as it was written before the other special tokens were
+                known["special_tokens_map"] = {"eos_token": state["end"]}
+            tokenizer = cls(inner, state["name"], chat_template=state["chat_template"], **known)
         except KeyError as error:
             raise ValueError(f"{path} is a damaged tokenizer file: {error!r}") from error
-        check_fingerprint(path, tokenizer.fingerprint, state.get("fingerprint"))
+        # Of what the file holds: before truncation and dropout were switched off, they were saved as part of it.
+        check_fingerprint(path, _fingerprint(state["tokenizer"], tokenizer.eot_token), state.get("fingerprint"))
         return tokenizer
 
     @classmethod
     def from_gguf(cls, path: Path) -> PretrainedTokenizer:
-        """The byte-level BPE in a GGUF file.
+        """The tokenizer in a GGUF file; raises as `gptcore.weights.gguf_tokenizer.read`."""
+        from gptcore.weights import gguf_tokenizer
 
-        Raises:
-            ValueError: another kind of tokenizer, or a way to split text that is not known here.
-        """
-        from gptcore.weights.gguf_file import fields
-
-        library = _library()
-        values = {name.removeprefix("tokenizer."): v for name, v in fields(path, "tokenizer.").items()}
-        kind, split = values.get("ggml.model"), values.get("ggml.pre", "gpt-2")
-        if kind != "gpt2":
-            raise ValueError(f"{path}: tokenizer.ggml.model: got {kind!r}; accepted is 'gpt2' (byte-level BPE)")
-        if split not in _SPLITS:
-            raise ValueError(f"{path}: tokenizer.ggml.pre: got {split!r}; accepted are {', '.join(map(repr, _SPLITS))}")
-        tokens = values["ggml.tokens"]
-        merges = [tuple(merge.split(" ", 1)) for merge in values["ggml.merges"]]
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        inner = library.Tokenizer(library.models.BPE(vocabulary, merges, fuse_unk=False))
-        steps = library.pre_tokenizers
-        made = {"digits": lambda: steps.Digits(individual_digits=True), "gpt2": lambda: steps.ByteLevel(False)}
-        inner.pre_tokenizer = steps.Sequence([made[step]() for step in _SPLITS[split]])
-        inner.decoder = library.decoders.ByteLevel()
-        control = 3  # token types of GGUF: 1 ordinary, 3 control
-        special = [t for t, token_type in zip(tokens, values["ggml.token_type"]) if token_type == control]
-        inner.add_special_tokens([library.AddedToken(token, special=True, normalized=False) for token in special])
-        end = tokens[int(values["ggml.eos_token_id"])] if "ggml.eos_token_id" in values else None
-        return cls(inner, path.stem, end=end, chat_template=values.get("chat_template"))
+        inner, about = gguf_tokenizer.read(path, _library())
+        return cls(inner, path.stem, **about)
 
 
 def byte_level_bpe(pattern: str, tokens: list[bytes], special: dict[str, int]) -> Any:
@@ -202,15 +223,21 @@ def _spell(token: bytes) -> str:
     return "".join(BYTE_SPELLING[byte] for byte in token)
 
 
+def _of_the_whole_text(tokenizer: Any) -> Any:
+    """`tokenizer`, without what its makers' training left in the file: a longest length, padding, merges left to chance."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def _fingerprint(tokenizer: dict[str, Any], end: int) -> str:
+    return hashlib.sha256(json.dumps([tokenizer, end], sort_keys=True).encode()).hexdigest()[:32]
+
+
 def _library() -> Any:
-    try:
-        import tokenizers
-        import tokenizers.decoders
-        import tokenizers.models
-        import tokenizers.pre_tokenizers
-    except ImportError as error:
-        raise ImportError("this tokenizer needs the tokenizers package; pip install 'gptcore[pretrained]'") from error
-    return tokenizers
+    return _extras.load("tokenizers", "this tokenizer")
 
 
 def _parse(library: Any, state: dict[str, Any], path: Path) -> Any:
@@ -220,17 +247,31 @@ def _parse(library: Any, state: dict[str, Any], path: Path) -> Any:
         raise ValueError(f"{path} is a damaged tokenizer file: {error}") from error
 
 
-def _beside(path: Path) -> tuple[str | None, str | None]:
-    """The end token and the chat template that Hugging Face keeps in other files of the folder."""
-    about: dict[str, Any] = {}
-    if (config := path.with_name("tokenizer_config.json")).is_file():
-        try:
-            about = json.loads(config.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{config} is truncated or damaged: {error}") from error
-    end = about.get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    template = about.get("chat_template")
+def _beside(path: Path) -> dict[str, Any]:
+    """What `PretrainedTokenizer` is told of a ``tokenizer.json`` in other files that Hugging Face keeps beside it."""
+    about = _read_beside(path, "tokenizer_config.json")
+    if "added_tokens_decoder" not in about:  # older folders name the special tokens in a file of their own
+        about |= _read_beside(path, "special_tokens_map.json")
+    special = {name: token.get("content") if isinstance(token := about.get(name), dict) else token for name in _NAMES}
+    templates = about.get("chat_template")
+    if isinstance(templates, list):
+        templates = {entry["name"]: entry["template"] for entry in templates}
+    files = {file.stem: file.read_text("utf-8") for file in path.parent.glob("additional_chat_templates/*.jinja")}
     if (file := path.with_name("chat_template.jinja")).is_file():
-        template = file.read_text()
-    return end, template if isinstance(template, str) else None
+        files["default"] = file.read_text("utf-8")
+    ends = (_read_beside(path, "generation_config.json") or _read_beside(path, "config.json")).get("eos_token_id")
+    return {
+        "special_tokens_map": {name: token for name, token in special.items() if isinstance(token, str)},
+        "stop": ends if isinstance(ends, list) else [] if ends is None else [ends],
+        "chat_template": files or templates,
+        "settings": {name: about[name] for name in _SETTINGS if name in about},
+    }
+
+
+def _read_beside(path: Path, name: str) -> dict[str, Any]:
+    if not (file := path.with_name(name)).is_file():
+        return {}
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is truncated or damaged: {error}") from error

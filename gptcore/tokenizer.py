@@ -11,9 +11,10 @@ import binascii
 import hashlib
 import json
 import os
+import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,6 +84,10 @@ class Tokenizer:
         """Ids after which generation ends."""
         self.chat_template: str | None = None
         """A trained BPE knows no roles."""
+        self.special_tokens_map: dict[str, str] = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        """Special tokens by transformers' names."""
+        self.base_size = len(mergeable_ranks)
+        """The number of tokens without the special ones."""
         self._pattern = pattern
         self._mergeable_ranks = mergeable_ranks
         self._special_tokens = special_tokens
@@ -125,17 +130,22 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """``encode(text)`` as an array, ``(tokens,)``; threads that call it run at the same time."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        return self._encoding.encode_to_numpy(whole_characters(text), disallowed_special=())
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids (a list, an array or a 1-D tensor).
+    def special_ids(self, rows: int) -> dict[str, int | list[int]]:
+        """What transformers' configurations say of special tokens; none that a model has no `rows` for."""
+        return {f"{name}_id": self.eot_token for name in self.special_tokens_map if self.eot_token < rows}
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of token ids (a list, an array or a 1-D tensor); special ones are written out unless to be skipped.
 
         Bytes that are not UTF-8, such as a character cut in half by the end of the ids, become U+FFFD.
 
         Raises:
             ValueError: if an id is not in 0 to ``vocab_size - 1``.
         """
-        return self._encoding.decode(checked_ids(ids, self.vocab_size), errors="replace")
+        tokens = checked_ids(ids, self.vocab_size)
+        return self._encoding.decode([i for i in tokens if not skip_special or i < self.base_size], errors="replace")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -170,7 +180,7 @@ class Tokenizer:
         from gptcore.pretrained_tokenizer import PretrainedTokenizer, byte_level_bpe
 
         inner = byte_level_bpe(self._pattern, self._tokens_in_order(), dict(self._specials_in_order()))
-        PretrainedTokenizer(inner, self.name, end=END_OF_TEXT).save_huggingface(folder)
+        PretrainedTokenizer(inner, self.name, special_tokens_map=self.special_tokens_map).save_huggingface(folder)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -251,16 +261,24 @@ class Tokenizer:
         if vocab_size < _BYTES + 1:
             raise ValueError(f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}); got {vocab_size}")
         characters = 0
+        given_up = threading.Event()
 
         def counted() -> Iterator[str]:
             nonlocal characters
             for text in texts:
+                if given_up.is_set():
+                    raise InterruptedError
                 characters += len(text)
                 yield text
 
         trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue] - compiled, no stubs
         # The trainer holds a buffer of texts in memory at a time; ours may be long, so it is kept short.
-        trainer.train_from_iterator(counted(), vocab_size - 1, buffer_size=256, pattern=pattern)
+        train = partial(trainer.train_from_iterator, counted(), vocab_size - 1, buffer_size=256, pattern=pattern)
+        try:
+            _call_in_thread(train)
+        except KeyboardInterrupt:
+            given_up.set()
+            raise
         if characters == 0:
             raise ValueError("cannot train a tokenizer: the corpus is empty")
 
@@ -283,6 +301,23 @@ class Tokenizer:
         return sorted(self._special_tokens.items(), key=lambda item: item[1])
 
 
+def _call_in_thread(function: Callable[[], None]) -> None:
+    """Call compiled code that may run for minutes: it would not see Ctrl-C, and this does. The thread then runs on."""
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:  # raised again where it is waited for
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # so that it does not keep the process
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
 def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
     """``"gpt2"``, or a tokenizer at a path: a file, a folder with a ``tokenizer.json``, or a GGUF file.
 
@@ -297,7 +332,7 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
 
     if str(name_or_path) == "gpt2":
         return Tokenizer.gpt2(fetch.find("gpt2-bpe"))
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return PretrainedTokenizer.from_gguf(path)
     if path.is_dir():
@@ -361,6 +396,15 @@ BYTE_SPELLING = _byte_spelling()
 def _ranks_from_unicode(ids: dict[str, int]) -> dict[bytes, int]:
     byte_of = {character: byte for byte, character in BYTE_SPELLING.items()}
     return {bytes(byte_of[character] for character in token): i for token, i in ids.items()}
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD for half characters, which command lines and JSON may hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:

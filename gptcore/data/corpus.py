@@ -1,6 +1,6 @@
 """Streams of documents from files of text and of records, folders, globs, datasets and Python's own documentation.
 
-Nothing here holds a file in memory: a document is a handle that yields its text in pieces.
+Nothing here holds a file in memory, arrays in JSON apart: a document is a handle that yields its text in pieces.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import os
 import platform
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gptcore import fetch
+from gptcore import _extras, fetch
 from gptcore.data.records import (
     HUGGING_FACE,
     RECORD_SUFFIXES,
     dataset_state,
     holds_records,
+    open_bytes,
     read_dataset,
     read_records,
+    require_packages,
 )
 
 PYTHON_DOCS = "python-docs"
@@ -62,9 +65,11 @@ def documents(sources: str | Path | Sequence[str | Path], *, field: str = "text"
     A source is one of these; a file that several sources name comes once.
 
     - A file. It is one document, unless its name ends with one of
-      :data:`~gptcore.data.records.RECORD_SUFFIXES`: then each of its records is one.
-    - A folder, searched to any depth for files with one of those endings or of :data:`TEXT_SUFFIXES` (names that
-      begin with a dot are passed over, links to folders are not followed).
+      :data:`~gptcore.data.records.RECORD_SUFFIXES`, or with ``.json`` and it holds an array: then each record is one.
+      If its name ends with ``.gz``, it is unpacked as it is read.
+    - A folder, searched to any depth for files with one of those endings or of :data:`TEXT_SUFFIXES`, ``.gz`` after
+      it or not (names that begin with a dot are passed over, links to folders are not followed). What else there is,
+      ``.json`` too, since it is settings more often than text, :func:`unread_files` counts.
     - A glob such as ``"books/**/*.txt"``, which matches files of any suffix.
     - ``"python-docs"``: the standard library's docstrings of more than 80 characters, one document per module
       (parsed, not imported; tests are left out), and the articles that Python's ``help()`` shows, one document per
@@ -83,7 +88,8 @@ def documents(sources: str | Path | Sequence[str | Path], *, field: str = "text"
     Raises (before the first document comes, except for what only reading can show):
         ValueError: if there are no sources, a file is not UTF-8 (when its pieces are read), or a record is bad.
         FileNotFoundError: if a source names nothing, a folder has no such file, or a corpus has not been fetched.
-        RuntimeError: if a library that a source needs is not installed, or a dataset cannot be loaded.
+        MissingPackageError: if a library that a source needs is not installed.
+        RuntimeError: if a dataset cannot be loaded.
         OSError: if a file or folder cannot be read.
     """
     for source, files in _resolve(sources):
@@ -116,6 +122,19 @@ def sources_state(sources: str | Path | Sequence[str | Path]) -> str:
     return hashlib.sha256("\n".join(sorted(entries)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
+def unread_files(sources: str | Path | Sequence[str | Path]) -> dict[str, int]:
+    """What folders hold besides the files that are read: how many files of each ending, the most first.
+
+    Neither names that begin with a dot count, nor files that another source names. Raises as :func:`documents` does.
+    """
+    read = {os.path.realpath(path) for _, files in _resolve(sources) for path in files}
+    unread: dict[Path, str] = {}
+    for source in source_list(sources):
+        if not _is_named(source) and (folder := _place(source)).is_dir():
+            unread |= {path: kind for path, kind in _walk(folder) if kind and os.path.realpath(path) not in read}
+    return dict(sorted(Counter(unread.values()).items(), key=lambda item: (-item[1], item[0])))
+
+
 def source_list(sources: str | Path | Sequence[str | Path]) -> list[str]:
     """One source or several as a list of strings. Raises ``ValueError`` if there are none."""
     if isinstance(sources, str | Path):
@@ -127,33 +146,50 @@ def source_list(sources: str | Path | Sequence[str | Path]) -> list[str]:
 
 def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, list[Path]]]:
     """Each source, once, with the files it stands for that no earlier source named."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     resolved = []
     for source in dict.fromkeys(source_list(sources)):
         new = []
-        for path in [] if source == PYTHON_DOCS or source.startswith(HUGGING_FACE) else _files(source):
-            if (real := path.resolve()) not in seen:
+        if source.startswith(HUGGING_FACE):
+            _extras.load("datasets", source)
+        for path in [] if _is_named(source) else _files(source):
+            if (real := os.path.realpath(path)) not in seen:  # Path.resolve stumbles over links in a circle
                 seen.add(real)
                 new.append(path)
+                require_packages(path)
         resolved.append((source, new))
     return resolved
 
 
-def _files(source: str) -> list[Path]:
-    """The files that a source other than ``python-docs`` and datasets stands for, sorted."""
-    path = Path(source).expanduser()
+def _is_named(source: str) -> bool:
+    """Whether a source is ``python-docs`` or a dataset, which are no files."""
+    return source == PYTHON_DOCS or source.startswith(HUGGING_FACE)
+
+
+def _place(source: str) -> Path:
     if (entry := fetch.CATALOGUE.get(source)) is not None and entry.kind == "text":
         fetched = fetch.find(source)
         if fetched is None:
             raise FileNotFoundError(f"source {source!r} has not been fetched; run: gptcore fetch {source}")
-        path = fetched
+        return fetched
+    return Path(source).expanduser()
+
+
+def _files(source: str) -> list[Path]:
+    """The files that a source other than ``python-docs`` and datasets stands for, sorted."""
+    path = _place(source)
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(_text_files(path))
+        files = list(_walk(path))
+        found = sorted(file for file, unread in files if not unread)
         if not found:
             looked_for = ", ".join(sorted([*TEXT_SUFFIXES, *RECORD_SUFFIXES]))
-            raise FileNotFoundError(f"the folder {source!r} has no text files (looked for {looked_for})")
+            held = ", ".join(sorted({unread for _, unread in files})) or "nothing"
+            raise FileNotFoundError(
+                f"the folder {source!r} has no text files (looked for {looked_for}); it holds {held}: "
+                "name the files, or a glob that matches them, to read others"
+            )
         return found
     matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
     found = sorted(Path(match) for match in matches if Path(match).is_file())
@@ -165,22 +201,27 @@ def _files(source: str) -> list[Path]:
     return found
 
 
-def _text_files(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a folder; of those that are not read with what they are counted as, otherwise with nothing."""
+
     def stop(error: OSError) -> None:
         raise error  # a folder that cannot be listed must not silently shrink the corpus
 
     for parent, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from ((path, "link to a folder") for name in folders if (path := Path(parent, name)).is_symlink())
         for name in names:
-            path = Path(parent, name)
-            if not name.startswith(".") and (path.suffix.lower() in TEXT_SUFFIXES or holds_records(path)):
-                yield path
+            lower = name.lower()
+            is_text = Path(lower.removesuffix(".gz")).suffix in TEXT_SUFFIXES
+            if not name.startswith("."):
+                is_read = is_text or lower.endswith(RECORD_SUFFIXES)
+                yield Path(parent, name), "" if is_read else Path(lower).suffix or "no ending"
 
 
 def _read_pieces(path: Path) -> Iterator[str]:
     offset = 0  # of the first byte of `rest` in the file
     rest = b""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         while block := file.read(_PIECE_BYTES - len(rest)):
             rest += block
             if len(rest) < _PIECE_BYTES:  # a short read: more may come, and the end is handled below

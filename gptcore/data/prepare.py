@@ -7,25 +7,24 @@ whole, by one rename. :func:`open_split` opens one split of it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import shutil
-from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import unicodedata
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gptcore._files import atomic_writer, publish_folder, temporary_sibling
-from gptcore.data.corpus import Document, documents, source_list, sources_state
+from gptcore._files import atomic_writer, folder_writer
+from gptcore.data.corpus import documents, source_list, sources_state, unread_files
+from gptcore.data.split import CHANGED, RULE, Advance, Piece, survey
 from gptcore.data.token_file import ShardWriter, TokenFile
 from gptcore.tokenizer import Tokenizer, get_tokenizer
 
@@ -39,10 +38,9 @@ _FILES = re.compile(rf"(train|val)(-\d{{5,}})?\.bin|tokenizer\.json|{re.escape(_
 """What a prepared corpus consists of; version 1 had no shards."""
 _BATCH_CHARACTERS = 1 << 18
 """Encoded by one thread at a time: enough to make starting it cheap."""
-_CHANGED = "the sources changed while they were being read; run it again"
 
-_Advance = Callable[[int], None]
-"""Called with a number of characters as they are done."""
+_LOST = 0.01
+"""The least `PrepareReport.lost_text` that is spoken of."""
 _Ids = Sequence[int] | NDArray[np.uint32]
 
 
@@ -77,6 +75,12 @@ class PrepareReport:
     """Documents without text, which are in neither split."""
     unigram_entropy: float
     """Nats per validation token of a model that knows only how often each token comes; see ``prepare``."""
+    cut_documents: int = 0
+    """Documents whose end is in the validation split and whose rest is in the training split: counted in both."""
+    lost_text: float = 0.0
+    """Share of a sample's characters that a tokenizer of other people's does not give back: dropped, or unknown to it."""
+    unread_files: dict[str, int] = field(default_factory=dict)
+    """What the sources' folders held besides the files that were read: how many of each ending, the most first."""
     reused: bool = False
     """True if the folder already held all this, and nothing was done."""
 
@@ -90,57 +94,23 @@ class PrepareReport:
         lines = [f"{self.out_dir} {done}: {', '.join(self.sources)}"]
         lines.append(f"  tokenizer  {self.tokenizer}, {self.vocab_size:,} tokens, {self.tokenizer_fingerprint}")
         for name, split in ("train", self.train), ("val", self.val):
-            counts = f"{split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes"
+            share = f"{split.bytes / (self.train.bytes + self.val.bytes):.1%}"
+            counts = f"{split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes, {share}"
             shards = f", {len(split.shards):,} shards" if len(split.shards) > 1 else ""
             lines.append(f"  {name:<9}  {counts}{shards}")
+        if self.cut_documents:
+            lines.append(f"  {_cut_in_two(self.cut_documents)}")
+        if self.lost_text > _LOST:
+            lines.append(f"  {_not_given_back(self.lost_text)}")
         if self.empty_documents:
             lines.append(f"  {self.empty_documents:,} documents without text were left out")
+        if self.unread_files:
+            kinds = [f"{count:,} {ending}" for ending, count in self.unread_files.items()]
+            shown = ", ".join(kinds[:8]) + (f" and {len(kinds) - 8:,} more kinds" if len(kinds) > 8 else "")
+            lines.append(f"  not read in folders: {shown} (a file that is named, or that a glob matches, is)")
         lines.append(f"  {self.bytes_per_token:.2f} bytes per token")
         lines.append(f"  unigram entropy {self.unigram_entropy:.4f} nats per token: a model must do better")
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Split:
-    """What of a corpus is for validation: whole documents by their keys, or the end of each one."""
-
-    keys: NDArray[np.uint64]
-    """Of each document, in order, empty ones included: the first 8 bytes of a hash of its text."""
-    threshold: int
-    """Documents with a smaller key are for validation."""
-    cut: int | None
-    """If not None, of every document the characters from this one on are for validation instead."""
-    characters: int
-    """In the whole corpus."""
-
-    def pieces(self, corpus: Iterable[Document], advance: _Advance) -> Iterator[_Piece]:
-        """Read the corpus again, and tell where each piece of it belongs.
-
-        Raises ``RuntimeError`` if there are not as many documents as there are keys.
-        """
-        for document, key in zip_longest(corpus, self.keys):
-            if document is None or key is None:
-                raise RuntimeError(_CHANGED)
-            position = 0
-            for text, is_last in _mark_last(document.pieces()):
-                if self.cut is None:
-                    yield _Piece(text, int(key) < self.threshold, is_last)
-                else:
-                    head, tail = text[: max(self.cut - position, 0)], text[max(self.cut - position, 0) :]
-                    position += len(text)
-                    if head:
-                        yield _Piece(head, False, position >= self.cut)
-                    if tail:
-                        yield _Piece(tail, True, is_last)
-                advance(len(text))
-
-
-@dataclass(frozen=True)
-class _Piece:
-    text: str
-    in_val: bool
-    is_last: bool
-    """Of its document, or of the part of it that is in this split."""
 
 
 def prepare(
@@ -158,15 +128,15 @@ def prepare(
     """Turn text into token files for training and validation.
 
     The corpus is read three times as a stream (to survey it, to train the tokenizer, to encode it), so it may
-    be much larger than memory; of each document 9 bytes are kept. Each document is followed by an end-of-text
+    be much larger than memory; of each document 16 bytes are kept. Each document is followed by an end-of-text
     token; those without text are left out, and counted.
 
-    **The split** is by document: one goes to validation if the BLAKE2b hash of its text (of 16 bytes, the first 8),
-    as a fraction of the largest hash, is less than ``val_fraction``. It depends on neither names nor order, and copies of a
-    document stay together. If that leaves one side empty, the documents with the smallest hash are the
-    validation split, or those with the largest hash the training split. If all documents are the same, as
-    when there is only one, each is cut: the last ``val_fraction`` of its characters, at least one, is for
-    validation. A BPE is trained on the training split alone.
+    **The split** is by document, and holds ``val_fraction`` of the bytes to within a tenth of the smaller side.
+    Documents are taken for validation by the BLAKE2b hash of their text, so that neither names nor order matter and
+    copies of a document stay together; one that is larger than what is still wanted is passed over. Where that does
+    not meet the share, as with one book, or a book and a few notes, the largest document is cut: its end, from where a
+    paragraph, a line or at least a word begins, is for validation. The report and a ``UserWarning`` say so. Each
+    part ends with an end-of-text token, as a whole document does. A BPE is trained on the training split alone.
 
     **unigram_entropy** is what a model that ignores all context would score, the number for a trained model
     to beat: ``-sum_v n_val(v) / N_val * ln((n_train(v) + 1) / (N_train + V))`` in nats per token, where
@@ -183,7 +153,7 @@ def prepare(
         field: the field of records that holds their text.
         tokenizer: ``"bpe"`` to train one on the corpus, ``"gpt2"``, or the path of a saved tokenizer.
         vocab_size: for ``"bpe"``, the number of tokens with end-of-text; otherwise of no effect.
-        val_fraction: the share of the corpus to keep for validation, greater than 0 and less than 1.
+        val_fraction: the share of the corpus's bytes to keep for validation, greater than 0 and less than 1.
         shard_tokens: tokens in each file of a split but the last; at least 1.
         overwrite: replace a corpus that was prepared in ``out_dir`` with other settings.
         progress: show a progress bar on the standard error stream.
@@ -193,7 +163,8 @@ def prepare(
         FileExistsError: if ``out_dir`` holds something that is no prepared corpus (then ``overwrite`` does
             not help either), or another or a damaged corpus and ``overwrite`` is False.
         FileNotFoundError, OSError, ValueError: from sources and tokenizers that cannot be read.
-        RuntimeError: if the sources change while they are being read, or a library that they need is missing.
+        MissingPackageError: if a library that the sources or the tokenizer need is not installed.
+        RuntimeError: if the sources change while they are being read.
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction must be greater than 0 and less than 1; got {val_fraction}")
@@ -209,6 +180,7 @@ def prepare(
         "tokenizer": given.fingerprint if given else "bpe",
         "vocab_size": None if given else vocab_size,
         "val_fraction": val_fraction,
+        "split": RULE,
         "field": field,
         "shard_tokens": shard_tokens,
         "sources_state": sources_state(names),
@@ -217,14 +189,12 @@ def prepare(
     if existing is not None:
         return existing
 
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(out_dir)
-    temporary.mkdir()
-    try:
+    unread = unread_files(names)
+    with folder_writer(out_dir) as temporary:
         with _Bars(progress) as bars:
-            split, empty = _survey(documents(names, field=field), val_fraction, bars.start("Reading"))
+            split = survey(documents(names, field=field), val_fraction, bars.start("Reading"))
 
-            def read(step: str) -> Iterator[_Piece]:
+            def read(step: str) -> Iterator[Piece]:
                 return split.pieces(documents(names, field=field), bars.start(step, split.characters))
 
             if given is None:
@@ -232,9 +202,9 @@ def prepare(
                 used = Tokenizer.train(texts, vocab_size)
             else:
                 used = given
-            train, val = _encode(read("Encoding"), used, temporary, shard_tokens)
+            train, val, lost_text = _encode(read("Encoding"), used, temporary, shard_tokens)
         if sources_state(names) != settings["sources_state"]:
-            raise RuntimeError(_CHANGED)
+            raise RuntimeError(CHANGED)
         report = PrepareReport(
             out_dir=out_dir,
             sources=tuple(names),
@@ -244,14 +214,18 @@ def prepare(
             val_fraction=val_fraction,
             train=train.report,
             val=val.report,
-            empty_documents=empty,
+            empty_documents=split.empty,
             unigram_entropy=_unigram_entropy(train.counts, val.counts),
+            cut_documents=split.cut_documents,
+            lost_text=lost_text,
+            unread_files=unread,
         )
         used.save(temporary / "tokenizer.json")
         _write_report(report, settings, temporary / _REPORT)
-        publish_folder(temporary, out_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if report.cut_documents:
+        warnings.warn(_cut_in_two(report.cut_documents), stacklevel=2)
+    if report.lost_text > _LOST:
+        warnings.warn(_not_given_back(report.lost_text), stacklevel=2)
     return report
 
 
@@ -282,50 +256,6 @@ def open_split(folder: str | Path, split: Literal["train", "val"]) -> TokenFile:
     return tokens
 
 
-def _survey(corpus: Iterable[Document], val_fraction: float, advance: _Advance) -> tuple[_Split, int]:
-    """Read every document once, to decide the split as :func:`prepare` describes it; also counts the empty ones."""
-    keys = array("Q")
-    full = bytearray()  # for each document, whether it holds text
-    characters = longest = 0
-    for document in corpus:
-        digest = hashlib.blake2b(digest_size=16)
-        length = 0
-        for piece in document.pieces():
-            digest.update(piece.encode())
-            length += len(piece)
-            advance(len(piece))
-        keys.append(int.from_bytes(digest.digest()[:8], "big"))
-        full.append(length > 0)
-        characters += length
-        longest = max(longest, length)
-    all_keys = np.frombuffer(keys, dtype=np.uint64)
-    with_text = all_keys[np.frombuffer(full, dtype=np.bool_)]
-    if not len(with_text):
-        raise ValueError("the corpus is empty: its documents hold no text")
-    lowest, highest = int(with_text.min()), int(with_text.max())
-    threshold, cut = int(val_fraction * 2**64), None
-    if lowest == highest:
-        if longest < 2:
-            raise ValueError(f"the corpus is too short to split: it has {longest} character, and 2 are needed")
-        cut = longest - min(max(round(longest * val_fraction), 1), longest - 1)
-    elif threshold <= lowest:
-        threshold = lowest + 1
-    elif threshold > highest:
-        threshold = highest
-    return _Split(all_keys, threshold, cut, characters), len(all_keys) - len(with_text)
-
-
-def _mark_last(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
-    """Each text, with whether no other follows."""
-    text = next(texts, None)
-    for following in texts:
-        assert text is not None
-        yield text, False
-        text = following
-    if text is not None:
-        yield text, True
-
-
 class _Encoded:
     """The shards of one split as they are written, and what is counted meanwhile."""
 
@@ -338,7 +268,7 @@ class _Encoded:
         """How often each token comes, ``(vocab_size,)``."""
         self._documents = self._bytes = 0
 
-    def write(self, encoded: Iterable[tuple[_Piece, _Ids]]) -> None:
+    def write(self, encoded: Iterable[tuple[Piece, _Ids]]) -> None:
         """Append pieces of this split with their ids; many at once, as each call costs as much as a vocabulary."""
         parts = [self._eot[:0]]
         for piece, ids in encoded:
@@ -358,20 +288,25 @@ class _Encoded:
 
 
 def _encode(
-    pieces: Iterable[_Piece], tokenizer: Tokenizer | PretrainedTokenizer, folder: Path, shard_tokens: int
-) -> tuple[_Encoded, _Encoded]:
-    """Write the shards of the training and of the validation split."""
+    pieces: Iterable[Piece], tokenizer: Tokenizer | PretrainedTokenizer, folder: Path, shard_tokens: int
+) -> tuple[_Encoded, _Encoded, float]:
+    """Write the shards of the training and of the validation split; also returns `PrepareReport.lost_text`."""
     train, val = (_Encoded(folder, name, shard_tokens, tokenizer) for name in ("train", "val"))
+    lost = None
     with train.writer, val.writer:
         for encoded in _encoded_batches(pieces, tokenizer):
+            if lost is None:
+                lost = _lost_text(encoded, tokenizer)
             for split, in_val in (train, False), (val, True):
                 split.write(pair for pair in encoded if pair[0].in_val == in_val)
-    return train, val
+    if not (train.counts.any() and val.counts.any()):
+        raise ValueError("the corpus is too short to split: a document of one character cannot be cut in two")
+    return train, val, lost or 0.0
 
 
 def _encoded_batches(
-    pieces: Iterable[_Piece], tokenizer: Tokenizer | PretrainedTokenizer
-) -> Iterator[list[tuple[_Piece, _Ids]]]:
+    pieces: Iterable[Piece], tokenizer: Tokenizer | PretrainedTokenizer
+) -> Iterator[list[tuple[Piece, _Ids]]]:
     """The pieces in order, each with its ids. While some are encoded on every core, the next are read."""
     workers = os.cpu_count() or 1
     if isinstance(tokenizer, Tokenizer):
@@ -379,25 +314,28 @@ def _encoded_batches(
     else:  # another kind has threads of its own, and need not bear to be called from several
         threads, characters = 1, _BATCH_CHARACTERS * workers
 
-    def encode(batch: list[_Piece]) -> list[tuple[_Piece, _Ids]]:
+    def encode(batch: list[Piece]) -> list[tuple[Piece, _Ids]]:
         texts = [piece.text for piece in batch]
         if isinstance(tokenizer, Tokenizer):
             return list(zip(batch, map(tokenizer.encode_array, texts)))
         return list(zip(batch, tokenizer.encode_batch(texts)))
 
-    pending: deque[Future[list[tuple[_Piece, _Ids]]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    pending: deque[Future[list[tuple[Piece, _Ids]]]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
         for batch in _batches(pieces, characters):
             pending.append(pool.submit(encode, batch))
             if len(pending) > 2 * threads:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C or an error, what has not begun never does
 
 
-def _batches(pieces: Iterable[_Piece], size: int) -> Iterator[list[_Piece]]:
+def _batches(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
     """Lists of pieces that together have ``size`` characters or a few more."""
-    batch: list[_Piece] = []
+    batch: list[Piece] = []
     characters = 0
     for piece in pieces:
         batch.append(piece)
@@ -407,6 +345,35 @@ def _batches(pieces: Iterable[_Piece], size: int) -> Iterator[list[_Piece]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _cut_in_two(count: int) -> str:
+    which = "the largest document was" if count == 1 else f"the largest document, which comes {count:,} times, was"
+    return f"{which} cut in two, the end for validation: whole documents would have missed val_fraction"
+
+
+def _lost_text(encoded: Iterable[tuple[Piece, _Ids]], tokenizer: Tokenizer | PretrainedTokenizer) -> float:
+    """The share of the characters of the first pieces that decoding does not give back.
+
+    Spaces, case, accents and other ways to write a character do not count: there are good tokenizers that change them.
+    """
+    from gptcore.pretrained_tokenizer import PretrainedTokenizer
+
+    before, after = Counter[str](), Counter[str]()
+    if isinstance(tokenizer, PretrainedTokenizer):  # ours give back every byte
+        for piece, ids in encoded:
+            before.update(unicodedata.normalize("NFKD", piece.text.casefold()))
+            after.update(unicodedata.normalize("NFKD", tokenizer.decode(ids).casefold()))
+            if before.total() > _BATCH_CHARACTERS:
+                break
+    for character in list(before):
+        if character.isspace() or unicodedata.combining(character):
+            del before[character]
+    return (before - after).total() / max(before.total(), 1)
+
+
+def _not_given_back(share: float) -> str:
+    return f"the tokenizer does not give back {share:.0%} of the characters: it drops them, or has no tokens for them"
 
 
 def _unigram_entropy(train: NDArray[np.int64], val: NDArray[np.int64]) -> float:
@@ -444,13 +411,9 @@ def _existing(out_dir: Path, settings: dict[str, Any], overwrite: bool) -> Prepa
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    said = {"sources_state": "other sources, or these before they changed", "split": "an earlier version's split"}
     different = [name for name in new if old.get(name) != new[name]]
-    return [
-        "other sources, or these before they changed"
-        if name == "sources_state"
-        else f"{name}={old.get(name)!r}, not {new[name]!r}"
-        for name in different
-    ]
+    return [said.get(name, f"{name}={old.get(name)!r}, not {new[name]!r}") for name in different]
 
 
 def _check(folder: Path, report: PrepareReport) -> None:
@@ -517,7 +480,7 @@ class _Bars:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def start(self, description: str, total: int | None = None) -> _Advance:
+    def start(self, description: str, total: int | None = None) -> Advance:
         """A new bar over ``total`` characters, or over work of unknown size; returns what moves it."""
         task = self._progress.add_task(description, total=total)
         return lambda characters: self._progress.advance(task, characters)

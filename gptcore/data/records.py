@@ -1,4 +1,4 @@
-"""Sources of many documents each: JSON Lines, Parquet, Hugging Face datasets. One record is one document.
+"""Sources of many documents each: JSON Lines, arrays in JSON, Parquet, Hugging Face datasets. One record is one document.
 
 A record's text is one of its fields, and must be a string. The first that is not stops the reading with an error
 that names the file, the line or row, and what came: nothing is passed over.
@@ -10,23 +10,50 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-"""The endings of files that hold records; others hold one text."""
+from gptcore import _extras
+
+RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".parquet")
+"""The endings of files that hold records; others hold one text, unless they are an array in JSON."""
 HUGGING_FACE = "hf:"
 """What the name of a Hugging Face dataset begins with: ``hf:NAME``, ``hf:NAME:CONFIG`` or ``hf:NAME:CONFIG:SPLIT``."""
 RECORD_BYTES = 64 << 20
 """The longest line of JSON and the longest text of a record, in bytes: longer ones are an error."""
 
 _ROWS = 256  # read at a time
+_PEEK = 1 << 10
+_BOM = b"\xef\xbb\xbf"
 
 
 def holds_records(path: Path) -> bool:
-    """Whether a file is read as records, by the end of its name."""
+    """Whether a file is read as records: by the end of its name or, for ``.json``, if it begins as an array does."""
+    if _is_json(path):
+        with open_bytes(path) as file:
+            return file.read(_PEEK).removeprefix(_BOM).lstrip().startswith(b"[")
     return path.name.lower().endswith(RECORD_SUFFIXES)
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BufferedIOBase]:
+    """A file's bytes, unpacked if its name ends with ``.gz``.
+
+    Raises ``ValueError`` if what is unpacked in the block is damaged, ``OSError`` if the file cannot be read.
+    """
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        try:
+            yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is truncated or damaged: {error}") from error
+
+
+def require_packages(path: Path) -> None:
+    """Raises ``MissingPackageError`` if the file cannot be read for want of a package, without reading it."""
+    if path.name.lower().endswith(".parquet"):
+        _extras.load("pyarrow", str(path))
 
 
 def read_records(path: Path, field: str) -> Iterator[tuple[str, str]]:
@@ -34,11 +61,13 @@ def read_records(path: Path, field: str) -> Iterator[tuple[str, str]]:
 
     Raises:
         ValueError: if the file is damaged, has no such field, or a record's is no string.
-        RuntimeError: if the file is Parquet and pyarrow is not installed.
+        MissingPackageError: if the file is Parquet and pyarrow is not installed.
         OSError: if the file cannot be read.
     """
     if path.name.lower().endswith(".parquet"):
         return _read_parquet(path, field)
+    if _is_json(path):
+        return _read_json_array(path, field)
     return _read_json_lines(path, field)
 
 
@@ -63,45 +92,56 @@ def dataset_state(source: str) -> str:
     return " ".join([source, str(dataset.num_rows), *stamps])
 
 
+def _is_json(path: Path) -> bool:
+    return path.name.lower().endswith((".json", ".json.gz"))
+
+
+def _read_json_array(path: Path, field: str) -> Iterator[tuple[str, str]]:
+    """The records of one array. All are in memory at a time: JSON Lines are for more than that holds."""
+    with open_bytes(path) as file:
+        records = _parse(file.read(), str(path))
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: must be a JSON array of objects; got {_kind(records)}")
+    for number, record in enumerate(records, 1):
+        name = f"{path}, record {number}"
+        yield name, _text_of(record, name, field)
+
+
 def _read_json_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-        for number, line in enumerate(_lines(file, path), 1):
+    with open_bytes(path) as file:
+        number = 0
+        while line := file.readline(RECORD_BYTES + 1):
+            number += 1
             name = f"{path}, line {number}"
             if len(line) > RECORD_BYTES:
                 raise ValueError(f"{name}: is longer than {RECORD_BYTES} bytes, the most that a record may have")
             line = line.rstrip(b"\r\n")  # so that the place of an error lies in it
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                where = f"byte 0x{error.object[error.start]:02x} at offset {error.start} ({error.reason})"
-                raise ValueError(f"{name}: is not valid UTF-8: {where}") from error
-            except (ValueError, RecursionError) as error:
-                said = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"{name}: is not valid JSON: {said}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{name}: must be a JSON object; got {_kind(record)}")
-            if field not in record:
-                raise ValueError(f"{name}: has no field {field!r}; its fields are {', '.join(record) or 'none'}")
-            yield name, _text(record[field], name, field)
+            yield name, _text_of(_parse(line, name), name, field)
 
 
-def _lines(file: BufferedIOBase, path: Path) -> Iterator[bytes]:
-    """The lines of a file, of which one that is too long comes cut, one byte over the limit."""
+def _parse(line: bytes, name: str) -> Any:
     try:
-        while line := file.readline(RECORD_BYTES + 1):
-            yield line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+        return json.loads(line.removeprefix(_BOM).decode())
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{error.object[error.start]:02x} at offset {error.start} ({error.reason})"
+        raise ValueError(f"{name}: is not valid UTF-8: {where}") from error
+    except (ValueError, RecursionError) as error:
+        said = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{name}: is not valid JSON: {said}") from error
+
+
+def _text_of(record: Any, name: str, field: str) -> str:
+    if not isinstance(record, dict):
+        raise ValueError(f"{name}: must be a JSON object; got {_kind(record)}")
+    if field not in record:
+        raise ValueError(f"{name}: has no field {field!r}; its fields are {', '.join(record) or 'none'}")
+    return _text(record[field], name, field)
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise RuntimeError(f"{path}: reading Parquet needs pyarrow; pip install 'gptcore[data]'") from error
+    pa, parquet = (_extras.load(module, str(path)) for module in ("pyarrow", "pyarrow.parquet"))
     row = 0
     try:
         with parquet.ParquetFile(path, memory_map=False) as file:
@@ -128,12 +168,7 @@ def _value(scalar: Any, name: str) -> Any:
 
 def _load_dataset(source: str) -> Any:
     """A dataset as a table that is mapped into memory. The first time, it is downloaded."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise RuntimeError(
-            f"{source}: Hugging Face datasets need their library; pip install 'gptcore[data]'"
-        ) from error
+    datasets = _extras.load("datasets", source)
     name, config, split = [*source.removeprefix(HUGGING_FACE).split(":", 2), "", ""][:3]  # a split may be train[:9]
     if not name:
         raise ValueError(f"source: got {source!r}; accepted are hf:NAME, hf:NAME:CONFIG and hf:NAME:CONFIG:SPLIT")

@@ -16,6 +16,7 @@ from typing import Any
 import gptkernels
 import torch
 
+from gptcore import _extras
 from gptcore.train.checkpoint import Checkpoint, Position, newest, publish_model, record_evaluation, save_checkpoint
 from gptcore.train.config import TrainConfig
 from gptcore.train.display import Display
@@ -24,7 +25,7 @@ from gptcore.train.guard import Guard
 from gptcore.train.hardware import model_flops_utilization, peak_flops, peak_memory
 from gptcore.train.job import Job
 from gptcore.train.parallel import World, processes
-from gptcore.train.records import PLOT, Records, check_tensorboard
+from gptcore.train.records import PLOT, Records
 from gptcore.weights import WeightsError
 
 
@@ -129,6 +130,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         BlockingIOError: another process works in ``out``; says which.
         OSError: a checkpoint or metrics.jsonl could not be written; the earlier checkpoints stay.
         BackendUnavailableError: kernels that were chosen explicitly and cannot run here.
+        MissingPackageError: TensorBoard, or what the data's tokenizer needs, is not installed; nothing is written then.
         FloatingPointError: the loss is not finite; the last checkpoint stays as it was.
     """
     with processes(config.device) as (world, device), locked_folder(config.out, world):
@@ -154,7 +156,7 @@ def _find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpo
 
 def _train(config: TrainConfig, world: World, device: torch.device, shown: bool) -> TrainResult:
     if config.tensorboard:
-        check_tensorboard()
+        _extras.load("tensorboard", "tensorboard")  # before anything is read or written
     guard = Guard()
     say = Display(shown, config.steps, guard=guard).say
     checkpoint = _find_checkpoint(config, say)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gptcore import _extras
 from gptcore._files import atomic_writer, save_figure
 from gptcore.train.guard import Guard
 
@@ -29,7 +30,7 @@ class Records:
         guard: around what is only shown.
 
     Raises:
-        ValueError: TensorBoard is asked for and not installed.
+        MissingPackageError: TensorBoard is asked for and not installed.
     """
 
     def __init__(self, out: Path, step: int, evaluated: bool, tensorboard: bool, guard: Guard) -> None:
@@ -37,7 +38,7 @@ class Records:
         self.guard = guard
         self._board: Any = None
         if tensorboard:
-            check_tensorboard()
+            _extras.load("tensorboard", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(out / TENSORBOARD, purge_step=step + 1)
@@ -119,16 +120,6 @@ class _Lines:
     def _write(self) -> None:
         while self._left:
             del self._left[: self._file.write(self._left)]
-
-
-def check_tensorboard() -> None:
-    """Raises `ValueError` where TensorBoard is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("tensorboard") is None:
-        raise ValueError(
-            "tensorboard: got True, and it is not installed; accepted is False, or pip install tensorboard"
-        )
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from gptcore import _extras
 from gptcore._files import atomic_writer
 from gptcore.config import GPTConfig
 from gptcore.weights.huggingface import (
@@ -23,18 +24,48 @@ from gptcore.weights.huggingface import (
 )
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 _PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
 # What is fetched from the hub: safetensors, never pickles, and what the tokenizer needs.
-_WANTED = [CONFIG, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+_WANTED = [CONFIG, GENERATION, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json"]
+_WANTED += ["special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja"]
 
 
-def save_huggingface(folder: str | Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
+def save_huggingface(
+    folder: str | Path, config: GPTConfig, state: dict[str, Tensor], generation: dict[str, Any] | None = None
+) -> None:
     """Writes a folder that Hugging Face's ``AutoModelForCausalLM.from_pretrained`` loads, as a GPT-2 or a Llama.
+
+    Args:
+        folder: where to.
+        config, state: the model.
+        generation: what ``generation_config.json`` is to say, for instance where texts end (``eos_token_id``: a
+            tokenizer's `special_ids`); the model alone does not know.
 
     Raises:
         WeightsError: a configuration that is neither GPT-2's nor Llama's; names the field. Nothing is written then.
     """
-    _write(folder, config_to_huggingface(config), to_huggingface(state, config))
+    known = {
+        name: value for name in ("bos_token_id", "eos_token_id") if (value := (generation or {}).get(name)) is not None
+    }
+    _write(folder, config_to_huggingface(config) | known, to_huggingface(state, config))
+    if generation is not None:
+        with atomic_writer(Path(folder) / GENERATION) as file:
+            file.write(json.dumps(generation, indent=2).encode())
+
+
+def read_generation(place: Path) -> dict[str, Any]:
+    """What the makers of the weights at `place` say about generation, as they say it; {} where they say nothing.
+
+    Raises:
+        WeightsError: a damaged file.
+    """
+    if not (path := place / GENERATION).is_file():
+        return {}
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise WeightsError(f"{path}: is damaged ({error})") from error
 
 
 def save_folder(folder: str | Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
@@ -115,6 +146,7 @@ def locate(path_or_name: str | Path) -> Path:
 
     Raises:
         WeightsError: there is none; says what to do.
+        MissingPackageError: it may be the hub's, and what that needs is not installed.
     """
     place = Path(path_or_name).expanduser()
     if place.is_dir():
@@ -153,11 +185,9 @@ def check_state(state: dict[str, Tensor], config: GPTConfig, source: Path) -> No
 def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise WeightsError(f"{name}: there is no such folder")
+    hub = _extras.load("huggingface_hub", f"{name}: is no local folder; fetching it from the hub")
+    _extras.load("tokenizers", name)  # which what comes from there needs, too: said before the download
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise WeightsError(f"{name}: is no local folder, and huggingface_hub is not installed to fetch it") from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(hub.snapshot_download(name, allow_patterns=_WANTED))
     except Exception as error:  # the hub raises a dozen kinds, of three libraries
         raise WeightsError(f"{name}: is no local folder and could not be fetched from the hub ({error})") from error

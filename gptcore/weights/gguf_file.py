@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptcore.config import GPTConfig
+from gptcore import _extras
+from gptcore.config import GPTConfig, RotaryScaling
+from gptcore.layers import rotary_tables
 from gptcore.weights.huggingface import WeightsError, from_huggingface
 
+_DIVISORS = "rope_freqs.weight"  # how much slower each rotation is than rope.freq_base says
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _PARTS = {
     "attn_norm": "input_layernorm",
@@ -27,15 +31,16 @@ _PARTS = {
 }
 
 
-@lru_cache(maxsize=1)
 def _reader(path: Path) -> Any:
     """The library's reader; kept for the tokenizer after the weights, since it looks at every token of the vocabulary."""
+    return _kept_reader(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _kept_reader(path: Path, modified: int) -> Any:
+    gguf = _extras.load("gguf", str(path))
     try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise WeightsError(f"{path}: reading GGUF needs the gguf package; pip install 'gptcore[pretrained]'") from error
-    try:
-        return GGUFReader(path)
+        return gguf.GGUFReader(path)
     except Exception as error:  # the reader checks nothing: damage shows as whatever numpy makes of it
         raise WeightsError(f"{path}: is damaged or no GGUF file ({error})") from error
 
@@ -50,10 +55,10 @@ def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Configuration and float32 state dict of a Llama-family GGUF file.
 
     Raises:
-        WeightsError: a file that is damaged, of another architecture, or the gguf package is missing.
+        WeightsError: a file that is damaged, or of another architecture.
+        MissingPackageError: the gguf package is missing.
     """
-    import gguf
-
+    gguf = _extras.load("gguf", str(path))
     reader = _reader(path)
     values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     kind = values.get("general.architecture")
@@ -66,8 +71,8 @@ def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise WeightsError(f"{path}: describes no model this version can load ({error})") from error
     state = {}
     for name, tensor in tensors.items():
-        if name == "rope_freqs.weight":
-            raise WeightsError(f"{path}: rope_freqs.weight: got scaled rotary frequencies; accepted are unscaled ones")
+        if name == _DIVISORS:
+            continue
         module, _, kind = name.rpartition(".")
         block = re.fullmatch(r"blk\.(\d+)\.(.+)", module)
         prefix, part = (f"model.layers.{block[1]}.", block[2]) if block else ("", module)
@@ -92,6 +97,24 @@ def _half_split(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 
 
+def llama3_scaling(divisors: Tensor, config: GPTConfig, original_context: int) -> RotaryScaling:
+    """The scaling that divides the rotary frequencies of `config` by `divisors` ``(head_dim / 2,)``, which is all that a
+    GGUF file has of it.
+
+    Raises:
+        ValueError: they are not Llama 3's, whose two frequency factors are 1 and 4.
+    """
+    scaling = RotaryScaling(float(divisors.max()), 1.0, 4.0, original_context)
+    at_one = torch.ones(1)
+    plain, scaled = (
+        torch.atan2(sin, cos)[0]
+        for cos, sin in (rotary_tables(dataclasses.replace(config, rotary_scaling=s), at_one) for s in (None, scaling))
+    )
+    if divisors.shape != plain.shape or not torch.allclose(divisors, plain / scaled, rtol=1e-3):
+        raise ValueError(f"{_DIVISORS}: got other frequencies than Llama 3's; accepted are those, or none")
+    return scaling
+
+
 def _config(values: dict[str, Any], tensors: dict[str, Any]) -> GPTConfig:
     def value(name: str, *default: Any) -> Any:
         return values.get(f"llama.{name}", *default) if default else values[f"llama.{name}"]
@@ -101,7 +124,7 @@ def _config(values: dict[str, Any], tensors: dict[str, Any]) -> GPTConfig:
     heads, width = int(value("attention.head_count")), int(value("embedding_length"))
     if (turned := value("rope.dimension_count", width // heads)) != width // heads:
         raise ValueError(f"rope.dimension_count: got {turned}; accepted is the head's {width // heads}")
-    return GPTConfig(
+    config = GPTConfig(
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
         context=int(value("context_length")),
         n_layer=int(value("block_count")),
@@ -117,3 +140,8 @@ def _config(values: dict[str, Any], tensors: dict[str, Any]) -> GPTConfig:
         tied="output.weight" not in tensors,
         eps=float(value("attention.layer_norm_rms_epsilon")),
     )
+    if _DIVISORS not in tensors:
+        return config
+    divisors = torch.from_numpy(tensors[_DIVISORS].data.copy()).float().flatten()
+    original = int(value("rope.scaling.original_context_length", 8192))  # 8192: Llama 3's
+    return dataclasses.replace(config, rotary_scaling=llama3_scaling(divisors, config, original))

@@ -46,6 +46,8 @@ _LLAMA_FIXED = {
     "sliding_window": (None, (None,)),
 }
 _LLAMA = {"norm": "rms_norm", "positions": "rotary", "activation": "swiglu", "bias": False}
+# Which tokens begin and end a text is the tokenizer's to say; transformers' defaults for the two models would be wrong.
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
 _LLAMA_OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
 # Parts of a block that have one twin, and those that pack several.
 _LLAMA_PARTS = {
@@ -220,6 +222,7 @@ def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
             "tie_word_embeddings": config.tied,
             **{name: default for name, (default, _) in _GPT2_FIXED.items()},
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            **_NO_TOKENS,
         }
     values = {
         "model_type": "llama",
@@ -232,9 +235,7 @@ def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
         "rope_theta": config.rotary_base,
         **{name: default for name, (default, _) in _LLAMA_FIXED.items() if name != "sliding_window"},
         "attention_dropout": 0.0,
-        # Which tokens begin and end a text is the tokenizer's to say; Llama's own defaults would be wrong.
-        "bos_token_id": None,
-        "eos_token_id": None,
+        **_NO_TOKENS,
     }
     if (scaling := config.rotary_scaling) is not None:
         values["rope_scaling"] = {

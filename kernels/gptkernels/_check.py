@@ -36,7 +36,7 @@ def normalised(x: Tensor, **parameters: Tensor | None) -> None:
     for name, parameter in parameters.items():
         if parameter is not None:
             floating(name, parameter)
-            shape(name, parameter, (x.shape[-1],))
+            shape(name, parameter, (x.size(-1),))  # some nested tensors have no shape, but this size
             same_device(name, parameter, "x", x)
 
 

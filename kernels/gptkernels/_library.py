@@ -7,25 +7,40 @@ op names and schemas; the autograd Functions differ between backends only in the
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from gptkernels import _flops
 
 launchers: dict[str, Callable[[], Callable[..., Any]]] = {}
 """By op name, what imports and returns the function behind the op; filled by `register`, read by compile_report."""
 
 
-def register(name: str, schema: str, *, fake: Callable[..., Any], module: str | None = None) -> None:
+def register(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    module: str | None = None,
+    flops: Callable[..., int] | None = None,
+) -> None:
     """Defines the op ``{name}{schema}`` in the native namespace, and in triton's when there is a Triton launcher.
 
     The native op is implemented in C++ (``native.cpp``), which `gptkernels._native` loads at first use. The Triton op is
     the function of that name in `module`, imported at the op's first call: `import gptkernels` must work, and be
-    quick, without triton. `fake` returns the outputs' shapes, dtypes and layouts.
+    quick, without triton. `fake` returns the outputs' shapes, dtypes and layouts. `flops` returns what a call with these
+    arguments counts in PyTorch's FlopCounterMode, by its conventions: two operations for each multiplication of a product
+    of matrices, causal or not, and nothing for the rest.
     """
     torch.library.define(f"gptkernels_native::{name}", schema)
     torch.library.register_fake(f"gptkernels_native::{name}", fake)
+    if flops is not None:
+        _flops.register(getattr(torch.ops.gptkernels_native, name), flops)
     if module is None:
         return
 
@@ -43,6 +58,8 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], module: str | 
     # CPU tensors reach a Triton kernel only in the interpreter: backend.choose sees to that.
     torch.library.impl(qualified, ("CUDA", "CPU"), kernel)
     torch.library.register_fake(qualified, fake)
+    if flops is not None:
+        _flops.register(getattr(torch.ops.gptkernels_triton, name), flops)
 
 
 def ops(backend: str) -> Any:
@@ -55,7 +72,7 @@ class _Unrecorded:
 
     needs_input_grad = (False,) * 16
 
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
 
     def set_materialize_grads(self, value: bool) -> None:
@@ -70,3 +87,44 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function.apply(*args)
     return function.forward(_Unrecorded(), *args)
+
+
+def graph_wanted() -> bool:
+    """In a Function's backward: whether the gradients are to be differentiated themselves (``create_graph=True``).
+
+    A kernel's result has no history, and autograd would take its derivative for zero: `differentiated` is called then.
+    Never under torch.compile, which refuses second derivatives itself.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiated(
+    formula: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    *grad_outs: Tensor | None,
+) -> list[Any]:
+    """The gradients of the plain PyTorch ``formula(*inputs)``, recorded, so that they can be differentiated again.
+
+    `inputs` are what a Function saved, still in the graph that the forward built; `grad_outs` belong to the formula's
+    outputs, None for one without a gradient. An input that needs no gradient gets None.
+    """
+    # A view of each: a tensor that is given twice gets two gradients, and one made from another its own alone.
+    own = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+    asked = {i: x for i, x in enumerate(own) if x is not None and x.requires_grad}
+    with no_autocast(next(iter(asked.values()))):  # the inputs are what it has cast
+        outs = formula(*own)
+        reached = [(out, g) for out, g in zip(outs if isinstance(outs, tuple) else (outs,), grad_outs) if g is not None]
+        grads = torch.autograd.grad(
+            [out for out, _ in reached], list(asked.values()), [g for _, g in reached],
+            create_graph=True, materialize_grads=True,
+        )  # fmt: skip
+    found = dict(zip(asked, grads))
+    return [found.get(i) for i in range(len(own))]
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Switches autocast off on `x`'s device, for an operation's own products: what is to be cast has been."""
+    device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

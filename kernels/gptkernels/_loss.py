@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from gptkernels import _check
 
@@ -42,8 +43,22 @@ def reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -
     return (total / (target != ignore_index).sum() if reduction == "mean" else total).float()
 
 
-def keep(ctx: Any, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> None:
-    """Saves `inputs`, and beside them the `gradients` that forward has finished.
+def row_gradients(target: Tensor, ignore_index: int, reduction: str, grad_out: Tensor) -> Tensor:
+    """The gradient of each target's loss, float32, from that of what was returned."""
+    return grad_out if reduction == "none" else row_weights(target, ignore_index, reduction) * grad_out
+
+
+def with_the_loss(x: Tensor, reduction: str) -> bool:
+    """Whether forward finishes the gradients but for a factor, or leaves them to backward.
+
+    float16 is left: the rows of a mean weigh so little that their gradients would be rounded to 0 before a loss scale
+    reaches them. With "none" every row has a factor of its own.
+    """
+    return reduction != "none" and x.dtype != torch.float16
+
+
+def keep(ctx: Any, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...] = ()) -> None:
+    """Saves `inputs`, and beside them the `gradients` that forward has finished, if it has.
 
     In eager mode these are a plain attribute that the first backward takes away: autograd may then adopt a buffer as
     ``.grad`` without a copy. Under torch.compile they are saved tensors, the only ones it knows.
@@ -55,22 +70,25 @@ def keep(ctx: Any, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor, .
         ctx.gradients = gradients
 
 
-def take(ctx: Any, saved: tuple[Tensor, ...], inputs: int, grad_out: Tensor) -> tuple[Tensor, ...] | None:
-    """What `keep` kept beside `inputs` inputs, times `grad_out`; None where an earlier backward (retain_graph) took it.
+def take(ctx: Any, inputs: int, grad_out: Tensor) -> tuple[Tensor, ...]:
+    """What `keep` kept beside `inputs` inputs, times `grad_out`; nothing where an earlier backward (retain_graph) took it.
 
-    `saved` is ``ctx.saved_tensors``, which may be read only once under activation checkpointing.
+    The inputs are not looked at: they may have been changed in place since.
     """
-    if len(saved) > inputs:
-        return tuple(gradient * grad_out for gradient in saved[inputs:])
-    gradients, ctx.gradients = ctx.gradients, None
+    if torch.compiler.is_compiling():
+        return tuple(gradient * grad_out for gradient in ctx.saved_tensors[inputs:])
+    # Several at once, by torch.func.vmap or is_grads_batched: no one number to look at, no one buffer to give away.
+    if is_batchedtensor(grad_out) or is_legacy_batchedtensor(grad_out):
+        return tuple(gradient * grad_out for gradient in ctx.gradients)
+    gradients, ctx.gradients = ctx.gradients, ()
     # Almost always a 1, and no pass over the gradients. On a GPU the kernel looks: for the host to look would be to wait
     # for all the work before it.
-    if gradients is not None and ctx.backend == "triton":
+    if gradients and ctx.backend == "triton":
         from gptkernels.cross_entropy.triton import scale_
 
         for gradient in gradients:
             scale_(gradient, grad_out)
-    elif gradients is not None and not (type(grad_out) is Tensor and float(grad_out) == 1.0):  # a fake one has no value
+    elif gradients and not (type(grad_out) is Tensor and float(grad_out) == 1.0):  # a fake one has no value
         for gradient in gradients:  # nobody else holds them
-            gradient.mul_(grad_out)  # a scalar stays float32: a loss scale need not fit float16
+            gradient.mul_(grad_out)
     return gradients

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,22 +134,37 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+_NO_DISPATCH: Any = torch._C._disabled_torch_dispatch_impl  # what Tensor has in place of an own __torch_dispatch__
+# Subclasses that hand any operation on to their data.
+_TRANSPARENT = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor")
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a kernel can read `x`'s memory: not so for DTensors, nested, sparse and other tensors made of tensors."""
+    kind: Any = type(x)
+    if kind.__torch_dispatch__ is not _NO_DISPATCH:
+        return kind.__name__ in _TRANSPARENT and kind.__module__.startswith("torch.")
+    return x.layout is torch.strided and not x.is_nested
+
+
 def choose(op: str, x: Tensor, backend: str | None) -> str:
     """The backend that runs `op` on a tensor like `x`.
 
     `backend` is the caller's argument: None means the choice made by `use_backend`, "auto" the fastest that can run. An
     operation for which the chosen backend has no kernel (see `report`) takes the reference. Under torch.func's transforms
-    and forward-mode differentiation "auto" takes the reference.
+    and forward-mode differentiation "auto" takes the reference, and for tensors that no kernel can read: DTensors, nested
+    and sparse ones, and other subclasses with operations of their own.
 
     Raises:
         ValueError: `backend` is not a known name.
-        BackendUnavailableError: an explicit choice that cannot run on `x`'s device, or under such a transform.
+        BackendUnavailableError: an explicit choice that cannot run on `x`'s device, under such a transform, or for such a
+            tensor.
         TypeError: an explicit fused backend for a dtype that it does not compute in.
     """
     name = _choice if backend is None else _validated(backend)
     device_type, device_index = x.device.type, x.device.index or 0
     if name == "auto":
-        if x.dtype in FUSED_DTYPES and not _transformed():
+        if x.dtype in FUSED_DTYPES and not _transformed() and _is_plain(x):
             for candidate in _PREFERRED.get(device_type, ()):
                 if _why_not(op, candidate, device_type, device_index) is None:
                     if (failure := _start(candidate)) is None:
@@ -163,6 +179,11 @@ def choose(op: str, x: Tensor, backend: str | None) -> str:
         raise BackendUnavailableError(
             f"backend {name!r} cannot run {op} under torch.func transforms (grad, vmap, jvp) or forward-mode "
             "differentiation; use 'auto' or 'reference'"
+        )
+    if not _is_plain(x):
+        what = type(x).__name__ if type(x) is not Tensor else "nested tensor" if x.is_nested else f"{x.layout} tensor"
+        raise BackendUnavailableError(
+            f"backend {name!r} cannot run {op} on a {what}: its kernels read plain strided memory; use 'auto' or 'reference'"
         )
     if x.dtype not in FUSED_DTYPES:
         raise TypeError(

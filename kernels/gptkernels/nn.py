@@ -37,18 +37,20 @@ from gptkernels.softmax import softmax
 __all__ = ["GELU", "CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm", "Softmax"]
 
 
-def _fits(x: Tensor, normalized_shape: tuple[int, ...]) -> bool:
+def fits(x: Tensor, normalized_shape: tuple[int, ...]) -> bool:
     """Whether x is something to normalise over `normalized_shape`; if not, the error is the twin's to raise."""
-    return (
-        bool(normalized_shape) and x.dtype.is_floating_point and x.shape[-len(normalized_shape) :] == normalized_shape
-    )
+    if not normalized_shape or not x.dtype.is_floating_point:
+        return False
+    if x.is_nested:  # the strided ones have no shape to ask for
+        return len(normalized_shape) == 1 and x.size(-1) == normalized_shape[0]
+    return x.shape[-len(normalized_shape) :] == normalized_shape
 
 
 class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` on `gptkernels.layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _fits(input, self.normalized_shape):
+        if not fits(input, self.normalized_shape):
             return super().forward(input)
         if len(self.normalized_shape) == 1:
             return layer_norm(input, self.weight, self.bias, self.eps)
@@ -60,7 +62,7 @@ class RMSNorm(nn.RMSNorm):
     """`torch.nn.RMSNorm` on `gptkernels.rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _fits(x, self.normalized_shape):
+        if not fits(x, self.normalized_shape):
             return super().forward(x)
         eps = self.eps
         if eps is None:  # PyTorch's: that of the dtype it computes in
@@ -76,6 +78,8 @@ class Softmax(nn.Softmax):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.dim is None or not -input.dim() <= self.dim < input.dim() or not input.dtype.is_floating_point:
+            return super().forward(input)
+        if input.is_nested and input.layout is torch.strided:  # such a tensor has torch.softmax, and little beside it
             return super().forward(input)
         return softmax(input, self.dim)
 

@@ -8,9 +8,10 @@ keeps, and what ``isinstance`` says of it. `restore_modules` gives each its own 
 
 from __future__ import annotations
 
-import copy
+import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptkernels import nn as fused
+from gptkernels import nn as twins
+from gptkernels._probe import Absent, Doubt, agrees, asked, likeness, logarithmic, undisturbed
 from gptkernels.activation import gelu
 from gptkernels.rms_norm import rms_norm
 
@@ -79,12 +81,7 @@ def kind_of(module: nn.Module) -> type | None:
     return module._gptkernels_kind if isinstance(module, Swapped) else None
 
 
-def swap(module: nn.Module, kind: type) -> None:
-    """Makes `module` compute what its class does by `kind`'s forward."""
-    module.__class__ = _mixture(type(module), kind)
-
-
-def obstacle(module: nn.Module) -> str | None:
+def _obstacle(module: nn.Module) -> str | None:
     """Why this object's class cannot be exchanged whatever it computes; None when it can be."""
     if isinstance(module, Swapped):
         return "already on gptkernels"
@@ -97,126 +94,216 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-class RMSNorm:
+@dataclass(frozen=True)
+class Match:
+    """What a module can run on: a kind of forward, the function that this calls, and the constants it relies on."""
+
+    kind: type
+    function: str
+    relies_on: dict[str, Any] = field(default_factory=dict)
+
+
+class OfOneTensor:
+    """A kind of forward that computes one tensor from one, under whatever name the original's forward gives it.
+
+    `fused` does so, or returns None for an input that is the original's to handle. So is a call with more than the one
+    tensor, and every call once a constant that the verdict on the module relies on (`_probe.asked`) has another value.
+    """
+
+    fused: Callable[[Any, Tensor], Tensor | None]
+
+    def __init_subclass__(cls) -> None:
+        if "_gptkernels_original" not in vars(cls):
+            return  # a kind, or a class that somebody put over ours
+        original: Any = vars(cls)["_gptkernels_original"].forward
+        fused, (_, first, *_) = vars(cls)["_gptkernels_kind"].fused, inspect.signature(original).parameters
+
+        @functools.wraps(original)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(args) + len(kwargs) == 1 and (args or first in kwargs) and constants_hold(self):
+                out = fused(self, args[0] if args else kwargs[first])
+                if out is not None:
+                    return out
+            return original(self, *args, **kwargs)
+
+        cls.forward = forward
+
+
+def constants_hold(module: nn.Module) -> bool:
+    """Whether what the verdict on `module` relies on is still so."""
+    for name, value in module.__dict__.get("_gptkernels_relies_on", {}).items():
+        found = getattr(module, name, Absent)
+        if found is not value and found != value:
+            return False
+    return True
+
+
+class RMSNorm(OfOneTensor):
     """The forward of RMS norms with a `weight` and an epsilon, as Hugging Face's decoders define them."""
 
     weight: Tensor
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # Which dtype comes of two is the original's to say; and some take a gate when they are given one.
-        if args or kwargs or hidden_states.dtype != self.weight.dtype:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        return rms_norm(hidden_states, self.weight, _epsilon(self))
+    def fused(self, x: Tensor) -> Tensor | None:
+        # Which dtype comes of two is the original's to say.
+        if x.dtype != self.weight.dtype or not twins.fits(x, self.weight.shape):
+            return None
+        return rms_norm(x, self.weight, getattr(self, _epsilon_name(self)))
 
 
-class TanhGELU:
+class TanhGELU(OfOneTensor):
     """The forward of modules that compute GELU's tanh form."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, approximate="tanh")
+    def fused(self, x: Tensor) -> Tensor | None:
+        return gelu(x, approximate="tanh") if x.dim() and x.dtype.is_floating_point else None
 
 
-class ExactGELU:
+class ExactGELU(OfOneTensor):
     """The forward of modules that compute GELU by the error function."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, approximate="none")
+    def fused(self, x: Tensor) -> Tensor | None:
+        return gelu(x, approximate="none") if x.dim() and x.dtype.is_floating_point else None
 
 
-TWINS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LayerNorm: fused.LayerNorm,
-    nn.RMSNorm: fused.RMSNorm,
-    nn.Softmax: fused.Softmax,
-    nn.GELU: fused.GELU,
-    nn.CrossEntropyLoss: fused.CrossEntropyLoss,
-    **({nn.LinearCrossEntropyLoss: fused.LinearCrossEntropyLoss} if hasattr(nn, "LinearCrossEntropyLoss") else {}),
-}  # fmt: skip
+TWINS: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
+    nn.LayerNorm: (twins.LayerNorm, "layer_norm"),
+    nn.RMSNorm: (twins.RMSNorm, "rms_norm"),
+    nn.Softmax: (twins.Softmax, "softmax"),
+    nn.GELU: (twins.GELU, "gelu"),
+    nn.CrossEntropyLoss: (twins.CrossEntropyLoss, "cross_entropy"),
+}
+if hasattr(nn, "LinearCrossEntropyLoss"):
+    TWINS[nn.LinearCrossEntropyLoss] = (twins.LinearCrossEntropyLoss, "linear_cross_entropy")
 
 
-def _epsilon(module: Any) -> float:
-    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+def _twin(module: nn.Module) -> Match | str:
+    """PyTorch's own modules are known by their forward."""
+    twin, (ours, function) = next(pair for pair in TWINS.items() if isinstance(module, pair[0]))
+    if isinstance(module, ours):
+        return "already on gptkernels"
+    # Its own, and not what a library has put in its place.
+    known = type(module).forward is twin.forward and twin.forward.__module__ == twin.__module__
+    return Match(ours, function) if known else f"{type(module).__name__} has a forward of its own"
 
 
-def agrees(compute: Callable[[], Tensor], expected: Tensor, tolerance: float) -> bool:
-    """Whether a stranger's computation gives `expected`; one that fails does not."""
-    try:
-        with torch.no_grad():
-            found = compute()
-        return found.shape == expected.shape and torch.allclose(
-            found.double(), expected, rtol=tolerance, atol=tolerance
-        )
-    except Exception:
-        return False
+def _epsilon_name(module: Any) -> str:
+    return "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
 
 
-def stand_in(module: nn.Module, **attributes: Any) -> Any:
-    """A double of `module` with these parameters and children in place of its own, to be asked what it computes."""
-    double = copy.copy(module)
-    double.__dict__ = {**vars(module), "_parameters": {}, "_modules": {}, "_buffers": {}}
-    for name, value in attributes.items():
-        setattr(double, name, value)
-    return double
-
-
-def _is_rms_norm(module: Any) -> bool:
+def _rms_norm(module: Any) -> Match | str:
     """Asks `module`: Gemma's RMS norms look like Llama's and multiply by ``1 + weight``; others norm groups of a row."""
-    eps = _epsilon(module)
+    name, width = _epsilon_name(module), module.weight.shape[0]
+    eps, relies_on = getattr(module, name), {}
     if not isinstance(eps, float) or eps <= 0.0:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    width = module.weight.shape[0]
-    weight = torch.randn(width, generator=generator, dtype=torch.float64)
-    # Of the epsilon's size, and far above it: where it is added matters too.
-    x = torch.randn(2, 3, width, generator=generator, dtype=torch.float64) * torch.tensor([[[1.0]], [[math.sqrt(eps)]]])
-    exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-    double = stand_in(module, weight=nn.Parameter(weight))
-    return agrees(lambda: type(module).forward(double, x), exact, 1e-5)  # many compute in float32 whatever comes
+        return f"{type(module).__name__} has an epsilon that is no positive number"
+    if width == 0:
+        return f"{type(module).__name__} does not hold its weight (is it kept in pieces elsewhere?)"
+
+    def exact(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = x.double(), weight.double()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight, weight.abs()
+
+    with undisturbed():
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(14, width, generator=generator, dtype=torch.float64)
+        # Of the epsilon's size too: where it is added matters.
+        x[:9] *= torch.tensor([1e-3, 1e-2, 0.1, 1.0, 10.0, 1e2, 1e3, 1e4, math.sqrt(eps)])[:, None]
+        x[9] = logarithmic(width, generator=generator)
+        x[10], x[11, 0], x[12, 0], x[13, 0] = 0.0, 1e4, math.inf, math.nan
+        inputs = {"x": x.view(2, 7, width), "weight": logarithmic(width, generator=generator)}
+    compute = asked(module, lambda weight: {"weight": weight, name: eps}, relies_on)
+    # Many compute in float32 whatever comes.
+    if agrees(compute, exact, inputs, 8 * torch.finfo(torch.float32).eps):
+        return Match(RMSNorm, "rms_norm", relies_on)
+    return f"{type(module).__name__} does not compute x / rms(x) * weight"
 
 
-def _gelu_kind(module: nn.Module) -> type | None:
-    x = torch.cat([torch.linspace(-6, 6, 97, dtype=torch.float64), torch.tensor([-60.0, 60.0], dtype=torch.float64)])
-    for approximate, kind in (("tanh", TanhGELU), ("none", ExactGELU)):
-        exact = nn.functional.gelu(x, approximate=approximate)
-        if agrees(lambda: type(module).forward(module, x), exact, 1e-9):
-            return kind
-    return None
+def _gelu(module: nn.Module) -> Match | str:
+    with undisturbed():
+        small = torch.linspace(-6, 6, 97, dtype=torch.float64)
+        large = torch.logspace(-3, 4, 36, dtype=torch.float64)
+        x = torch.cat([small, large, -large, torch.tensor([math.inf, math.nan], dtype=torch.float64)])
+
+    def tanh(x: Tensor) -> Tensor:
+        return torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+    for share, kind in ((tanh, TanhGELU), (lambda x: torch.erf(x / math.sqrt(2)), ExactGELU)):
+        relies_on: dict[str, Any] = {}
+
+        def exact(x: Tensor, share: Callable[[Tensor], Tensor] = share) -> tuple[Tensor, Tensor]:
+            x = x.double()
+            return 0.5 * x * (1 + share(x)), x.abs()
+
+        if agrees(asked(module, dict, relies_on), exact, {"x": x}, 1e-9):
+            return Match(kind, "gelu", relies_on)
+    return f"{type(module).__name__} is another function than GELU or its tanh form"
 
 
-def _kind(module: Any) -> type | str | None:
-    """What a module can run on, or why it cannot; None for modules that this library has nothing for.
+def _other_parameters(module: nn.Module) -> str:
+    return f"{type(module).__name__} has other parameters than a weight and an epsilon"
 
-    PyTorch's modules are known by their forward. Others are known by what they look like, and then asked: a small input
-    goes through the class's forward, and it has to compute what ours does.
-    """
-    for twin, ours in TWINS.items():
-        if isinstance(module, twin):
-            if isinstance(module, ours):
-                return "already on gptkernels"
-            return ours if type(module).forward is twin.forward else f"{type(module).__name__} has a forward of its own"
-    name, state = type(module).__name__, [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
+
+Verdict = Callable[[Any], Match | str]
+"""Finds out what a module can run on, or why it cannot."""
+
+
+def _verdict(module: Any) -> Verdict | None:
+    """Who judges `module`, by what it looks like; None for modules that this library has nothing for."""
+    if isinstance(module, tuple(TWINS)):
+        return _twin
+    name = type(module).__name__
+    state = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
     if "GELU" in name.upper() and not state:
-        return _gelu_kind(module) or f"{name} is another function than GELU or its tanh form"
-    if "RMSNorm" in name or "LayerNorm" in name:
-        if state == ["weight"] and module.weight.dim() == 1 and _has_epsilon(module):
-            return RMSNorm if _is_rms_norm(module) else f"{name} does not compute x / rms(x) * weight"
-        return f"{name} has other parameters than a weight and an epsilon"
-    return None
+        return _gelu
+    if "RMSNorm" not in name and "LayerNorm" not in name:
+        return None
+    plain = state == ["weight"] and module.weight.dim() == 1 and hasattr(module, _epsilon_name(module))
+    return _rms_norm if plain else _other_parameters
 
 
-def _has_epsilon(module: nn.Module) -> bool:
-    return hasattr(module, "variance_epsilon") or hasattr(module, "eps")
+def exchange(
+    model: nn.Module,
+    verdict_on: Callable[[nn.Module], Verdict | None],
+    skip: Callable[[str, nn.Module], bool] | None = None,
+) -> SwapReport:
+    """Gives each module of `model` that a verdict matches its kind of forward, and says what it left and why."""
+    report = SwapReport("replaced")
+    known: dict[Hashable, Match | str] = {}  # a model has many modules alike
+    for name, module in list(model.named_modules()):
+        verdict = verdict_on(module)
+        if verdict is None:
+            continue
+        if (found := _obstacle(module)) is None:
+            key = (verdict, likeness(module))
+            if key not in known:
+                try:
+                    known[key] = verdict(module)
+                except Doubt as doubt:
+                    known[key] = f"{type(module).__name__} {doubt}"
+            found = known[key]
+        if isinstance(found, str):
+            report.left[name] = found
+        elif skip is not None and skip(name, module):
+            report.left[name] = "skipped"
+        else:
+            report.changed[name] = f"{type(module).__name__} -> gptkernels.{found.function}"
+            if found.relies_on:
+                module._gptkernels_relies_on = found.relies_on  # type: ignore[assignment]
+            module.__class__ = _mixture(type(module), found.kind)
+    return report
 
 
 def replace_modules(model: nn.Module, *, skip: Callable[[str, nn.Module], bool] | None = None) -> SwapReport:
     """Puts the norms, softmaxes, GELUs and losses of `model` on this library's kernels, in place.
 
     That is `torch.nn`'s LayerNorm, RMSNorm, Softmax, GELU, CrossEntropyLoss and LinearCrossEntropyLoss, and Hugging Face's
-    own RMS norms and GELUs (and whatever else looks like these and, asked with a small input, computes the same). The
-    modules stay the same objects with the same parameters, buffers, hooks, modes and names; the model can be copied, pickled,
-    compiled, trained and saved as before. Subclasses with a forward of their own are left. Calling it again changes nothing.
+    own RMS norms and GELUs (and whatever else looks like these and is found to compute the same: in training and in
+    evaluation, in every dtype, for numbers of every size, gradients included). What is in doubt is left, and so are
+    subclasses of PyTorch's modules with a forward of their own. The modules stay the same objects with the same parameters,
+    buffers, hooks, modes and names, and are called with the same arguments; the model can be copied, pickled, compiled,
+    trained and saved as before. Calling it again changes nothing.
 
     Args:
-        model: any module tree; a single norm too.
+        model: any module tree, on any device (meta included: no tensor of it is read); a single norm too.
         skip: called with each candidate's name and module; those it says True of are left.
 
     Returns:
@@ -231,35 +318,7 @@ def replace_modules(model: nn.Module, *, skip: Callable[[str, nn.Module], bool] 
     left 0 modules
     >>> restored = gptkernels.restore_modules(model)
     """
-    report = SwapReport("replaced")
-    for name, module in list(model.named_modules()):
-        kind = _kind(module)
-        if kind is None:
-            continue
-        if reason := obstacle(module):
-            report.left[name] = reason
-        elif isinstance(kind, str):
-            report.left[name] = kind
-        elif skip is not None and skip(name, module):
-            report.left[name] = "skipped"
-        else:
-            report.changed[name] = f"{type(module).__name__} -> gptkernels.{FUNCTIONS[kind]}"
-            swap(module, kind)
-    return report
-
-
-FUNCTIONS: dict[type, str] = {
-    fused.LayerNorm: "layer_norm",
-    fused.RMSNorm: "rms_norm",
-    fused.Softmax: "softmax",
-    fused.GELU: "gelu",
-    fused.CrossEntropyLoss: "cross_entropy",
-    fused.LinearCrossEntropyLoss: "linear_cross_entropy",
-    RMSNorm: "rms_norm",
-    TanhGELU: "gelu",
-    ExactGELU: "gelu",
-}
-"""By what a module's class was exchanged for, the function that it now calls."""
+    return exchange(model, _verdict, skip)
 
 
 def on_restore(module: nn.Module, undo: Callable[[nn.Module], str]) -> None:
@@ -284,6 +343,7 @@ def restore_modules(model: nn.Module) -> SwapReport:
         original = vars(type(module)).get("_gptkernels_original")
         if original is not None:
             report.changed[name] = original.__name__
+            vars(module).pop("_gptkernels_relies_on", None)
             module.__class__ = original
         else:
             report.left[name] = f"its class was exchanged again, for {type(module).__qualname__}"

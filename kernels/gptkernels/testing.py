@@ -150,13 +150,23 @@ def random_grads(result: Output, seed: int) -> tuple[Tensor, ...]:
 
 
 def check_op(
-    spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: torch.device | str = "cpu", seed: int = 0
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    grad_scale: float = 1.0,
 ) -> None:
-    """Holds one case of one operation, forward and backward, against the float64 error budget, on poisoned memory."""
+    """Holds one case of one operation, forward and backward, against the float64 error budget, on poisoned memory.
+
+    `grad_scale` multiplies the gradients of the outputs, as a loss scale does.
+    """
 
     def drawn(seed: int) -> tuple[Inputs, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
         inputs = spec.make_inputs(case, dtype, torch.device(device), seed)
         grad_out = random_grads(spec.reference(**inputs.tensors, **inputs.options), seed + 1)
+        grad_out = tuple(grad_scale * g for g in grad_out)
         # The budget belongs to the numbers, not to their layout: PyTorch's attention picks another kernel for each.
         plain = run(spec.reference, inputs.mapped(torch.Tensor.contiguous), grad_out)
         exact = run(spec.reference, inputs.mapped(lambda t: t.double()), tuple(g.double() for g in grad_out))

@@ -1,6 +1,6 @@
 """A run that is killed ten times and resumed: run by test_resume.py, in a process of its own.
 
-``python killed_runs.py CORPUS FOLDER SEED`` trains once without a stop into FOLDER/whole and once with kills into
+``python -m tests.gptcore.killed_runs CORPUS FOLDER SEED`` trains once without a stop into FOLDER/whole and once with kills into
 FOLDER/killed. Every attempt is a fork of this process, which has imported everything and computed nothing.
 """
 
@@ -16,10 +16,8 @@ from pathlib import Path
 import matplotlib.figure  # noqa: F401 (once, not in each fork)
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import config
-
 from gptcore.train import train
+from tests.gptcore.runs import config
 
 CALLS = "fsync", "rename", "replace", "link"  # what makes a checkpoint durable, in os
 

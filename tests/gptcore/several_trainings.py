@@ -1,4 +1,7 @@
-"""What each of two processes does for test_distributed.py: ``torchrun --nproc-per-node 2 several_trainings.py CORPUS FOLDER``."""
+"""What each of two processes does for test_distributed.py.
+
+``torchrun --nproc-per-node 2 -m tests.gptcore.several_trainings CORPUS FOLDER``
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import config
-
 from gptcore.train import train
 from gptcore.train.folder import locked_folder
 from gptcore.train.job import Job
 from gptcore.train.parallel import ALONE, Replica, processes
+from tests.gptcore.runs import config
 
 RANK = int(os.environ["RANK"])
 RUN = {"batch_size": 4, "accumulate": 2}

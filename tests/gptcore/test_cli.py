@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,56 @@ def test_a_bad_option_is_named_before_anything_runs(capsys, tmp_path: Path):
     assert status == 2
     assert "steps: got 0; accepted are positive integers" in out + error
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("verb", ["prepare", "fetch", "export", "generate", "train"])
+def test_ctrl_c_is_one_line_and_status_130(capsys, tmp_path: Path, monkeypatch, verb: str):
+    command = {
+        "prepare": ("prepare", "python-docs", "--out", tmp_path / "x"),
+        "fetch": ("fetch", "shakespeare"),
+        "export": ("export", "--model", "m", "--out", tmp_path / "x"),
+        "generate": ("generate", "--model", "m", "text"),
+        "train": ("train", "--data", tmp_path, "--out", tmp_path / "x"),
+    }[verb]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in (
+        "gptcore.data.prepare.prepare",
+        "gptcore.fetch.fetch",
+        "gptcore.weights.locate",
+        "gptcore.train.train",
+    ):
+        monkeypatch.setattr(place, interrupted)
+    status, out, error = gptcore(capsys, *command)
+    assert (status, out, error) == (130, "", "gptcore: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_preparing_leaves_nothing(tmp_path: Path):
+    """A signal to a whole process: no traceback, no folder, not even the one that was to hold it."""
+    (tmp_path / "a.txt").write_text("".join(f"line {i} of a text\n" for i in range(3000)))
+    code = """
+import os, signal, sys, time
+from gptcore import cli
+from gptcore.data import prepare
+start = prepare._Bars.start
+def starts(self, step, *arguments):
+    if step == "Encoding":
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)  # from which the signal wakes
+    return start(self, step, *arguments)
+prepare._Bars.start = starts
+cli.main(sys.argv[1:])
+"""
+    prepare = ("prepare", tmp_path / "a.txt", "--out", tmp_path / "new/deep", "--vocab-size", "270")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, prepare)], capture_output=True, text=True, check=False,
+                          env=os.environ | {"PYTHONPATH": ":".join(sys.path)})  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("gptcore: interrupted\n")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_works_without_triton(tmp_path: Path):

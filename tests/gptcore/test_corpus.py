@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptcore.data import corpus as corpus_module
-from gptcore.data.corpus import documents, sources_state
+from gptcore.data.corpus import documents, sources_state, unread_files
 
 
 def texts(*sources: str | Path) -> list[str]:
@@ -31,6 +32,61 @@ def test_globs_and_files_take_any_suffix_and_each_file_comes_once(tmp_path: Path
     assert texts(tmp_path / "*.log") == ["a.log", "b.log"]
     assert texts(tmp_path / "**/*.log") == ["a.log", "b.log", "deep/er/d.log"]
     assert texts(tmp_path / "b.log", tmp_path / "*.log", tmp_path) == ["b.log", "a.log", "c.txt"]
+
+
+def test_text_that_is_packed_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "_PIECE_BYTES", 30)
+    text = "naïve line\n" * 9
+    for name in ("a.txt.gz", "b.MD.GZ", "c.log.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
+    assert texts(tmp_path) == [text] * 2
+    assert texts(tmp_path / "c.log.gz") == [text]
+    (tmp_path / "a.txt.gz").write_bytes((tmp_path / "a.txt.gz").read_bytes()[:-12])
+    with pytest.raises(ValueError, match=r"a\.txt\.gz is truncated or damaged"):
+        texts(tmp_path)
+    (tmp_path / "a.txt.gz").write_text("plain")
+    with pytest.raises(ValueError, match=r"a\.txt\.gz is truncated or damaged: Not a gzipped file"):
+        texts(tmp_path)
+
+
+def test_what_is_not_read_in_folders_is_counted(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    folder = tmp_path / "folder"
+    for name in (
+        "a.txt",
+        "sub/i.txt",
+        "b.html",
+        "sub/c.HTML",
+        "sub/d.json",
+        "sub/e.tar.gz",
+        "Makefile",
+        ".git/f.html",
+        ".g.html",
+        "h.csv",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(name)
+    elsewhere.mkdir()
+    (folder / "link.txt").symlink_to(elsewhere)
+    (folder / "sub/loop").symlink_to(folder)
+    (folder / "circle.html").symlink_to(folder / "circle.html")
+    (folder / "dangling.html").symlink_to(folder / "nowhere")
+    counts = {".html": 4, "link to a folder": 2, ".csv": 1, ".gz": 1, ".json": 1, "no ending": 1}
+    assert unread_files([folder, folder / "sub"]) == counts
+    assert list(unread_files(folder)) == list(counts)
+    assert unread_files([folder, folder / "h.csv", folder / "*.html", "python-docs"]) == (
+        {".html": 3, "link to a folder": 2, ".gz": 1, ".json": 1, "no ending": 1}
+    )
+    assert unread_files(folder / "*") == {}
+    assert texts(folder) == ["a.txt", "sub/i.txt"]
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/a.txt").write_text("at home")
+    assert texts("~/books") == texts("~/books/*.txt") == texts(Path("~/books/a.txt")) == ["at home"]
+    assert unread_files("~/books") == {}
 
 
 def test_a_file_whose_name_is_a_glob(tmp_path: Path) -> None:
@@ -89,7 +145,9 @@ def test_sources_that_name_nothing(sources: list[str], error: type[Exception], m
 
 def test_a_folder_without_texts(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"has no text files \(looked for .*\.txt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no text files \(looked for .*\.txt\); it holds \.png: name the files"
+    ):
         list(documents(tmp_path))
 
 
@@ -97,6 +155,13 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
         texts(tmp_path)
+
+
+def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "circle.txt").symlink_to(tmp_path / "circle.txt")
+    for read in texts, sources_state:
+        with pytest.raises(OSError, match=r"circle\.txt"):
+            read(tmp_path)
 
 
 def test_an_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

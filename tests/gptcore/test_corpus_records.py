@@ -18,6 +18,7 @@ from gptcore.data import prepare as prepare_module
 from gptcore.data import records
 from gptcore.data.corpus import documents, sources_state
 from gptcore.data.prepare import open_split, prepare, read_report
+from gptcore.data.split import survey
 from gptcore.tokenizer import END_OF_TEXT, Tokenizer
 
 TEXTS = ["first\nof two lines\r\n", "naïve 🙂", "", 'a "quoted" text', "last\u2028line"]
@@ -92,6 +93,41 @@ def test_a_gzip_file_of_several_members(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "one"}\n') + gzip.compress(b'{"text": "two"}\n'))
     assert texts(path) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "b.NDJSON.gz"])
+def test_other_names_for_json_lines(tmp_path: Path, name: str) -> None:
+    path = json_lines(name)(tmp_path, "text", TEXTS)
+    assert texts(path) == texts(tmp_path) == TEXTS
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b" \n"])
+@pytest.mark.parametrize("name", ["a.json", "a.JSON.gz"])
+def test_an_array_in_json_is_its_records(tmp_path: Path, name: str, before: bytes) -> None:
+    array = json.dumps([{"id": i, "text": text} for i, text in enumerate(TEXTS)], indent=1)
+    path = write_lines(tmp_path / name, before + array.encode())
+    assert texts(path) == texts(tmp_path / "*.[jJ]*") == TEXTS
+    assert names(path)[4] == f"{path}, record 5"
+
+
+def test_other_json_is_one_text(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.json", b'{"text": "one"}')
+    assert texts(path) == ['{"text": "one"}']
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (b'[{"text": "a"}, {"text": 1}]', "record 2: the field 'text' must be a string; got int 1"),
+        (b'[{"text": "a"}, {}]', "record 2: has no field 'text'; its fields are none"),
+        (b'[{"text": "a"}, 3]', "record 2: must be a JSON object; got int 3"),
+        (b'[{"text": "a"}', "is not valid JSON: Expecting ',' delimiter at character 14"),
+        (b'[{"text": "\xff"}]', "is not valid UTF-8: byte 0xff at offset 11"),
+    ],
+)
+def test_a_bad_array_in_json_is_named(tmp_path: Path, array: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"a\.json(, |: ){message}"):
+        texts(write_lines(tmp_path / "a.json", array))
 
 
 def test_byte_order_mark_blank_lines_and_line_ends(tmp_path: Path) -> None:
@@ -296,7 +332,7 @@ def test_a_library_that_is_not_installed(
     write_parquet(tmp_path, "text", TEXTS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, missing, None)
-    with pytest.raises(RuntimeError, match=rf"^{source}: .*; pip install 'gptcore\[data\]'$"):
+    with pytest.raises(ImportError, match=rf"^{source}: .*; pip install 'gptcore\[data\]'$"):
         texts(source)
 
 
@@ -354,23 +390,22 @@ def test_prepare_splits_records_as_files(tmp_path: Path) -> None:
 def test_the_survey_holds_no_text(tmp_path: Path) -> None:
     path = json_lines("a.jsonl")(tmp_path, "text", [f"{i}" * 20_000 for i in range(300)])  # 17 MB
     tracemalloc.start()
-    split, empty = prepare_module._survey(documents(path), 0.1, lambda _: None)
+    split = survey(documents(path), 0.1, lambda _: None)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (len(split.keys), empty) == (300, 0)
+    assert (len(split.sides), split.empty) == (300, 0)
     assert peak < 2_000_000
 
 
 def test_records_that_change_in_number_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = json_lines("a.jsonl")(tmp_path, "text", [f"document {i}" for i in range(9)])
-    survey = prepare_module._survey
 
     def then_shrink(*arguments: Any) -> Any:
         found = survey(*arguments)
         json_lines("a.jsonl")(tmp_path, "text", ["document 0", "document 1"])
         return found
 
-    monkeypatch.setattr(prepare_module, "_survey", then_shrink)
+    monkeypatch.setattr(prepare_module, "survey", then_shrink)
     with pytest.raises(RuntimeError, match="the sources changed while they were being read; run it again"):
         prepare(path, tmp_path / "out", vocab_size=270, progress=False)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.jsonl"]

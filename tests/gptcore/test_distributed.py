@@ -12,12 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import config, contents, make_corpus, records
-
 from gptcore import GPT
 from gptcore.train import train
 from gptcore.train.checkpoint import newest
+from tests.gptcore.runs import config, contents, make_corpus, records
 
 pytestmark = pytest.mark.slow
 RUN = {"batch_size": 4, "accumulate": 2}
@@ -36,8 +34,7 @@ def runs(corpus: Path, tmp_path_factory) -> Path:
     train(config(corpus, folder / "one", **RUN), progress=False)
     shutil.copytree(folder / "one", folder / "one-then-two")
     shutil.rmtree(folder / "one-then-two" / "checkpoints" / STEPS[1])
-    script = Path(__file__).with_name("several_trainings.py")
-    (folder / "said").write_text(torchrun(str(script), str(corpus), str(folder)))
+    (folder / "said").write_text(torchrun("-m", "tests.gptcore.several_trainings", str(corpus), str(folder)))
     return folder
 
 

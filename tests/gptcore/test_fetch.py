@@ -240,11 +240,10 @@ def test_a_debian_package_without_apt(index: Path, tmp_path: Path, monkeypatch: 
 
 
 KILLED = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
-sys.path.insert(0, {tests!r})
 from types import MappingProxyType
-import test_fetch
+from tests.gptcore import test_fetch
 from gptcore import fetch
 cache = Path({cache!r})
 fetch.cache_folder = lambda: cache
@@ -263,7 +262,7 @@ fetch.fetch("toy", progress=False)
 def test_killed_in_the_middle_leaves_nothing_and_the_next_goes_on(index: Path, tmp_path: Path, function: str) -> None:
     write_wheel(index)
     cache = tmp_path / "cache"
-    code = KILLED.format(tests=str(Path(__file__).parent), cache=str(cache), function=function)
+    code = KILLED.format(cache=str(cache), function=function)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -271,6 +270,27 @@ def test_killed_in_the_middle_leaves_nothing_and_the_next_goes_on(index: Path, t
     assert find("toy") is None
     fetch("toy", progress=False)
     assert held(cache) == WHOLE
+
+
+@pytest.mark.parametrize("function", ["_download", "_extract", "_digest", "publish_folder"])
+def test_ctrl_c_leaves_nothing_and_what_was_there(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], function: str
+) -> None:
+    write_wheel(packages)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch_module, function, interrupted)
+        status, out, said = command(capsys, "fetch", "toy")
+        assert (status, out, said.splitlines()[-1]) == (130, "", "gptcore: interrupted")
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".toy.lock"]
+    fetch("toy", progress=False)
+    catalogue(monkeypatch, sha256="0" * 64)  # another version, which is not what comes
+    monkeypatch.setattr(fetch_module, function, interrupted)
+    assert command(capsys, "fetch", "toy")[0] == (2 if function == "publish_folder" else 130)
+    assert held(tmp_path / "cache") == WHOLE
 
 
 def test_two_at_once(packages: Path, tmp_path: Path) -> None:

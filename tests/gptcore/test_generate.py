@@ -104,10 +104,31 @@ def test_the_training_mode_is_restored(model: GPT):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1e-6}, {"temperature": 1e38}, {"temperature": 1e300}, {"seed": 2**64 - 1}, {"seed": -(2**63)},
+     {"top_k": 10**30}, {"top_p": 1e-300}, {"repetition_penalty": 1e9, "temperature": 1e-6},
+     {"repetition_penalty": 1e-6, "temperature": 1e-6}],
+    ids=str,
+)  # fmt: skip
+def test_the_ends_of_the_ranges(model: GPT, options: dict):
+    out = model.generate(PROMPT, 12, **({"seed": 0} | options))
+    assert out.shape == (2, 15)
+    if options == {"temperature": 1e-6}:
+        assert torch.equal(out, model.generate(PROMPT, 12, temperature=0.0))
+
+
+@pytest.mark.parametrize(
     ("match", "change"),
     [
         (r"temperature: got -1", {"temperature": -1}),
         (r"temperature: got nan", {"temperature": float("nan")}),
+        (r"temperature: got 1e-40; accepted are 0 .* and numbers from 1e-6 on", {"temperature": 1e-40}),
+        (r"seed: got 18446744073709551616; accepted are integers from -2\*\*63 to 2\*\*64 - 1", {"seed": 2**64}),
+        (r"seed: got -9223372036854775809", {"seed": -(2**63) - 1}),
+        (r"seed: got 0\.5", {"seed": 0.5}),
+        (r"top_k: got 2\.5", {"top_k": 2.5}),
+        (r"repetition_penalty: got 1e\+39; accepted are numbers from 1e-6 to 1e9", {"repetition_penalty": 1e39}),
+        (r"tokens: got id -1; accepted are 0 to 36", {"tokens": torch.tensor([[1, -1]])}),
         (r"top_k: got 0; accepted are positive integers", {"top_k": 0}),
         (r"top_p: got 0; accepted is 0 < top_p <= 1", {"top_p": 0}),
         (r"top_p: got 1\.5", {"top_p": 1.5}),

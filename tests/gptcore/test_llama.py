@@ -13,6 +13,7 @@ import torch
 from gptkernels.testing import assert_within_budget
 
 from gptcore import GPT, GPTConfig
+from gptcore.config import RotaryScaling
 from gptcore.layers import Documents
 from gptcore.tokenizer import get_tokenizer
 from gptcore.weights import WeightsError, config_to_huggingface, from_huggingface, save_huggingface, to_huggingface
@@ -260,7 +261,9 @@ def gguf_file(byte_bpe, tmp_path_factory) -> tuple[Path, Any]:
     """A Hugging Face Llama with random weights, written by the gguf library as llama.cpp's converter lays it out."""
     import gguf
 
-    theirs = hugging_face(GPTConfig.preset("llama-tiny", **(SMALL | {"vocab_size": byte_bpe.get_vocab_size()})))
+    scaling = RotaryScaling(8.0, 1.0, 4.0, 8192)
+    changes = {"vocab_size": byte_bpe.get_vocab_size(), "rotary_scaling": scaling}
+    theirs = hugging_face(GPTConfig.preset("llama-tiny", **(SMALL | changes)))
     config, state = theirs.config, theirs.state_dict()
     path = tmp_path_factory.mktemp("gguf") / "small.gguf"
     writer = gguf.GGUFWriter(path, "llama")
@@ -281,6 +284,8 @@ def gguf_file(byte_bpe, tmp_path_factory) -> tuple[Path, Any]:
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_eos_token_id(2)
     writer.add_chat_template(TEMPLATE)
+    divisors = 10000.0 ** -(torch.arange(0, 16, 2) / 16) / theirs.model.rotary_emb.inv_freq
+    writer.add_tensor("rope_freqs.weight", divisors.numpy())
     parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate"}
     parts |= {"mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.o_proj": "attn_output"}
     parts |= {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
@@ -310,6 +315,7 @@ def gguf_file(byte_bpe, tmp_path_factory) -> tuple[Path, Any]:
 def test_a_gguf_file_is_the_model_it_was_made_from(gguf_file):
     path, theirs = gguf_file
     ours = GPT.from_pretrained(path, kernels="reference")
+    assert ours.config.rotary_scaling == RotaryScaling(pytest.approx(8.0), 1.0, 4.0, 8192)
     for layer, block in zip(theirs.model.layers, ours.h):
         for projection in (
             layer.mlp.gate_proj,
@@ -350,6 +356,26 @@ def test_a_gguf_files_tokenizer_is_the_one_it_was_made_from(gguf_file, byte_bpe,
     (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
     with pytest.raises(ValueError, match="damaged tokenizer file: its contents have the fingerprint"):
         get_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_a_gguf_files_rotary_frequencies_are_llama_3s(factor: float):
+    """The file has by how much each is divided; of transformers' configuration that is the scaling."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from gptcore.weights.gguf_file import llama3_scaling
+
+    config = GPTConfig.preset("llama-tiny", n_head=2, n_kv_head=1, width=128, rotary_base=500000.0)
+    scaling = RotaryScaling(factor, 1.0, 4.0, 8192)
+    theirs = LlamaConfig(**config_to_huggingface(dataclasses.replace(config, rotary_scaling=scaling)))
+    frequencies = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")[0]
+    divisors = config.rotary_base ** -(torch.arange(0, 64, 2) / 64) / frequencies
+    assert len(divisors.unique()) > 3
+    found = llama3_scaling(divisors, config, 8192)
+    assert found == dataclasses.replace(scaling, factor=pytest.approx(factor))
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight: got other frequencies than Llama 3's"):
+        llama3_scaling(divisors.sqrt(), config, 8192)
 
 
 def test_damaged_gguf_files(gguf_file, tmp_path: Path):

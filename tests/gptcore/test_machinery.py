@@ -209,10 +209,16 @@ def test_targets_alone():
 
 def test_two_processes_train_what_one_trains(tmp_path: Path):
     """DistributedDataParallel and FSDP2 over gloo: three steps each, then an orderly end, exit code and all."""
-    script = Path(__file__).with_name("two_processes.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     # FSDP warns of PyTorch's own products, whose results are views.
-    command = [sys.executable, "-W", "ignore::UserWarning", str(script), str(tmp_path / "store")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::UserWarning",
+        "-m",
+        "tests.gptcore.two_processes",
+        str(tmp_path / "store"),
+    ]
     workers = [
         subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 import threading
 from collections import Counter
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptcore.cli import main
 from gptcore.data import prepare as prepare_module
 from gptcore.data.corpus import documents
 from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
@@ -139,42 +141,7 @@ def test_the_same_corpus_gives_the_same_bytes(library: Path, tmp_path: Path) -> 
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
-def test_no_split_is_empty(library: Path, tmp_path: Path, count: int, val_fraction: float) -> None:
-    run(sorted(library.iterdir())[:count], tmp_path / "out", val_fraction=val_fraction)
-    train, val = splits(tmp_path / "out")
-    assert sorted([len(train), len(val)]) == [1, count - 1]
-
-
-@pytest.mark.parametrize("copies", [1, 3])
-def test_a_single_document_is_cut_by_position(tmp_path: Path, copies: int) -> None:
-    text = "".join(f"line {i} of the only document, é\n" for i in range(50_000))  # several pieces
-    (tmp_path / "text").mkdir()
-    for i in range(copies):
-        (tmp_path / "text" / f"{i}.txt").write_text(text, encoding="utf-8")
-    report = run(tmp_path / "text", tmp_path / "out", val_fraction=0.25)
-    train, val = splits(tmp_path / "out")
-    cut = len(text) - round(len(text) * 0.25)
-    assert (train, val) == ([text[:cut]] * copies, [text[cut:]] * copies)
-    assert report.train.bytes + report.val.bytes == copies * len(text.encode())
-
-
-@pytest.mark.filterwarnings("ignore:the corpus has too few pairs")
-def test_the_shortest_corpus(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("ab")
-    run(tmp_path / "a.txt", tmp_path / "out")
-    assert splits(tmp_path / "out") == [["a"], ["b"]]
-
-
-@pytest.mark.parametrize(("text", "message"), [("", "corpus is empty"), ("a", "too short to split: it has 1 char")])
-def test_a_corpus_of_next_to_nothing(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "a.txt").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path / "a.txt", tmp_path / "out")
-    assert names_in(tmp_path) == ["a.txt"]
-
-
+@pytest.mark.filterwarnings("ignore:the largest document")
 def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("the cat sat on the mat " * 90 + "zyzzyva " * 25)
     run(tmp_path / "a.txt", tmp_path / "out", vocab_size=265, val_fraction=0.088)
@@ -266,6 +233,22 @@ def test_the_report_can_be_read_back_and_printed(library: Path, tmp_path: Path) 
     )
     assert f"{report.train.tokens:,} tokens" in str(report)
     assert f"{report.unigram_entropy:.4f} nats" in str(report)
+
+
+def test_the_report_says_what_was_not_read(library: Path, tmp_path: Path) -> None:
+    for name in ("a.html", "[bold]b.html", ":smile:.JSON"):
+        (library / name).write_text("not read")
+    report = run(library, tmp_path / "out")
+    assert report.unread_files == read_report(tmp_path / "out").unread_files == {".html": 2, ".json": 1}
+    assert "  not read in folders: 2 .html, 1 .json (a file that is named, or that a glob matches, is)\n" in str(report)
+    assert "not read" not in str(run(library / "*.txt", tmp_path / "named"))
+
+
+def test_a_home_folder_is_found(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Tokenizer.train(["another text entirely, of its own " * 9], 270).save(tmp_path / "mine.json")
+    report = run("~/library", Path("~/out"), tokenizer="~/mine.json")
+    assert (report.vocab_size, report.out_dir) == (270, tmp_path / "out")
 
 
 def test_preparing_again_does_nothing(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,8 +439,7 @@ def test_an_invalid_file_stops_it_before_anything_is_written(library: Path, tmp_
     (library / "zz.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"zz\.txt is not valid UTF-8: byte 0xe9 at offset 3"):
         run(library, tmp_path / "new" / "out")
-    assert names_in(tmp_path) == ["library", "new"]
-    assert names_in(tmp_path / "new") == []
+    assert names_in(tmp_path) == ["library"]
 
 
 def test_progress_goes_to_standard_error(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -473,3 +455,15 @@ def test_progress_goes_to_standard_error(library: Path, tmp_path: Path, capsys: 
 def test_read_report_of_no_corpus(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is no prepared corpus: it has no corpus\.json"):
         read_report(tmp_path)
+
+
+def test_names_of_any_bytes_and_signs_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "[bold]:smile: $$"
+    folder.mkdir()
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt"))  # no UTF-8
+    path.write_text("some text of no great length\n" * 40)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="0"):
+            main(["prepare", str(path), "--out", str(tmp_path / "out"), "--vocab-size", "258"])
+        assert f"{folder}/caf?.txt\n" in capsys.readouterr().out
+    assert read_report(tmp_path / "out").sources == (str(path),)

@@ -16,13 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import config, contents, make_corpus, records
-
 from gptcore import GPT
 from gptcore.train import train
 from gptcore.train.checkpoint import checkpoints
 from gptcore.weights import WeightsError
+from tests.gptcore.runs import config, contents, make_corpus, records
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +65,8 @@ def same_end(one: Path, other: Path, step: str) -> None:
 @pytest.mark.slow
 def test_ten_kills(corpus: Path, tmp_path: Path):
     """SIGKILL at random moments and inside the writing of checkpoints: the end is the same, byte for byte."""
-    script = Path(__file__).with_name("killed_runs.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(corpus), str(tmp_path), "1"]
+    command = [sys.executable, "-m", "tests.gptcore.killed_runs", str(corpus), str(tmp_path), "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n10 kills\n"), done.stdout

@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import config, contents, make_corpus
-
 from gptcore.train import find_lr, train
 from gptcore.train.folder import locked_folder
 from gptcore.train.parallel import ALONE
+from tests.gptcore.runs import config, contents, make_corpus
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from gptcore.chat import Chat, converse, render
 from gptcore.generate import _Text, generate_text, pad_left, penalise, stream_text
 from gptcore.inside import cache_bytes_per_token, describe, draw_attention
 from gptcore.pretrained_tokenizer import PretrainedTokenizer
-from gptcore.tokenizer import Tokenizer, get_tokenizer
+from gptcore.tokenizer import Tokenizer
 
 TEXT = "the cat sat on the mat and the dog sat on the log, naïve \U0001f600 1999. " * 30
 TEMPLATE = (
@@ -36,7 +36,7 @@ def talker() -> PretrainedTokenizer:
     made = Library(models.BPE(alphabet, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     made.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    return PretrainedTokenizer(made, "talker", end="<|im_end|>", chat_template=TEMPLATE)
+    return PretrainedTokenizer(made, "talker", special_tokens_map={"eos_token": "<|im_end|>"}, chat_template=TEMPLATE)
 
 
 def make(vocab_size: int, preset: str = "llama-tiny", **changes) -> GPT:
@@ -110,6 +110,114 @@ def test_a_stream_shows_whole_characters_and_nothing_of_a_stop_string(tokenizer:
     )  # a text that ends inside a character: ids under 256 are bytes
 
 
+def sentencepiece(*added: str) -> PretrainedTokenizer:
+    """Words with their space before them, bytes for other characters, and tokens that were added later."""
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Library
+
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *"abcdehnot",
+        "\u2581t",
+        "\u2581th",
+    ]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [("\u2581", "t"), ("\u2581t", "h")]
+    made = Library(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(parts)
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>", *added)])
+    return PretrainedTokenizer(made, "sp", special_tokens_map={"bos_token": "<s>", "eos_token": "</s>"})
+
+
+@pytest.mark.parametrize(
+    "text", [" the cat", "  the", "the", " naïve \U0001f600\U0001f601 \u65e5\u672c on", " \n\n the "]
+)
+def test_a_stream_goes_on_from_its_prompt(text: str):
+    tokenizer = sentencepiece("<pad>")
+    for prompt in ("on the cat", "\u65e5", "no"):
+        whole = tokenizer.encode_prompt(prompt + text)
+        before = next(n for n in range(len(whole), 0, -1) if tokenizer.decode(whole[:n]) == prompt)
+        shown = _Text(tokenizer, (), whole[:before])
+        pieces = [shown.push(i) for i in whole[before:]]
+        assert "".join(pieces) + shown.end() == text
+        assert all("\ufffd" not in piece for piece in pieces)
+    # A text of its own begins as the tokenizer decodes it; special tokens are nothing, nor are ids that nobody has.
+    pad = tokenizer.encode("<pad>", allowed_special="all")[-1]
+    mine = [pad, *(i for token in tokenizer.encode(text) for i in (token, tokenizer.vocab_size + 7)), pad]
+    assert "".join(push(tokenizer, mine, ())[0]) == text
+
+
+def test_tokens_that_end_and_begin_inside_characters():
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"\xa9\xc3": 256}
+    tokenizer = Tokenizer("odd", r"(?s).+", ranks, {"<|endoftext|>": 257})
+    ids = tokenizer.encode("\u00e9" * 9)
+    assert ids == [0xC3, *[256] * 8, 0xA9]
+    assert push(tokenizer, ids, ())[0] == ["", *["\u00e9"] * 9, ""]  # each as soon as it is there
+    nonsense = "".join(push(tokenizer, [0xFF] * 9 + [0x61], ())[0])
+    assert nonsense == "\ufffd" * 9 + "a"
+
+
+def test_models_with_more_rows_or_fewer_than_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Padded vocabularies, gaps among the ids, a <pad> that was added and has no row: as transformers decodes them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gptcore.cli import main
+
+    base = sentencepiece().vocab_size
+    for rows, added in ((base + 60, ()), (base, ("<pad>",))):
+        tokenizer, model, folder = sentencepiece(*added), make(rows, context=64), tmp_path / str(rows)
+        with torch.no_grad():
+            model.wte.weight[3:259] = 0  # bytes, whose text depends on all that follow, do not come
+        model.save_pretrained(folder)
+        tokenizer.save(folder / "tokenizer.json")
+        with pytest.raises(SystemExit):
+            main(["export", "--model", str(folder), "--out", str(folder / "hf")])
+        theirs = AutoModelForCausalLM.from_pretrained(folder / "hf")
+        their_tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+        expected = {}
+        for prompt in ("the cat", "on"):
+            ids = torch.tensor([tokenizer.encode_prompt(prompt)])
+            ids = theirs.generate(ids, max_new_tokens=50, do_sample=False)
+            assert rows == base or int(ids.max()) >= base  # one without a token did come
+            expected[prompt] = their_tokenizer.decode(ids[0], skip_special_tokens=True)
+        options = ["--dtype", "fp32", "--kernels", "reference", "--max-new-tokens", "50", "--temperature", "0"]
+        for prompts in (["the cat"], ["the cat", "on"]):
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stop:
+                main(["generate", "--model", str(folder), *options, *prompts])
+            assert stop.value.code == 0
+            assert capsys.readouterr().out == "\n\n".join(expected[prompt] for prompt in prompts) + "\n"
+    with pytest.raises(ValueError, match=f"tokens: got id {base}; accepted are 0 to {base - 1}"):
+        list(stream_text(model, tokenizer, tokenizer.encode("<pad>", allowed_special="all"), 1))
+    small = make(base - 1)
+    small.save_pretrained(tmp_path / "small")
+    tokenizer.save(tmp_path / "small" / "tokenizer.json")
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", str(tmp_path / "small"), "the"])
+    assert f"tokenizer: has {base} tokens; accepted are at most the model's {base - 1}" in capsys.readouterr().err
+
+
+def test_ids_with_gaps():
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models
+
+    made = Library(models.BPE({"a": 0, "b": 5, "</s>": 9}, []))
+    made.decoder = decoders.Fuse()
+    tokenizer = PretrainedTokenizer(made, "gaps")
+    assert (tokenizer.vocab_size, tokenizer.stop_tokens) == (10, (9,))
+    assert tokenizer.decode([0, 3, 5]) == "ab"
+    assert "".join(push(tokenizer, [3, 0, 4, 5, 12, 9, 0], ())[0]) == "ab"
+    model = make(16)
+    text = "".join(stream_text(model, tokenizer, [0, 5], 60, seed=1, temperature=3.0))
+    assert set(text) <= {"a", "b"}
+
+
 def test_text_is_what_the_tokens_say(tokenizer: Tokenizer):
     model = make(tokenizer.vocab_size)
     prompts = ["the cat sat", "log", "on the mat and the"]
@@ -166,33 +274,6 @@ def test_with_whom_no_conversation_can_be_had(talker: PretrainedTokenizer):
         Chat(model, plain)
 
 
-def test_an_exported_folder_is_what_transformers_loads(tokenizer: Tokenizer, tmp_path: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from gptcore.cli import main
-
-    model = make(tokenizer.vocab_size)
-    model.save_pretrained(tmp_path / "run")
-    tokenizer.save(tmp_path / "run" / "tokenizer.json")
-    with pytest.raises(SystemExit) as stop:
-        main(["export", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "hf")])
-    assert stop.value.code == 0
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in ("the cat sat", "naïve \U0001f600  1999\n\n x", "unseen WORDS?!"):
-        ids = their_tokenizer(text)["input_ids"]
-        assert ids == tokenizer.encode(text)
-        torch.testing.assert_close(theirs(torch.tensor([ids])).logits, model(torch.tensor([ids])), rtol=1e-4, atol=1e-5)
-    assert their_tokenizer.eos_token_id == tokenizer.eot_token
-    again = get_tokenizer(tmp_path / "hf")
-    assert again.encode("the dog") == tokenizer.encode("the dog")
-    assert again.eot_token == tokenizer.eot_token
-    for _ in range(2):  # a folder that holds something is left alone
-        with pytest.raises(SystemExit) as stop:
-            main(["export", "--model", str(tmp_path / "run"), "--out", str(tmp_path / "hf")])
-        assert stop.value.code == 2
-
-
 def test_attention_is_drawn(tokenizer: Tokenizer, tmp_path: Path):
     model = make(tokenizer.vocab_size, attention_impl="explicit")
     out = tmp_path / "map.png"
@@ -204,10 +285,36 @@ def test_attention_is_drawn(tokenizer: Tokenizer, tmp_path: Path):
     assert out.read_bytes().startswith(b"\x89PNG")
     out.unlink()
     for changes, match in (({"layers": [2]}, r"layers: got \[2\]; accepted are one or more of 0 to 1"),
-                           ({"heads": []}, r"heads: got \[\]"), ({"text": ""}, "text: got none")):  # fmt: skip
+                           ({"heads": []}, r"heads: got \[\]"),
+                           ({"text": ""}, "text: got no tokens; accepted are 1 to 64")):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             draw_attention(model, tokenizer, **({"text": "a", "out": out} | changes))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_of_many_tokens_is_no_larger_than_it_can_show(tmp_path: Path):
+    tokenizer = Tokenizer.train([TEXT], vocab_size=257)  # bytes
+    model = make(257, attention_impl="explicit", context=600)
+    draw_attention(model, tokenizer, "a" * 512, tmp_path / "map.png", layers=[1], heads=[0])
+    width, height = (int.from_bytes((tmp_path / "map.png").read_bytes()[at : at + 4], "big") for at in (16, 20))
+    assert 1024 < width < 1700  # two pixels a token
+    assert 1024 < height < 1700
+    with pytest.raises(ValueError, match="text: got 513 tokens; accepted are 1 to 512"):
+        draw_attention(model, tokenizer, "a" * 513, tmp_path / "map.png")
+
+
+def test_a_token_beside_a_picture_is_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No formula, though it has dollar signs."""
+    from matplotlib.axes import Axes
+
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"$\\": 256, b"$\\q": 257, b"$\\q$": 258}
+    tokenizer = Tokenizer("dollars", r"(?s)\S+|\s+", ranks, {"<|endoftext|>": 259})
+    shown = []
+    set_xticks = Axes.set_xticks
+    monkeypatch.setattr(Axes, "set_xticks", lambda *a, **k: (shown.extend(a[2:]), set_xticks(*a, **k))[1])
+    model = make(260, attention_impl="explicit")
+    draw_attention(model, tokenizer, "$\\q$\n$$ :end:", tmp_path / "map.png", layers=[0], heads=[0])
+    assert shown == [["$\\\\q$", "\\n", "$", "$", " ", *":end:"]]
 
 
 def test_a_model_is_described():
@@ -230,7 +337,7 @@ def test_documents_end_with_a_text_s_end_and_replies_with_a_turn_s():
 
     made = Library(models.BPE({"a": 0}, []))
     made.add_special_tokens(["<|eot_id|>", "<|end_of_text|>"])
-    tokenizer = PretrainedTokenizer(made, "llama 3", end="<|eot_id|>")
+    tokenizer = PretrainedTokenizer(made, "llama 3", special_tokens_map={"eos_token": "<|eot_id|>"})
     assert tokenizer.eot_token == made.token_to_id("<|end_of_text|>")
     assert set(tokenizer.stop_tokens) == {1, 2}
     with pytest.raises(ValueError, match="has no token that ends a text"):

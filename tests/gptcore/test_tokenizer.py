@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptcore import tokenizer as tokenizer_module
+from gptcore.pretrained_tokenizer import PretrainedTokenizer
 from gptcore.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
 
 TEXT = "the cat sat on the mat, the dog sat on the log; naïve café 🙂🙂\n" * 20
@@ -117,6 +122,23 @@ def test_an_error_in_the_corpus_reaches_the_caller() -> None:
 
     with pytest.raises(OSError, match="disk on fire"):
         Tokenizer.train(texts(), 300)
+
+
+def test_ctrl_c_does_not_wait_for_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[bytes] = []
+
+    class Trainer:
+        """Compiled code that takes its time and knows of no signals."""
+
+        def train_from_iterator(self, texts: Iterator[str], *_: object, **__: object) -> None:
+            next(texts)
+            Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            finished.extend(map(partial(hashlib.pbkdf2_hmac, "sha256", b"", b""), [3_000_000]))
+
+    monkeypatch.setattr("rustbpe.Tokenizer", Trainer)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.train(["some text"] * 9, 300)
+    assert finished == []
 
 
 @pytest.mark.parametrize(
@@ -251,6 +273,43 @@ def test_gpt2_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "vocab.bpe").write_bytes(contents["vocab.bpe"] + b"\n")
     with pytest.raises(ValueError, match=r"vocab\.bpe is not GPT-2's vocab\.bpe"):
         Tokenizer.gpt2(vocab_dir=tmp_path)
+
+
+def test_a_pretrained_tokenizer_saved_before_its_special_tokens_were(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    made = PretrainedTokenizer(
+        Library(models.BPE({"a": 0, "<|end|>": 1}, [])), "x", special_tokens_map={"eos_token": "<|end|>"}
+    )
+    made.save(tmp_path / "tokenizer.json")
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    for name in ("special_tokens_map", "stop", "settings"):
+        del state[name]
+    state |= {"end": "<|end|>", "chat_template": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    again = get_tokenizer(tmp_path)
+    assert (again.stop_tokens, again.special_tokens_map, again.fingerprint) == (
+        (1,),
+        {"eos_token": "<|end|>"},
+        made.fingerprint,
+    )
+
+
+def test_half_characters_are_replaced() -> None:
+    """Command lines and JSON may hold halves of surrogate pairs."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Library(models.BPE(alphabet | {"</s>": 256}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    for tokenizer in (PretrainedTokenizer(inner, "x"), Tokenizer("bytes", GPT2_STYLE, BYTES, {END_OF_TEXT: 256})):
+        for text, expected in (("a\ud800b", "a\ufffdb"), ("\udcff", "\ufffd"), ("\ud83d\ude42", "\U0001f642")):
+            encodings = [tokenizer.encode(text), tokenizer.encode_prompt(text), *tokenizer.encode_batch([text])]
+            if isinstance(tokenizer, Tokenizer):
+                encodings.append(tokenizer.encode_array(text).tolist())
+            assert {tokenizer.decode(ids) for ids in encodings} == {expected}
 
 
 def test_gpt2_with_neither_cache_nor_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from gptkernels import BackendUnavailableError, available_backends
 
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import config, contents, make_corpus, records
-
 from gptcore import GPT, GPTConfig
 from gptcore.tokenizer import get_tokenizer
 from gptcore.train import train
 from gptcore.train.job import evaluate, make_optimizer
 from gptcore.weights import WeightsError
+from tests.gptcore.runs import config, contents, make_corpus, records
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,6 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import config, contents, make_corpus, records
-
 from gptcore import GPT, GPTConfig
 from gptcore.cli import Train, main
 from gptcore.train import TrainConfig, find_lr, train
@@ -25,6 +22,7 @@ from gptcore.train.display import Display, chart
 from gptcore.train.hardware import listed_peak, measured_peak, model_flops_utilization, peak_flops
 from gptcore.train.lr_finder import smoothed
 from gptcore.train.parallel import World, checkpoint_activations
+from tests.gptcore.runs import config, contents, make_corpus, records
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +265,8 @@ def test_a_live_view_in_a_terminal():
 
 
 def test_tensorboard(corpus: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"tensorboard: got True, and it is not installed.*pip install tensorboard"):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match=r"tensorboard.* is not installed; pip install 'gptcore\[monitor\]'"):
         train(config(corpus, tmp_path / "run", tensorboard=True), progress=False)
     assert not (tmp_path / "run").exists()
     monkeypatch.undo()

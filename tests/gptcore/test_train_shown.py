@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import config, make_corpus, records
-
 from gptcore.cli import main
 from gptcore.train import train
 from gptcore.train.checkpoint import newest
-from gptcore.train.guard import Guard
+from gptcore.train.guard import Guard, GuardedStream
 from gptcore.train.job import Job
 from gptcore.train.records import Records, read_records
+from tests.gptcore.runs import config, make_corpus, records
 
 OPTIONS = (
     "--preset tiny --context 16 --batch-size 2 --steps 8 --warmup 2 --eval-interval 8 --eval-windows 2 --sample-tokens 3"
@@ -43,7 +41,7 @@ def runs(corpus: Path, tmp_path_factory) -> Path:
     """The runs of `run_them`, each with what it said and its status."""
     folder = tmp_path_factory.mktemp("shown")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(corpus), str(folder)]
+    command = [sys.executable, "-m", "tests.gptcore.test_train_shown", str(corpus), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
@@ -134,6 +132,14 @@ def test_what_cannot_be_shown_is_said_once(runs: Path, name: str, reason: str):
 def test_characters_that_an_encoding_lacks(runs: Path, name: str, sample: str):
     assert said(runs, name).count(f"\n  {sample}") == 1
     assert said(runs, name, "stderr") == ""
+
+
+def test_a_console_of_a_poor_encoding():
+    written = io.BytesIO()
+    stream = GuardedStream(io.TextIOWrapper(written, "ascii"), Guard())
+    stream.write("a \u2192 b")
+    stream.flush()
+    assert written.getvalue() == b"a ? b"
 
 
 def test_a_closing_terminal_saves(runs: Path):

@@ -77,3 +77,19 @@ def test_gelu_with_a_bias_that_needs_no_gradient(backend: str, device: str):
     z = (x + bias).detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(F.gelu(z, approximate="tanh").square().sum(), z)
     torch.testing.assert_close(grad, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_tensors_without_dimensions(backend: str, device: str):
+    x, up = (torch.tensor(value, device=device, requires_grad=True) for value in (0.7, -1.3))
+    results = [
+        (out, *torch.autograd.grad(out, (x, up), allow_unused=True))
+        for out in (
+            gelu(x, approximate="none", backend=backend),
+            F.gelu(x),
+            swiglu(x, up, backend=backend),
+            F.silu(x) * up,
+        )
+    ]
+    for ours, theirs in (results[:2], results[2:]):
+        torch.testing.assert_close(ours, theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -10,8 +11,11 @@ import sys
 import gptkernels
 import pytest
 import torch
-from gptkernels import available_backends, layer_norm, report, use_backend
-from gptkernels.backend import FUSED
+import torch.distributed as dist
+from gptkernels import BackendUnavailableError, available_backends, layer_norm, report, use_backend
+from gptkernels.backend import FUSED, choose
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 X = torch.randn(3, 8)
 
@@ -102,6 +106,101 @@ def test_use_backend_is_a_setter_and_a_context_manager(monkeypatch: pytest.Monke
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
     assert report().choice == "triton"
+
+
+class Wrapper(Tensor):
+    """A tensor made of a tensor, with operations of its own: those of PyTorch."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        out = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        out.inner = inner
+        return out
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function.namespace == "aten"
+        plain = [a.inner if isinstance(a, Wrapper) else a for a in args]
+        out = function(*plain, **(kwargs or {}))
+        return cls(out) if isinstance(out, Tensor) else out
+
+
+class Labelled(Tensor):
+    """A subclass that is its data, as most people's are."""
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded() -> Tensor:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(X, dist.device_mesh.init_device_mesh("cpu", (1,)), [Shard(0)])
+
+
+UNREADABLE = {
+    "Wrapper": lambda: Wrapper(X),
+    "DTensor": sharded,
+    "NestedTensor": lambda: torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged),
+    "nested tensor": lambda: torch.nested.nested_tensor([X, X[:2]]),
+    "torch.sparse_coo tensor": lambda: X.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_tensor_that_no_kernel_can_read_takes_the_reference(what: str, one_process: None):
+    x = UNREADABLE[what]()
+    for op in FUSED:
+        assert choose(op, x, None) == choose(op, x, "auto") == "reference"
+        for backend in set(available_backends()) & set(FUSED[op]):
+            message = rf"backend '{backend}' cannot run {op} on a {what}: .* use 'auto' or 'reference'"
+            with pytest.raises(BackendUnavailableError, match=message):
+                choose(op, x, backend)
+    if what != "torch.sparse_coo tensor":  # which has no GELU
+        assert type(gptkernels.gelu(x)) is type(x)
+
+
+def test_a_tensor_that_is_its_data_runs_on_the_kernels(one_process: None):
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    gathered = AsyncCollectiveTensor(X)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(X)
+    for x in (X, torch.nn.Parameter(X), X.as_subclass(Labelled), gathered, fake, X.t()):
+        assert choose("gelu", x, None) == "native"
+    expected = gptkernels.gelu(X)
+    for x in (torch.nn.Parameter(X), X.as_subclass(Labelled), gathered):
+        torch.testing.assert_close(gptkernels.gelu(x).detach().as_subclass(Tensor), expected)
+    assert gptkernels.gelu(fake).shape == X.shape
+
+
+def test_sequence_parallel_norms_and_activations(one_process: None):
+    """What `parallelize_module` makes of inputs and parameters are DTensors."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.RMSNorm(8), torch.nn.GELU())
+    ours = copy.deepcopy(plain)
+    gptkernels.replace_modules(ours)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    parallelize_module(ours, mesh, {name: SequenceParallel() for name in ("0", "1")})
+    x = torch.randn(2, 3, 8)
+    out, expected = ours(x), plain(x)
+    assert isinstance(out, DTensor)
+    torch.testing.assert_close(out.full_tensor(), expected)
+    out.sum().backward()
+    expected.sum().backward()
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad.full_tensor(), b.grad)
 
 
 def test_report_says_what_runs_and_why_not():

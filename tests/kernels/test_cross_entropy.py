@@ -117,13 +117,46 @@ def test_triton_backward_twice_and_times_a_loss_scale(reduction: str, device: st
     torch.testing.assert_close(gradient, plain)
 
 
-def test_a_loss_scale_beyond_float16_reaches_float16_gradients(device: str):
-    logits = torch.randn(3, 50, device=device, dtype=torch.float16, requires_grad=True)
-    target = torch.randint(0, 50, (3,), device=device)
-    loss = cross_entropy(logits, target, backend="triton")
-    (gradient,) = torch.autograd.grad(loss * 2.0**17, logits)
-    (plain,) = torch.autograd.grad(cross_entropy(logits.float(), target, backend="reference"), logits)
-    torch.testing.assert_close(gradient.float(), plain.float() * 2.0**17, rtol=2e-3, atol=1.0)
+@pytest.mark.parametrize(("reduction", "scale"), [("mean", 2.0**16), ("sum", 2.0**10)])
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_loss_scale_reaches_every_class_in_float16(reduction: str, scale: float, backend: str, device: str):
+    """Classes that are no target: most gradients, and the small ones. Unscaled, float16 would round them to nothing."""
+    classes, width = 8000, 16
+    x, weight = 0.3 * torch.randn(24, width, device=device), torch.randn(classes, width, device=device)
+    target = torch.randint(0, 10, (24,), device=device)
+
+    def small_gradients(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.half().to(dtype).requires_grad_() for t in (x, weight, x @ weight.T)]
+        losses = (
+            (linear_cross_entropy(leaves[0], leaves[1], target, reduction=reduction, backend=backend), leaves[:2]),
+            (cross_entropy(leaves[2], target, reduction=reduction, backend=backend), leaves[2:]),
+        )
+        found = []
+        for loss, inputs in losses:
+            grad_out = torch.full_like(loss, scale)
+            found += torch.autograd.grad(loss, inputs, grad_out, retain_graph=True)
+            again = torch.autograd.grad(loss, inputs, grad_out)
+            assert all(torch.equal(first, second) for first, second in zip(found[-len(inputs) :], again))
+        return [found[0], found[1][10:], found[2][:, 10:]]
+
+    ours, plain = (small_gradients(name, torch.float16) for name in (backend, "reference"))
+    for name, *gradients in zip(("x", "weight", "logits"), ours, plain, small_gradients("reference", torch.float64)):
+        assert_within_budget(f"grad_{name}", *gradients)
+
+
+def test_compiled_float16_losses_are_the_eager_ones(device: str):
+    x, weight = (torch.randn(n, 16, device=device, dtype=torch.float16, requires_grad=True) for n in (6, 40))
+    target = torch.randint(0, 40, (6,), device=device)
+
+    def losses(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        loss = linear_cross_entropy(x, weight, target, backend=FUSED[-1])
+        return 2.0**14 * (loss + cross_entropy(x, target % 16, backend=FUSED[-1]))
+
+    eager, compiled = (
+        torch.autograd.grad(f(x, weight), (x, weight))
+        for f in (losses, torch.compile(losses, fullgraph=True, backend="aot_eager"))
+    )
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(eager, compiled))
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -132,6 +165,37 @@ def test_the_mean_of_no_targets_is_nan_and_its_gradient_zero(backend: str, devic
     loss, gradient = losses_and_gradient(torch.randn(3, 8, device=device), target, backend, "mean")
     assert loss.isnan()
     assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_one_target_without_dimensions(backend: str, device: str):
+    x, weight = torch.randn(7, device=device), torch.randn(7, 7, device=device)
+    target = torch.tensor(2, device=device)
+    for reduction in ("mean", "none"):
+        loss, gradient = losses_and_gradient(x, target, backend, reduction)
+        plain, plain_gradient = losses_and_gradient(x, target, "reference", reduction)
+        torch.testing.assert_close((loss, gradient), (plain, plain_gradient))
+        projected = linear_cross_entropy(x, weight, target, reduction=reduction, backend=backend)
+        torch.testing.assert_close(projected, cross_entropy(weight @ x, target, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_logits_may_change_in_place_between_forward_and_backward(backend: str, device: str):
+    """As with PyTorch's own loss, where the gradient is finished; where it is not, autograd notices."""
+
+    def gradient(change: bool, dtype: torch.dtype = torch.float32, **options: object) -> torch.Tensor:
+        leaf = base.to(dtype).requires_grad_()
+        logits = leaf * 1.0
+        loss = cross_entropy(logits, target, backend=backend, **options).sum()
+        if change:
+            logits.zero_()
+        return torch.autograd.grad(loss, leaf)[0]
+
+    base, target = torch.randn(5, 9, device=device), torch.randint(0, 9, (5,), device=device)
+    assert torch.equal(gradient(True), gradient(False))
+    for later in ({"reduction": "none"}, {"dtype": torch.float16}):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(True, **later)
 
 
 class NoWaiting(TorchDispatchMode):

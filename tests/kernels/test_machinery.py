@@ -233,6 +233,28 @@ def test_torch_func_takes_the_reference_or_says_why_not(spec: OpSpec, backend: s
                 transformed(*arguments)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # the kernels run for one gradient after the other
+@pytest.mark.parametrize("create_graph", [False, True], ids=["plain", "create_graph"])
+@pytest.mark.parametrize(
+    ("spec", "backend"), [p for p in EVERY_OP if p.values[1] == BACKENDS[-1] or "cross_entropy" in p.values[0].name]
+)
+def test_gradients_in_batches(spec: OpSpec, backend: str, create_graph: bool, device: str):
+    """``is_grads_batched``: several vectors times one Jacobian; then the graph still serves one alone."""
+    leaves = drawn(spec, device, 8).mapped(lambda t: t.detach().requires_grad_())
+    tensors = list(leaves.differentiable().values())
+    outs = outputs(spec.function(**leaves.tensors, **leaves.options, backend=backend))
+    first, second = (
+        grads_for(spec, leaves),
+        tuple(-0.5 * g.flip(0) if g.dim() else 3 * g for g in grads_for(spec, leaves)),
+    )
+    batch = [torch.stack(pair) for pair in zip(first, second)]
+    options = {"retain_graph": True, "create_graph": create_graph}
+    found = torch.autograd.grad(outs, tensors, batch, is_grads_batched=True, **options)
+    for i, grads in enumerate((first, second)):
+        for ours, theirs in zip(found, torch.autograd.grad(outs, tensors, grads, retain_graph=True)):
+            torch.testing.assert_close(ours[i], theirs, rtol=1e-4, atol=1e-5)
+
+
 @every_op
 def test_forward_mode_is_an_error_and_not_a_lost_tangent(spec: OpSpec, backend: str, device: str):
     inputs = drawn(spec, device, 6)

@@ -50,6 +50,17 @@ def test_within_the_error_budget(spec: OpSpec, case: Case, dtype: torch.dtype, b
     check_op(spec, case, dtype, backend, device)
 
 
+@pytest.mark.parametrize("grad_scale", [2.0**-10, 2.0**16])
+@pytest.mark.parametrize(("spec", "case", "backend"), FUSED_REPRESENTATIVE)
+def test_within_the_error_budget_whatever_the_loss_scale(
+    spec: OpSpec, case: Case, backend: str, grad_scale: float, device: str
+):
+    """In float16, which has room for neither: a float32 loss takes them whole, a float16 output's gradient up to 2^10."""
+    if "cross_entropy" not in spec.name:
+        grad_scale = min(grad_scale, 2.0**10)
+    check_op(spec, case, torch.float16, backend, device, grad_scale=grad_scale)
+
+
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_reference_gradients(spec: OpSpec, case: Case):
     inputs = spec.make_inputs(case, torch.float64, torch.device("cpu"), 0)
@@ -85,16 +96,6 @@ def test_compiled_equals_eager(spec: OpSpec, case: Case, backend: str, device: s
     compiled = run(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs, grad_out)
     for name in eager:
         assert torch.equal(eager[name], compiled[name]), name
-
-
-@pytest.mark.parametrize(("spec", "case", "backend"), FUSED_REPRESENTATIVE)
-def test_double_backward_is_an_error(spec: OpSpec, case: Case, backend: str, device: str):
-    leaves = spec.make_inputs(case, torch.float32, torch.device(device), 5).mapped(lambda t: t.requires_grad_())
-    first = next(iter(leaves.differentiable().values()))
-    outs = outputs(spec.function(**leaves.tensors, **leaves.options, backend=backend))
-    (grad,) = torch.autograd.grad(sum(out.square().sum() for out in outs), first, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize(("spec", "case", "backend"), FUSED_REPRESENTATIVE)

@@ -68,6 +68,26 @@ def test_large_scores_do_not_overflow(backend: str, device: str):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_does_not_overflow_float16(backend: str, device: str):
+    x = torch.tensor([[6e4, 5.9999e4, -6e4]], device=device, dtype=torch.float16, requires_grad=True)
+    grad_out = torch.randn(1, 3, device=device, dtype=torch.float16)
+    wide = x.detach().double().requires_grad_()
+    y, expected = softmax(x, scale=2.0, backend=backend), (2.0 * wide).softmax(-1)
+    torch.testing.assert_close(y, expected.half())
+    (grad,), (expected,) = torch.autograd.grad(y, x, grad_out), torch.autograd.grad(expected, wide, grad_out.double())
+    torch.testing.assert_close(grad, expected.half())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [0, -1])
+def test_a_tensor_without_dimensions(dim: int, backend: str, device: str):
+    x = torch.tensor(3.0, device=device, requires_grad=True)
+    y = softmax(x, dim, scale=2.0, backend=backend)
+    y.backward()
+    assert (y.shape, float(y), float(x.grad)) == ((), 1.0, 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 5, 5), (2, 3, 8), (2, 8, 3)])
 def test_causal_keeps_each_querys_keys(backend: str, shape: tuple[int, int, int], device: str):
     x = torch.randn(shape, device=device)
@@ -148,7 +168,8 @@ def test_more_than_2_to_the_31_elements(backend: str):
     [
         (TypeError, r"x: got dtype torch\.int64", lambda: softmax(torch.ones(3, dtype=torch.int64))),
         (TypeError, r"x: got list", lambda: softmax([1.0, 2.0])),  # type: ignore[arg-type]
-        (ValueError, r"x: got a tensor without dimensions", lambda: softmax(torch.tensor(1.0))),
+        (ValueError, r"dim: got 1; accepted here are -1 to 0", lambda: softmax(torch.tensor(1.0), 1)),
+        (ValueError, r"x: got shape \(\); with causal=True", lambda: softmax(torch.tensor(1.0), causal=True)),
         (ValueError, r"dim: got 2; accepted here are -2 to 1", lambda: softmax(torch.ones(3, 4), 2)),
         (ValueError, r"dim: got -3; accepted here are -2 to 1", lambda: softmax(torch.ones(3, 4), -3)),
         (ValueError, r"scale: got 0\.0; accepted are positive", lambda: softmax(torch.ones(3), scale=0.0)),

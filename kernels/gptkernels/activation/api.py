@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
@@ -20,13 +20,13 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, ba
     summed in a fixed order.
 
     Args:
-        x: ``(..., N)``, floating point; any layout, a last dimension of stride 1 is read in place.
+        x: ``(..., N)`` or, without `bias`, ``()``; floating point; any layout, a last dimension of stride 1 is read in place.
         bias: ``(N,)`` or None for 0. Its dtype may differ from x's.
         approximate: "tanh": ``0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))``, GPT-2's; "none": the exact form.
         backend: overrides `use_backend` for this call.
 
     Returns:
-        ``(..., N)`` in x's dtype, contiguous.
+        x's shape and dtype, contiguous.
 
     Raises:
         ValueError: a shape or form that is not accepted, or tensors on different devices.
@@ -35,6 +35,9 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, ba
 
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415. The derivation is in ``MATH.md``.
     """
+    _check.floating("x", x)
+    if x.dim() == 0 and bias is None:
+        return gelu(x[None], None, approximate, backend=backend)[0]
     _check.normalised(x, bias=bias)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate: got {approximate!r}; accepted are 'tanh' and 'none'")
@@ -48,11 +51,11 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """``gate * sigmoid(gate) * up``, computed in float32 whatever the dtype, in one pass.
 
     Args:
-        gate, up: ``(..., N)``, floating point, of one shape and dtype; halves of one projection are read in place.
+        gate, up: ``(..., N)`` or ``()``, floating point, of one shape and dtype; halves of one projection are read in place.
         backend: overrides `use_backend` for this call.
 
     Returns:
-        ``(..., N)`` in their dtype, contiguous.
+        their shape and dtype, contiguous.
 
     Raises:
         ValueError: shapes that differ, or tensors on different devices.
@@ -61,11 +64,13 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202. The derivation is in ``MATH.md``.
     """
-    _check.normalised(gate)
+    _check.floating("gate", gate)
     _check.floating("up", up)
     _check.shape("up", up, tuple(gate.shape))
     _check.same_device("up", up, "gate", gate)
     _check.same_dtype("up", up, "gate", gate)
+    if gate.dim() == 0:
+        return swiglu(gate[None], up[None], backend=backend)[0]
     name = _backend.choose("swiglu", gate, backend)
     if name == "reference":
         return reference.swiglu(gate, up)
@@ -82,9 +87,12 @@ class GELUFunction(torch.autograd.Function):
         return _library.ops(backend).gelu_forward(x, bias, tanh)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
+        if _library.graph_wanted():
+            approximate = "tanh" if ctx.tanh else "none"
+            formula = partial(reference.gelu, approximate=approximate)
+            return *_library.differentiated(formula, (x, bias), grad_out), None, None
         need_bias = ctx.needs_input_grad[1]
         grad_x, grad_bias = _library.ops(ctx.backend).gelu_backward(grad_out, x, bias, ctx.tanh, need_bias)
         return grad_x, grad_bias.to(bias.dtype) if need_bias else None, None, None
@@ -100,9 +108,10 @@ class SwiGLUFunction(torch.autograd.Function):
         return _library.ops(backend).swiglu_forward(gate, up)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if _library.graph_wanted():
+            return *_library.differentiated(reference.swiglu, (gate, up), grad_out), None
         return *_library.ops(ctx.backend).swiglu_backward(grad_out, gate, up), None
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
@@ -36,7 +36,8 @@ def attention(
 
     Slices of a packed projection are read in place; the output is laid out ``(B, Tq, H, D)`` in memory, so that
     ``out.transpose(1, 2).reshape(B, Tq, H * D)`` costs nothing. Softmax runs in float32; the backward is
-    deterministic. Under autocast, inputs are cast to autocast's dtype as PyTorch's own attention does.
+    deterministic. Under autocast, inputs are cast to autocast's dtype as PyTorch's own attention does. Gradients that are
+    to be differentiated again (``create_graph=True``) are computed step by step, in memory quadratic in the tokens.
 
     Args:
         query: ``(B, H, Tq, D)``, D at most 256.
@@ -265,15 +266,33 @@ class AttentionFunction(torch.autograd.Function):
         return out, (lse * _NATURAL[backend]).masked_fill_(lse == math.inf, -math.inf)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, *tensors = ctx.saved_tensors
+        if _library.graph_wanted():
+            formula = partial(_textbook, options=(*tensors, *ctx.options))
+            return *_library.differentiated(formula, (query, key, value), grad_out, grad_lse), *(None,) * 13
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grads = _library.ops(ctx.backend).attention_backward(
             grad_out, grad_lse, query, key, value, out, lse, *tensors, *ctx.options
         )
         return *grads, *(None,) * 13
+
+
+def _textbook(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...]) -> reference.Attended:
+    """Output and log-sum-exp by the reference's explicit form, of the operator's arguments."""
+    key_lengths, key_mask, cu_queries, cu_keys, seed, max_queries, max_keys, is_causal, window, scale, dropout_p = (
+        options
+    )
+    shared = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "dropout_seed": seed, "window": window}
+    if cu_queries is None:
+        masks = {"key_lengths": key_lengths, "key_mask": key_mask}
+        return reference.attention(query, key, value, **masks, **shared, return_lse=True)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, H, D)
+    out, lse = reference.attention_varlen(
+        query, key, value, cu_queries, cu_keys, max_queries, max_keys, **shared, return_lse=True
+    )
+    return out.transpose(0, 1)[None], lse[None]
 
 
 def empty_like_heads(x: Tensor) -> Tensor:
@@ -292,6 +311,26 @@ def _fake_backward(
     return empty_like_heads(query), empty_like_heads(key), empty_like_heads(value)
 
 
+def _product_flops(
+    query: Tensor,
+    key: Tensor,
+    cu_queries: Tensor | None,
+    cu_keys: Tensor | None,
+    dropout_seed: Tensor | None,
+    max_queries: int,
+    max_keys: int,
+) -> int:
+    """Operations of one of attention's products: every query with every key of its sequence."""
+    batch, heads, queries, head_dim = query.shape
+    pairs = batch * queries * key.shape[2]
+    if cu_queries is not None and cu_keys is not None:
+        if type(cu_queries) is Tensor and cu_queries.device.type != "meta":
+            pairs = int((cu_queries.diff() * cu_keys.diff()).sum())
+        else:  # a fake one has no values: as if all were as long as the longest
+            pairs = (len(cu_queries) - 1) * max_queries * max_keys
+    return 2 * heads * head_dim * pairs
+
+
 # cu_queries and cu_keys make it a packed batch, (1, H, total, D), whose sequences are at most max_queries and max_keys long.
 _OPTIONS = (
     "Tensor? key_lengths, Tensor? key_mask, Tensor? cu_queries, Tensor? cu_keys, Tensor? dropout_seed,"
@@ -302,6 +341,7 @@ _library.register(
     f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     fake=_fake_forward,
     module="gptkernels.attention.triton",
+    flops=lambda query, key, value, *options: 2 * _product_flops(query, key, *options[2:7]),
 )
 _library.register(
     "attention_backward",
@@ -309,4 +349,8 @@ _library.register(
     f" {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake=_fake_backward,
     module="gptkernels.attention.triton",
+    # The scores once more, and the four products of their gradients.
+    flops=lambda grad_out, grad_lse, query, key, value, out, lse, *options: (
+        5 * _product_flops(query, key, *options[2:7])
+    ),
 )

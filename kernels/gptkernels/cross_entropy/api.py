@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels import _library, _loss
 from gptkernels import backend as _backend
@@ -24,7 +24,9 @@ def cross_entropy(
     """Cross-entropy in nats: ``log(sum(exp(logits))) - logits[target]``, over the last dimension.
 
     Computed in float32 whatever the dtype. When the logits need a gradient, it is computed in the same pass as the
-    loss, and backward only hands it over. On a GPU the host waits for nothing, in forward or backward.
+    loss, and backward only hands it over: the logits may then be changed in place in between. With "none", and for
+    float16 logits, whose gradient a loss scale must reach before it is rounded, backward computes it from the logits.
+    On a GPU the host waits for nothing, in forward or backward.
 
     Args:
         logits: ``(..., V)``, floating point; any layout, a last dimension of stride 1 is read in place.
@@ -54,7 +56,7 @@ def cross_entropy(
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: keeps the finished gradient, and the logits to compute it again.
+    """Autograd around the fused kernels: keeps the finished gradient, and the logits to compute it (again).
 
     `recording` is whether a backward can come: ``needs_input_grad`` is about the inputs, in no_grad mode too.
     """
@@ -65,30 +67,28 @@ class CrossEntropyFunction(torch.autograd.Function):
     ) -> Tensor:
         ops = _library.ops(backend)
         ctx.ignore_index, ctx.reduction, ctx.backend = ignore_index, reduction, backend
-        if reduction == "none":
-            ctx.save_for_backward(logits, target)
-            return ops.cross_entropy_forward(logits, target, ignore_index)
-        if not (recording and ctx.needs_input_grad[0]):
-            losses = ops.cross_entropy_forward(logits, target, ignore_index)
-            return _loss.reduced(losses, target, ignore_index, reduction)
-        weights = _loss.row_weights(target, ignore_index, reduction)
-        losses, grad_logits = ops.cross_entropy_backward(logits, target, weights, ignore_index)
-        _loss.keep(ctx, (logits, target, weights), (grad_logits,))
-        return _loss.reduced(losses, target, ignore_index, reduction)
+        if recording and ctx.needs_input_grad[0] and _loss.with_the_loss(logits, reduction):
+            weights = _loss.row_weights(target, ignore_index, reduction)
+            losses, *gradients = ops.cross_entropy_backward(logits, target, weights, ignore_index)
+        else:
+            losses, gradients = ops.cross_entropy_forward(logits, target, ignore_index), ()
+        _loss.keep(ctx, (logits, target), tuple(gradients))
+        return losses if reduction == "none" else _loss.reduced(losses, target, ignore_index, reduction)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        logits, target = saved[:2]
-        if ctx.reduction == "none":
-            row_weight = grad_out
-        elif (gradients := _loss.take(ctx, saved, 3, grad_out)) is not None:
-            return gradients[0], None, None, None, None, None
-        else:
-            row_weight = saved[2] * grad_out
-        _, grad_logits = _library.ops(ctx.backend).cross_entropy_backward(logits, target, row_weight, ctx.ignore_index)
-        return grad_logits, None, None, None, None, None
+        graph = _library.graph_wanted()
+        gradients = () if graph else _loss.take(ctx, 2, grad_out)
+        if not gradients:
+            logits, target = ctx.saved_tensors[:2]
+            if graph:
+                options = {"target": target, "ignore_index": ctx.ignore_index, "reduction": ctx.reduction}
+                gradients = _library.differentiated(partial(reference.cross_entropy, **options), (logits,), grad_out)
+            else:
+                row_weight = _loss.row_gradients(target, ctx.ignore_index, ctx.reduction, grad_out)
+                ops = _library.ops(ctx.backend)
+                _, *gradients = ops.cross_entropy_backward(logits, target, row_weight, ctx.ignore_index)
+        return *gradients, None, None, None, None, None
 
 
 def _fake_forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
@@ -83,20 +83,21 @@ def add_layer_norm(
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: saves x, weight and each row's float32 mean and reciprocal deviation."""
+    """Autograd around the fused kernels: saves the inputs and each row's float32 mean and reciprocal deviation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Tensor:
         out, mean, rstd = _library.ops(backend).layer_norm_forward(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.backend = backend
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.eps, ctx.backend = eps, backend
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if _library.graph_wanted():
+            formula = partial(reference.layer_norm, eps=ctx.eps)
+            return *_library.differentiated(formula, (x, weight, bias), grad_out), None, None
         need_weight = ctx.needs_input_grad[1]
         need_bias = ctx.needs_input_grad[2]
         grad_x, grad_weight, grad_bias = _library.ops(ctx.backend).layer_norm_backward(
@@ -105,32 +106,40 @@ class LayerNormFunction(torch.autograd.Function):
         return (
             grad_x,
             grad_weight.to(weight.dtype) if need_weight else None,
-            grad_bias.to(ctx.bias_dtype) if need_bias else None,
+            grad_bias.to(bias.dtype) if need_bias else None,
             None,
             None,
         )
 
 
 class AddLayerNormFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: saves the sum, weight and each row's float32 statistics."""
+    """Autograd around the fused kernels: saves the sum, the parameters and each row's float32 statistics."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
     ) -> tuple[Tensor, Tensor]:
         out, summed, mean, rstd = _library.ops(backend).add_layer_norm_forward(x, residual, weight, bias, eps)
-        ctx.save_for_backward(summed, weight, mean, rstd)
-        ctx.dtype, ctx.bias_dtype, ctx.backend = x.dtype, None if bias is None else bias.dtype, backend
+        ctx.save_for_backward(summed, weight, bias, mean, rstd)
+        ctx.dtype, ctx.eps, ctx.backend = x.dtype, eps, backend
         ctx.set_materialize_grads(False)
         return out, summed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_summed: Tensor | None) -> tuple[Tensor | None, ...]:
-        summed, weight, mean, rstd = ctx.saved_tensors
+        summed, weight, bias, mean, rstd = ctx.saved_tensors
         need_x, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         if grad_out is None:
             grad_out = torch.zeros_like(summed, dtype=ctx.dtype)
+        if _library.graph_wanted():
+
+            def formula(summed: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                return reference.layer_norm(summed, weight, bias, ctx.eps).to(ctx.dtype)
+
+            grad_residual, *grads = _library.differentiated(formula, (summed, weight, bias), grad_out)
+            if grad_summed is not None:
+                grad_residual = grad_residual + grad_summed
+            return grad_residual.to(ctx.dtype), grad_residual, *grads, None, None
         grad_residual, grad_x, grad_weight, grad_bias = _library.ops(ctx.backend).add_layer_norm_backward(
             grad_out, grad_summed, summed, weight, mean, rstd, need_weight, need_bias, need_x
         )
@@ -140,7 +149,7 @@ class AddLayerNormFunction(torch.autograd.Function):
             grad_x if need_x else None,
             grad_residual,
             grad_weight.to(weight.dtype) if need_weight else None,
-            grad_bias.to(ctx.bias_dtype) if need_bias else None,
+            grad_bias.to(bias.dtype) if need_bias else None,
             None,
             None,
         )

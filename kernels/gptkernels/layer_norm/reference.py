@@ -12,7 +12,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     weight = weight if weight is None else weight.to(x.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
     # On a GPU autocast widens the result to float32; it is x's dtype here as everywhere.
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x, (x.size(-1),), weight, bias, eps).to(x.dtype)
 
 
 def add_layer_norm(

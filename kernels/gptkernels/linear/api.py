@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gptkernels import _check, _library, _native
+from gptkernels import _check, _flops, _library, _native
 from gptkernels import backend as _backend
 from gptkernels.linear import reference
 
@@ -64,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 
 class LinearFunction(torch.autograd.Function):
-    """Autograd around the native products: saves x and the weight in the dtype that was multiplied.
+    """Autograd around the native products: saves the inputs, and the weight in the dtype that was multiplied.
 
     The weight comes as the model holds it, and is cast here: its gradient then goes from float32 straight to its own
     dtype, without a stop at autocast's.
@@ -73,22 +72,27 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         cast = weight.to(x.dtype)
-        ctx.save_for_backward(x, cast)
-        ctx.dtypes, ctx.backend = (weight.dtype, None if bias is None else bias.dtype), backend
+        ctx.save_for_backward(x, weight, bias, cast)
+        ctx.backend = backend
         return _library.ops(backend).linear_forward(x, cast, bias if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, bias, cast = ctx.saved_tensors
+        if _library.graph_wanted():
+            return *_library.differentiated(_formula, (x, weight, bias), grad_out), None
         needs = ctx.needs_input_grad[:3]
-        grad_x, grad_weight, grad_bias = _library.ops(ctx.backend).linear_backward(grad_out, x, weight, *needs)
+        grad_x, grad_weight, grad_bias = _library.ops(ctx.backend).linear_backward(grad_out, x, cast, *needs)
         return (
             grad_x if needs[0] else None,
-            grad_weight.to(ctx.dtypes[0]) if needs[1] else None,
-            grad_bias.to(ctx.dtypes[1]) if needs[2] else None,
+            grad_weight.to(weight.dtype) if needs[1] else None,
+            grad_bias.to(bias.dtype) if needs[2] else None,
             None,
         )
+
+
+def _formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return reference.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,10 +109,18 @@ def _fake_backward(
     )
 
 
-_library.register("linear_forward", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", fake=_fake_forward)
+_library.register(
+    "linear_forward",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=_fake_forward,
+    flops=lambda x, weight, bias: _flops.product(x, weight),
+)
 _library.register(
     "linear_backward",
     "(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
+    flops=lambda grad_out, x, weight, need_x, need_weight, need_bias: (
+        (need_x + need_weight) * _flops.product(x, weight)
+    ),
 )

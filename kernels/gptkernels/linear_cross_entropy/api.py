@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gptkernels import _check, _library, _loss
+from gptkernels import _check, _flops, _library, _loss
 from gptkernels import backend as _backend
 from gptkernels.linear_cross_entropy import reference
 
@@ -26,9 +26,11 @@ def linear_cross_entropy(
     """`cross_entropy` of the logits ``x @ weight^T + bias``, of which only a chunk of tokens is ever held.
 
     When something needs a gradient, all gradients are computed with the loss, chunk by chunk, and backward only hands
-    them over. The weight's is summed over the chunks in float32. Under autocast x, weight and bias are cast to
-    autocast's dtype, as a linear layer's are; the gradients come back in their own. On a GPU a chunk is a fifth of the
-    tokens, or some thousands, and the host waits for nothing.
+    them over. With "none", and for float16, whose gradients a loss scale must reach before they are rounded, backward
+    computes them, and the logits a second time. The weight's is summed over the chunks in float32. Under autocast x,
+    weight and bias are cast to autocast's dtype, as a linear layer's are; the gradients come back in their own. On a GPU
+    a chunk is a fifth of the tokens, or some thousands, and the host waits for nothing. Gradients that are to be
+    differentiated again (``create_graph=True``) are the plain layer's, which holds all logits.
 
     Args:
         x: ``(..., C)``, floating point.
@@ -36,8 +38,7 @@ def linear_cross_entropy(
         target: ``(...)`` int64 or int32, the index of the right class, or `ignore_index`.
         bias: ``(V,)`` or None.
         ignore_index: targets of this value count for nothing, in the loss and in the mean.
-        reduction: "mean" over the targets that count (NaN when none does), "sum", or "none" (whose backward computes
-            the logits a second time).
+        reduction: "mean" over the targets that count (NaN when none does), "sum", or "none".
         backend: overrides `use_backend` for this call.
 
     Returns:
@@ -71,8 +72,7 @@ def linear_cross_entropy(
             _check.same_dtype("bias", bias, "x", x)
     name = _backend.choose("linear_cross_entropy", x, backend)
     if name == "reference":
-        weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
-        return reference.linear_cross_entropy(x, weight, target, bias, ignore_index, reduction)
+        return _formula(x, weight, bias, (target, ignore_index, reduction))
     return _library.apply(
         LinearCrossEntropyFunction, x, weight, target, bias, ignore_index, reduction, torch.is_grad_enabled(), name
     )
@@ -102,41 +102,51 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         cast_weight, cast_bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
         ops = _library.ops(backend)
-        if reduction == "none" or not (recording and any(needs)):
-            ctx.save_for_backward(x, weight, target, bias)
+        if recording and any(needs) and _loss.with_the_loss(x, reduction):
+            weights = _loss.row_weights(target, ignore_index, reduction)
+            losses, *gradients = ops.linear_cross_entropy_backward(
+                x, cast_weight, cast_bias, target, weights, ignore_index, *needs
+            )
+        else:
             losses = ops.linear_cross_entropy_forward(x, cast_weight, cast_bias, target, ignore_index)
-            return losses if reduction == "none" else _loss.reduced(losses, target, ignore_index, reduction)
-        weights = _loss.row_weights(target, ignore_index, reduction)
-        losses, *gradients = ops.linear_cross_entropy_backward(
-            x, cast_weight, cast_bias, target, weights, ignore_index, *needs
-        )
-        _loss.keep(ctx, (x, weight, target, bias, weights), tuple(gradients))
-        return _loss.reduced(losses, target, ignore_index, reduction)
+            gradients = ()
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        _loss.keep(ctx, (x, weight, target, bias), tuple(gradients))
+        return losses if reduction == "none" else _loss.reduced(losses, target, ignore_index, reduction)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        x, weight, target, bias = saved[:4]
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        gradients = None if ctx.reduction == "none" else _loss.take(ctx, saved, 5, grad_out)
-        if gradients is None:
-            row_weight = grad_out if ctx.reduction == "none" else saved[4] * grad_out
-            cast_weight, cast_bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
-            _, *gradients = _library.ops(ctx.backend).linear_cross_entropy_backward(
-                x, cast_weight, cast_bias, target, row_weight, ctx.ignore_index, *needs
-            )
+        graph = _library.graph_wanted()
+        gradients = () if graph else _loss.take(ctx, 4, grad_out)
+        if not gradients:
+            x, weight, target, bias = ctx.saved_tensors[:4]
+            options = target, ctx.ignore_index, ctx.reduction
+            if graph:
+                gradients = _library.differentiated(partial(_formula, options=options), (x, weight, bias), grad_out)
+            else:
+                row_weight = _loss.row_gradients(*options, grad_out)
+                cast_weight, cast_bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+                _, *gradients = _library.ops(ctx.backend).linear_cross_entropy_backward(
+                    x, cast_weight, cast_bias, target, row_weight, ctx.ignore_index, *needs
+                )
         grad_x, grad_weight, grad_bias = gradients
         return (
             grad_x if needs[0] else None,
-            grad_weight.to(weight.dtype) if needs[1] else None,
+            grad_weight.to(ctx.dtypes[0]) if needs[1] else None,
             None,
-            grad_bias.to(bias.dtype) if needs[2] and bias is not None else None,
+            grad_bias.to(ctx.dtypes[1]) if needs[2] else None,
             None,
             None,
             None,
             None,
         )
+
+
+def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Tensor, int, str]) -> Tensor:
+    target, ignore_index, reduction = options
+    weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+    return reference.linear_cross_entropy(x, weight, target, bias, ignore_index, reduction)
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int) -> Tensor:
@@ -162,11 +172,17 @@ def _fake_backward(
     )
 
 
+def _backward_flops(x: Tensor, weight: Tensor, *rest: Any) -> int:
+    need_x, need_weight, _ = rest[-3:]
+    return (1 + need_x + need_weight) * _flops.product(x, weight)
+
+
 _library.register(
     "linear_cross_entropy_forward",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index) -> Tensor",
     fake=_fake_forward,
     module="gptkernels.linear_cross_entropy.triton",
+    flops=lambda x, weight, *_: _flops.product(x, weight),
 )
 # The losses, and with them the gradients of their sum weighted by row_weight (target's shape).
 _library.register(
@@ -175,4 +191,5 @@ _library.register(
     " bool need_weight, bool need_bias) -> (Tensor losses, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
     module="gptkernels.linear_cross_entropy.triton",
+    flops=_backward_flops,
 )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gptkernels import _library
 from gptkernels.cross_entropy.triton import rows_cross_entropy
 
 # A fifth of the tokens is a chunk, but not fewer than keep the products efficient (each chunk reads the weight twice and
@@ -33,14 +33,6 @@ def chunk_tokens(tokens: int, classes: int, itemsize: int) -> int:
     most = max(MIN_TOKENS, min(math.ceil(tokens / CHUNKS), MAX_BYTES // (classes * itemsize)))
     equal = math.ceil(tokens / math.ceil(tokens / most))
     return min(tokens, math.ceil(equal / TOKEN_MULTIPLE) * TOKEN_MULTIPLE)
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """The products below are the operation's own: autocast has cast what it casts."""
-    device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -88,7 +80,7 @@ def _run(
     # Rows start at multiples of 16 bytes whatever the number of classes: products and kernels read them in wide loads.
     padded = math.ceil(classes / CLASS_MULTIPLE) * CLASS_MULTIPLE
     buffer = torch.empty(most, padded, dtype=x.dtype, device=x.device)
-    with _no_autocast(x):
+    with _library.no_autocast(x):
         for start in range(0, tokens, most):
             chunk = slice(start, min(start + most, tokens))
             part = rows[chunk]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
@@ -75,13 +75,15 @@ class RMSNormFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, backend: str) -> Tensor:
         out, rstd = _library.ops(backend).rms_norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.backend = backend
+        ctx.eps, ctx.backend = eps, backend
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
+        if _library.graph_wanted():
+            formula = partial(reference.rms_norm, eps=ctx.eps)
+            return *_library.differentiated(formula, (x, weight), grad_out), None, None
         need_weight = ctx.needs_input_grad[1]
         grad_x, grad_weight = _library.ops(ctx.backend).rms_norm_backward(grad_out, x, weight, rstd, need_weight)
         return grad_x, grad_weight.to(weight.dtype) if need_weight else None, None, None
@@ -96,17 +98,25 @@ class AddRMSNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, summed, rstd = _library.ops(backend).add_rms_norm_forward(x, residual, weight, eps)
         ctx.save_for_backward(summed, weight, rstd)
-        ctx.dtype, ctx.backend = x.dtype, backend
+        ctx.dtype, ctx.eps, ctx.backend = x.dtype, eps, backend
         ctx.set_materialize_grads(False)
         return out, summed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_summed: Tensor | None) -> tuple[Tensor | None, ...]:
         summed, weight, rstd = ctx.saved_tensors
         need_x, _, need_weight, *_ = ctx.needs_input_grad
         if grad_out is None:
             grad_out = torch.zeros_like(summed, dtype=ctx.dtype)
+        if _library.graph_wanted():
+
+            def formula(summed: Tensor, weight: Tensor | None) -> Tensor:
+                return reference.rms_norm(summed, weight, ctx.eps).to(ctx.dtype)
+
+            grad_residual, grad_weight = _library.differentiated(formula, (summed, weight), grad_out)
+            if grad_summed is not None:
+                grad_residual = grad_residual + grad_summed
+            return grad_residual.to(ctx.dtype), grad_residual, grad_weight, None, None
         grad_residual, grad_x, grad_weight = _library.ops(ctx.backend).add_rms_norm_backward(
             grad_out, grad_summed, summed, weight, rstd, need_weight, need_x
         )

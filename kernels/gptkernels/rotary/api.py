@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
@@ -85,9 +84,10 @@ class RotaryFunction(torch.autograd.Function):
         return _library.ops(backend).rotary_forward(x, cos, sin, interleaved)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        if _library.graph_wanted():
+            return reference.rotary(grad_out, cos, -sin, ctx.interleaved), None, None, None, None
         return _library.ops(ctx.backend).rotary_backward(grad_out, cos, sin, ctx.interleaved), None, None, None, None
 
 

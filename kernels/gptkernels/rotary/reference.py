@@ -14,7 +14,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t.to(wide).unsqueeze(-3) for t in (cos, sin))  # (1, T, R/2) or (B, 1, T, R/2)
     pairs = cos.shape[-1]
-    rotated, rest = x[..., : 2 * pairs].to(wide), x[..., 2 * pairs :]
+    rotated, rest = x.split((2 * pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    rotated = rotated.to(wide)
     if interleaved:
         a, b = rotated.unflatten(-1, (pairs, 2)).unbind(-1)
     else:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
@@ -22,7 +21,7 @@ def softmax(
     The maximum, the exponentials and their sum are float32 whatever the dtype. The backward needs the output alone.
 
     Args:
-        x: floating point, any shape but (); any layout, a last dimension of stride 1 is read in place.
+        x: floating point, any shape; any layout, a last dimension of stride 1 is read in place.
         dim: the dimension that sums to 1.
         scale: positive and finite; multiplies x in the same pass (attention's ``1 / sqrt(head_dim)``, or one over a
             temperature).
@@ -43,17 +42,18 @@ def softmax(
     in ``MATH.md``.
     """
     _check.floating("x", x)
-    if x.dim() == 0:
-        raise ValueError("x: got a tensor without dimensions; accepted is one dimension or more")
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim: got {dim}; accepted here are {-x.dim()} to {x.dim() - 1}")
+    dims = max(x.dim(), 1)  # PyTorch counts one for a tensor without dimensions
+    if not -dims <= dim < dims:
+        raise ValueError(f"dim: got {dim}; accepted here are {-dims} to {dims - 1}")
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale: got {scale}; accepted are positive finite numbers")
-    dim %= x.dim()
+    dim %= dims
     if causal and x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}; with causal=True accepted is (..., queries, keys)")
     if causal and dim != x.dim() - 1:
         raise ValueError(f"dim: got {dim}; with causal=True accepted is the last, {x.dim() - 1}")
+    if x.dim() == 0:
+        return softmax(x[None], scale=scale, backend=backend)[0]
     name = _backend.choose("softmax", x, backend)
     if name == "reference":
         return reference.softmax(x, dim, scale=scale, causal=causal)
@@ -72,9 +72,11 @@ class SoftmaxFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
+        if _library.graph_wanted():
+            dim, scale, _ = ctx.options
+            return reference.softmax_backward(grad_out, out, dim, scale), None, None, None, None
         grad_x = _library.ops(ctx.backend).softmax_backward(grad_out, out, *ctx.options)
         return grad_x, None, None, None, None
 

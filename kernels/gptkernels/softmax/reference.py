@@ -15,12 +15,24 @@ def softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = Fals
     """
     if x.numel() == 0:
         return x.new_empty(x.shape) + 0.0 * x
-    scores = x if scale == 1.0 else x * scale
+    # Scaled, a float16 may pass its largest value.
+    scores = x if scale == 1.0 else x.to(torch.promote_types(x.dtype, torch.float32)) * scale
     if causal:
         queries, keys = x.shape[-2:]
         future = torch.ones(queries, keys, dtype=torch.bool, device=x.device).triu(keys - queries + 1)
         scores = scores.masked_fill(future, -math.inf)
     # A row without a finite score is NaN in softmax, and so is its gradient: compute it on zeros, then discard it.
     empty = scores.detach().amax(dim, keepdim=True) == -math.inf
-    # dtype is given so that autocast does not widen the result.
-    return torch.softmax(scores.masked_fill(empty, 0.0), dim, dtype=x.dtype).masked_fill(empty, 0.0)
+    # dtypes are given so that autocast does not widen the result.
+    return torch.softmax(scores.masked_fill(empty, 0.0), dim, dtype=scores.dtype).to(x.dtype).masked_fill(empty, 0.0)
+
+
+def softmax_backward(grad_out: Tensor, out: Tensor, dim: int, scale: float) -> Tensor:
+    """The gradient of x from the output, in float32 or wider and rounded once: ``scale * out * (g - mean of g)``.
+
+    The mean is weighted by the output, which sums to 1 but for its rounding. What `causal` excludes has an output of 0.
+    """
+    wide = torch.promote_types(out.dtype, torch.float32)
+    y, g = out.to(wide), grad_out.to(wide)
+    total = y.sum(dim, keepdim=True).clamp_min(torch.finfo(wide).tiny)  # a row without a finite score sums to 0
+    return (scale * y * (g - (y * g).sum(dim, keepdim=True) / total)).to(out.dtype)

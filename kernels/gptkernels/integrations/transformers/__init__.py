@@ -34,6 +34,7 @@ try:
     from gptkernels.integrations.transformers.attention import attend
     from gptkernels.integrations.transformers.losses import LOSSES
     from gptkernels.integrations.transformers.masks import make_mask
+    from gptkernels.integrations.transformers.switch import NAME, name_as_before, switch_attention
 except ImportError as error:
     raise ImportError(
         f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.18 and "
@@ -47,7 +48,6 @@ if "q_length" not in inspect.signature(sdpa_mask).parameters:
 
 __all__ = ["accelerate_model"]
 
-NAME = "gptkernels"
 log = logging.getLogger(__name__)
 
 AttentionInterface.register(NAME, attend)
@@ -58,14 +58,17 @@ def accelerate_model(model: Any) -> Any:
     """Puts a Hugging Face model on this library's kernels, in place; logits, loss and gradients stay what they are.
 
     - Attention: causal, bidirectional, sliding windows, grouped-query heads, padding on either side, caches; dropout in
-      training. What the kernels cannot do (`attend`) runs exactly as without them.
+      training. What the kernels cannot do (`attend`) runs exactly as without them. A part that "sdpa" does not serve keeps
+      its own attention: one that opts out of it, does not look its attention up by name, or makes other masks for it.
     - Norms and activations: `gptkernels.replace_modules`.
     - Llama and its kin: rotary embeddings, and ``silu(gate) * up`` in one pass. GPT-2: bias and GELU in one pass.
     - The loss that causal and masked language models compute from `labels`, unless the model was given another.
 
-    Every part that is not recognised, by asking it what it computes, is left as it is. Weights, state dict, config,
-    generation, saving, copying and pickling are untouched; `gptkernels.restore_modules` undoes it, bit for bit. Calling it
-    again changes nothing.
+    Every part that is not recognised, by asking it what it computes, is left as it is; what was changed, and what was left
+    and why, is logged (`logging`, level INFO). Weights, state dict, generation, saving, copying and pickling are untouched;
+    `gptkernels.restore_modules` undoes it, bit for bit. Calling it again changes nothing.
+
+    The config names the attention, and models can share one: `model.config` and those in it become copies of their own.
 
     Args:
         model: a `transformers.PreTrainedModel`, or a module that holds one (PEFT's wrappers).
@@ -79,33 +82,21 @@ def accelerate_model(model: Any) -> Any:
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
     if not models:
         raise TypeError(f"model: got {type(model).__name__}; accepted is a transformers.PreTrainedModel")
-    before = [(part, part.config._attn_implementation) for part in models]
-    for part in models:  # an outer one sets its inner ones too
-        if part.config._attn_implementation != NAME:
-            part.set_attn_implementation(NAME)
-    for part, attention_before in before:
+    report, before = switch_attention(model)
+    log.info("%s", report)
+    for part in models:
         own_loss = getattr(part, "loss_type", None) in ("ForCausalLM", "ForMaskedLM") and part.loss_function in LOSSES
         if own_loss:
             part.loss_function = LOSSES[part.loss_function]
-        if own_loss or part.config._attn_implementation != attention_before:
-            _swap.on_restore(part, functools.partial(_restore, attention_before=attention_before))
+        if own_loss or part in before:
+            _swap.on_restore(part, functools.partial(_restore, configs=before.get(part, [])))
     log.info("%s", replace_modules(model))
-    turns = all(modules.halves_are_equal(m) for m in model.modules() if "RotaryEmbedding" in type(m).__name__)
-    for module in list(model.modules()):
-        if _swap.obstacle(module):
-            continue
-        if modules.is_swiglu(module):
-            _swap.swap(module, modules.SwiGLU)
-        elif modules.is_gpt2_mlp(module):
-            _swap.swap(module, modules.BiasGELU)
-        elif turns and modules.is_rotary_attention(module):
-            _swap.swap(module, modules.Rotary)
+    log.info("%s", modules.replace_parts(model))
     return model
 
 
-def _restore(model: Any, attention_before: str | None) -> str:
-    if model.config._attn_implementation == NAME:
-        model.config._attn_implementation_internal = attention_before  # this config's alone, not its parts'
+def _restore(model: Any, configs: list[tuple[Any, str]]) -> str:
+    name_as_before(configs)
     if vars(model).get("_loss_function") in LOSSES.values():
         del model._loss_function
     return "attention and loss"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import dis
+import functools
+import inspect
+import itertools
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +17,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from gptkernels import attention
 from gptkernels.attention.api import MAX_HEAD_DIM
-from gptkernels.integrations.transformers.masks import Visible
+from gptkernels.integrations.transformers.masks import Mask, Visible
 
 
 def attend(
@@ -20,7 +25,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -28,22 +33,44 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Our entry in transformers' `AttentionInterface`: ``(B, H, T, D)`` to ``(B, T, H, D)`` and the weights, if wanted.
 
-    What our kernels do not do goes where it is done exactly: wanted attention weights, capped scores, sinks and position
-    biases to the model's own eager attention; masks that are no `Visible`, and sizes beyond the kernels', to PyTorch's.
+    What our kernels do not do goes where it is done exactly: wanted attention weights, capped scores, sinks, position
+    biases and whatever else comes under a keyword that we do not know to the model's own eager attention; masks that are
+    no `Mask`, and sizes beyond the kernels', to PyTorch's.
+
+    Raises:
+        NotImplementedError: such a keyword came from a layer without an eager attention to see to it, or from one that
+            passes it in place of a mask which it makes for "eager" and "sdpa" alone (indices of sparse attention).
     """
-    visible = _as_visible(module, query, key, attention_mask, is_causal)
-    if visible is None and attention_mask is None:  # causal, and more queries than keys: PyTorch aligns at the first
+    mask = attention_mask.at(query, key) if isinstance(attention_mask, Mask) else attention_mask
+    visible = mask.visible if isinstance(mask, Mask) else _as_visible(module, query, key, mask, is_causal)
+    if visible is None and mask is None:  # causal, and more queries than keys: PyTorch aligns at the first
         shape = query.shape[2], key.shape[2]
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()[None, None]
-    if _wants_weights(kwargs) or any(kwargs.get(name) is not None for name in _SCORES):
-        mask = attention_mask if visible is None else visible.dense(query.device)
-        return _eager(module, query, key, value, mask, dropout, scaling, kwargs)
-    if visible is None or not _fits(query, key, value, scaling) or kwargs.get("cache") is not None:
-        if isinstance(attention_mask, Visible):
-            attention_mask = attention_mask.dense(query.device)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-        )
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()[None, None]
+    special = [name for name, given in kwargs.items() if given is not None and name not in _KNOWN]
+    wants_weights = _wants_weights(kwargs)
+    if special or wants_weights:
+        eager = own_eager(type(module))
+        changed = eager is None and any(name in _SCORES for name in special)
+        if changed or (special and chooses_by_name(type(module))):
+            raise NotImplementedError(
+                f"{type(module).__name__}: got {', '.join(special)}, which only its own attention takes into account; "
+                'accepted is its attn_implementation "sdpa" or "eager" (accelerate_model leaves such a model on it)'
+            )
+        if eager is not None:
+            mask = mask if visible is None else visible.dense(query.device)
+            if mask is not None and mask.dtype == torch.bool:  # it adds them
+                mask = torch.zeros((), dtype=query.dtype, device=query.device).where(mask, torch.finfo(query.dtype).min)
+            return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    if (
+        visible is None
+        or not _fits(query, key, value, scaling)
+        or special
+        or wants_weights
+        or kwargs.get("cache") is not None
+    ):
+        if isinstance(mask, Mask):
+            mask = mask.visible.dense(query.device)
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=is_causal, **kwargs)
     if visible.keys < visible.slots:
         key, value = key[:, :, : visible.keys], value[:, :, : visible.keys]
     out = attention(
@@ -59,19 +86,53 @@ def attend(
     return out.transpose(1, 2), None  # (B, T, H, D), as it lies in memory
 
 
-_SCORES = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+_SCORES = ("softcap", "s_aux", "sinks", "position_bias")
 """Arguments by which a model changes its scores."""
 
+_KNOWN = frozenset({
+    "cache", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "max_length_k", "max_length_q",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "return_dict",
+    "seq_idx", "sliding_window", "use_cache",
+})  # fmt: skip
+"""Arguments that change nothing that the mask does not say: what a forward hands down to whoever may want it."""
 
-def _as_visible(module: nn.Module, query: Tensor, key: Tensor, mask: Any, is_causal: bool | None) -> Visible | None:
-    """What a mask, or none, says for these queries and keys; None for a mask that only says it key by key."""
+
+def _functions(layer: type) -> Iterator[types.FunctionType]:
+    """The functions that a layer's class is made of, those of its bases after its own."""
+    for base in layer.__mro__:
+        if base not in (nn.Module, object):
+            for value in vars(base).values():
+                function = inspect.unwrap(value) if callable(value) or hasattr(value, "__wrapped__") else None
+                if isinstance(function, types.FunctionType):
+                    yield function
+
+
+@functools.cache
+def own_eager(layer: type) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """The eager attention that a layer names beside the interface, of its own file; it takes additive masks."""
+    for function in _functions(layer):
+        for name in function.__code__.co_names:
+            if name.endswith("eager_attention_forward") and name in function.__globals__:
+                return function.__globals__[name]
+    return None
+
+
+@functools.cache
+def chooses_by_name(layer: type) -> bool:
+    """Whether a layer's code compares the attention's name with "sdpa": for names of others it computes something else."""
+    for function in _functions(layer):
+        for step, after in itertools.pairwise(dis.get_instructions(function)):
+            compared = after.argval if isinstance(after.argval, (tuple, frozenset)) else (after.argval,)
+            if step.argval == "_attn_implementation" and after.opname == "LOAD_CONST" and "sdpa" in compared:
+                return True
+    return False
+
+
+def _as_visible(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
+) -> Visible | None:
+    """What a mask key by key, or none, says for these queries and keys; None where only it can say that."""
     queries, slots = query.shape[2], key.shape[2]
-    if isinstance(mask, Visible):
-        if (mask.queries, mask.slots) != (queries, slots):
-            raise ValueError(
-                f"attention_mask: made for {mask.queries} queries and {mask.slots} keys; got {queries} and {slots}"
-            )
-        return mask
     if mask is None:  # by the same convention as for "sdpa": the layer knows, and an empty cache's places lie behind
         causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         if not causal:
@@ -98,25 +159,3 @@ def _wants_weights(kwargs: dict[str, Any]) -> bool:
     """Whether the caller of the model asked for attention weights: some models pass it on, for others hooks collect them."""
     collected = (_active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()) or ()
     return bool(kwargs.get("output_attentions")) or "attentions" in collected or "cross_attentions" in collected
-
-
-def _eager(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """The attention that the model's own file defines; it takes additive masks."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
-        raise NotImplementedError(
-            f"{type(module).__name__}: attention weights, softcap, sinks or a position bias were asked for, which "
-            'attn_implementation="gptkernels" leaves to the model\'s own eager attention, and it has none'
-        )
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros((), dtype=query.dtype, device=query.device).where(mask, torch.finfo(query.dtype).min)
-    return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from copy import copy
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gptkernels import gelu, rotary, swiglu
 from gptkernels import swap as _swap
+from gptkernels._probe import agrees, asked, logarithmic, undisturbed
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -25,7 +28,7 @@ def _hooked(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-class SwiGLU:
+class SwiGLU(_swap.OfOneTensor):
     """The forward of gated MLPs, ``down_proj(silu(gate_proj(x)) * up_proj(x))``: gate and product in one pass."""
 
     gate_proj: nn.Module
@@ -33,16 +36,19 @@ class SwiGLU:
     down_proj: nn.Module
     act_fn: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        if type(self.act_fn) not in _SILU or _hooked(self.act_fn):
-            return super().forward(x)  # type: ignore[misc]
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def fused(self, x: Tensor) -> Tensor | None:
+        if type(self.act_fn) not in _SILU or _hooked(self.act_fn) or x.is_nested:
+            return None
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.dtype != up.dtype or gate.shape != up.shape or not gate.dtype.is_floating_point:
+            return self.down_proj(self.act_fn(gate) * up)
+        return self.down_proj(swiglu(gate, up))
 
 
 _SILU = (nn.SiLU, SiLUActivation)
 
 
-class BiasGELU:
+class BiasGELU(_swap.OfOneTensor):
     """The forward of GPT-2's MLP: the first projection's bias is added in GELU's own pass."""
 
     c_fc: Any
@@ -50,11 +56,11 @@ class BiasGELU:
     act: Any
     dropout: nn.Module
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        form = _FORMS.get(_swap.kind_of(self.act))
+    def fused(self, x: Tensor) -> Tensor | None:
+        form = _FORMS.get(_swap.kind_of(self.act)) if _swap.constants_hold(self.act) else None
         if form is None or type(self.c_fc) is not Conv1D or _hooked(self.c_fc) or _hooked(self.act):
-            return super().forward(hidden_states)  # type: ignore[misc]
-        hidden = torch.matmul(hidden_states, self.c_fc.weight)
+            return None
+        hidden = torch.matmul(x, self.c_fc.weight)
         return self.dropout(self.c_proj(gelu(hidden, self.c_fc.bias, form)))
 
 
@@ -76,17 +82,13 @@ class Rotary:
         cls.forward = forward
 
 
-def _fused_rotary(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def apply_rotary_pos_emb(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        head_dim = q.shape[-1]
-        # Wider tables make a wider result, unless autocast narrows it again.
-        same = cos.dtype == q.dtype == k.dtype
-        same |= cos.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)
-        if args or kwargs or not same or cos.ndim != 3 or q.ndim != 4 or not cos.shape[-1] == k.shape[-1] == head_dim:
-            return theirs(q, k, cos, sin, *args, **kwargs)
-        cos, sin = cos[..., : head_dim // 2], sin[..., : head_dim // 2]  # (B or 1, T, D / 2): the halves are equal
+def _fused_rotary(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
+        if len(args) != 4 or kwargs or not _rotates_as_ours(*args):
+            return theirs(*args, **kwargs)
+        q, k, cos, sin = args
+        half = q.shape[-1] // 2
+        cos, sin = cos[..., :half], sin[..., :half]  # (B or 1, T, D / 2): the halves are equal
         if cos.shape[0] == 1:
             cos, sin = cos[0], sin[0]
         return rotary(q, cos, sin), rotary(k, cos, sin)
@@ -94,61 +96,159 @@ def _fused_rotary(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...,
     return apply_rotary_pos_emb
 
 
-def is_swiglu(module: Any) -> bool:
-    if {n for n, _ in module.named_children()} != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+def _rotates_as_ours(q: Any, k: Any, cos: Any, sin: Any) -> bool:
+    """Whether `rotary` serves: one table of whole heads, for as many tokens and sequences as queries and keys have."""
+    if not all(isinstance(x, Tensor) and not x.is_nested for x in (q, k, cos, sin)) or q.ndim != 4 or k.ndim != 4:
         return False
+    batch, _, tokens, head_dim = q.shape
+    # Wider tables make a wider result, unless autocast narrows it again.
+    same = cos.dtype == q.dtype or (cos.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type))
+    return (
+        same
+        and k.dtype == q.dtype
+        and sin.dtype == cos.dtype
+        and (k.shape[0], k.shape[2], k.shape[3]) == (batch, tokens, head_dim)
+        and head_dim % 2 == 0
+        and cos.ndim == 3
+        and cos.shape[0] in (1, batch)
+        and (cos.shape[1], cos.shape[2]) == (tokens, head_dim)
+        and sin.shape == cos.shape
+        and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
+    )
+
+
+def replace_parts(model: nn.Module) -> _swap.SwapReport:
+    """Gives the gated MLPs, GPT-2 MLPs and attention layers of `model` the forwards of this file, as `replace_modules` does.
+
+    After `replace_modules`: which GELU a GPT-2 MLP computes is told by what became of its activation.
+    """
+    embeddings = [m for m in model.modules() if "RotaryEmbedding" in type(m).__name__]
+    halves = all(map(_halves_are_equal, embeddings))
+
+    def verdict(module: nn.Module) -> _swap.Verdict | None:
+        children = {name for name, _ in module.named_children()}
+        if children == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            return _swiglu
+        if children == {"c_fc", "c_proj", "act", "dropout"}:
+            return _gpt2_mlp
+        forward = type(module).forward
+        if "apply_rotary_pos_emb" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            return _rotary_attention if halves else _unknown_table
+        return None
+
+    return _swap.exchange(model, verdict)
+
+
+def _swiglu(module: Any) -> _swap.Match | str:
+    name, relies_on = type(module).__name__, {}
     if type(module.act_fn) not in _SILU:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    gate, up, down = (nn.Linear(n, m, bias=False).double() for n, m in ((4, 6), (4, 6), (6, 4)))
-    for layer in (gate, up, down):
-        layer.weight.data.normal_(generator=generator)
-    x = torch.randn(3, 4, generator=generator, dtype=torch.float64)
-    exact = down(F.silu(gate(x)) * up(x)).detach()
-    double = _swap.stand_in(module, gate_proj=gate, up_proj=up, down_proj=down, act_fn=module.act_fn)
-    return _swap.agrees(lambda: type(module).forward(double, x), exact, 1e-9)
+        return f"{name} has another activation than SiLU"
+
+    def projections(gate: Tensor, up: Tensor, down: Tensor) -> dict[str, Any]:
+        return {
+            "gate_proj": lambda x: x * gate,
+            "up_proj": lambda x: x * up,
+            "down_proj": lambda x: x * down,
+            "act_fn": F.silu,
+        }
+
+    def exact(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, float]:
+        return F.silu(x * gate) * (x * up) * down, 0.0
+
+    if agrees(asked(module, projections, relies_on), exact, _numbers("gate", "up", "down"), 1e-9):
+        return _swap.Match(SwiGLU, "swiglu", relies_on)
+    return f"{name} does not compute down(silu(gate(x)) * up(x))"
 
 
-def is_gpt2_mlp(module: Any) -> bool:
-    if {n for n, _ in module.named_children()} != {"c_fc", "c_proj", "act", "dropout"}:
-        return False
-    if type(module.c_fc) is not Conv1D or (form := _FORMS.get(_swap.kind_of(module.act))) is None:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    fc, proj = Conv1D(6, 4).double(), Conv1D(4, 6).double()
-    for parameter in (*fc.parameters(), *proj.parameters()):
-        parameter.data.normal_(generator=generator)
-    x = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64)
-    exact = proj(F.gelu(fc(x), approximate=form)).detach()
-    double = _swap.stand_in(module, c_fc=fc, c_proj=proj, act=module.act, dropout=nn.Identity())
-    return _swap.agrees(lambda: type(module).forward(double, x), exact, 1e-9)
+def _gpt2_mlp(module: Any) -> _swap.Match | str:
+    name, relies_on, form = type(module).__name__, {}, _FORMS.get(_swap.kind_of(module.act))
+    if type(module.c_fc) is not Conv1D or form is None:
+        return f"{name} has another first projection than Conv1D, or an activation that is not on gptkernels"
+
+    def act(x: Tensor) -> Tensor:
+        return F.gelu(x, approximate=form)
+
+    def projections(fc: Tensor, proj: Tensor, kept: Tensor) -> dict[str, Any]:
+        return {
+            "c_fc": lambda x: x * fc,
+            "act": act,
+            "c_proj": lambda x: x * proj,
+            "dropout": lambda x: x * kept,
+        }
+
+    def exact(x: Tensor, fc: Tensor, proj: Tensor, kept: Tensor) -> tuple[Tensor, float]:
+        return act(x * fc) * proj * kept, 0.0
+
+    if agrees(asked(module, projections, relies_on), exact, _numbers("fc", "proj", "kept"), 1e-9):
+        return _swap.Match(BiasGELU, "gelu", relies_on)
+    return f"{name} does not compute dropout(c_proj(gelu(c_fc(x))))"
 
 
-def is_rotary_attention(module: nn.Module) -> bool:
+def _numbers(*names: str) -> dict[str, Tensor]:
+    """An ``x`` and the factors that stand for projections: all of every size, infinities among them in turn."""
+    with undisturbed():
+        generator = torch.Generator().manual_seed(0)
+        inputs = {name: logarithmic(2, 64, 3, generator=generator) for name in ("x", *names)}
+        for place, values in enumerate(inputs.values()):
+            values[0, place] = torch.inf
+            values[1, place] = -torch.inf
+    return inputs
+
+
+def _unknown_table(module: nn.Module) -> str:
+    return f"{type(module).__name__} gets rotary tables that are not known to hold each angle twice, a half apart"
+
+
+def _rotary_attention(module: nn.Module) -> _swap.Match | str:
     """Whether the layer rotates by halves: GPT-J's and others' functions of the same name pair neighbours."""
-    forward = type(module).forward
-    code = getattr(forward, "__code__", None)
-    if code is None or "apply_rotary_pos_emb" not in code.co_names:
-        return False
-    theirs: Any = forward.__globals__.get("apply_rotary_pos_emb")
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 2, 2, 3, 8, generator=generator, dtype=torch.float64)
-    cos, sin = torch.randn(2, 2, 3, 4, generator=generator, dtype=torch.float64).repeat(1, 1, 1, 2)
+    theirs: Any = type(module).forward.__globals__.get("apply_rotary_pos_emb")
 
-    def turned(x: Tensor) -> Tensor:
+    def exact(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        x, cos, sin = x.double(), _twice(cos.double()), _twice(sin.double())
         low, high = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat([-high, low], dim=-1) * sin[:, None]
+        a, b = x * cos[:, None], torch.cat([-high, low], dim=-1) * sin[:, None]
+        return a + b, a.abs() + b.abs()
 
-    return _swap.agrees(lambda: torch.stack(theirs(q, k, cos, sin)), torch.stack([turned(q), turned(k)]), 1e-9)
+    def compute(training: bool, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.stack(theirs(*x, _twice(cos), _twice(sin)))
+
+    with undisturbed():
+        generator = torch.Generator().manual_seed(0)
+        x = logarithmic(2, 2, 2, 3, 8, generator=generator)
+        x[:, 1, 1, 2, 3] = torch.inf
+        cos, sin = torch.randn(2, 2, 3, 4, generator=generator, dtype=torch.float64)
+    if agrees(compute, exact, {"x": x, "cos": cos, "sin": sin}, 1e-9):
+        return _swap.Match(Rotary, "rotary")
+    return f"{type(module).__name__} does not rotate queries and keys by halves of a head"
 
 
-def halves_are_equal(embedding: nn.Module) -> bool:
-    """Whether a rotary embedding gives each angle twice, a half apart: what rotating by halves takes for granted."""
-    try:
-        device = next(embedding.buffers()).device
-        x, positions = torch.zeros(1, 3, 1, device=device), torch.arange(3, device=device)[None]
-        with torch.no_grad():  # a copy, for the ones that keep the longest length they have seen
-            both = type(embedding).forward(_swap.stand_in(embedding, **dict(embedding.named_buffers())), x, positions)
-        return all(torch.equal(*table.chunk(2, dim=-1)) for table in both)
-    except Exception:
-        return False
+def _twice(table: Tensor) -> Tensor:
+    return torch.cat([table, table], dim=-1)
+
+
+def _halves_are_equal(embedding: nn.Module) -> bool:
+    """Whether a rotary embedding gives each angle twice, a half apart: what rotating by halves takes for granted.
+
+    It is asked on a copy, for the ones that keep the longest length they have seen, and with frequencies on the CPU.
+    """
+    tensors = {name: value for name, value in vars(embedding).items() if isinstance(value, Tensor)}
+    with undisturbed():
+        try:
+            for training, dtype, last in product((True, False), (torch.float32, torch.bfloat16), (2, 100_000)):
+                double: Any = copy(embedding)
+                double.__dict__ = {**vars(embedding), **{name: _frequencies(value) for name, value in tensors.items()}}
+                double._buffers = {name: _frequencies(value) for name, value in embedding.named_buffers()}
+                double.training = training
+                positions = torch.tensor([[0, 1, last]])
+                with torch.no_grad():
+                    both = type(embedding).forward(double, torch.zeros(1, 3, 1, dtype=dtype), positions)
+                if not all(torch.equal(*table.chunk(2, dim=-1)) for table in both):
+                    return False
+            return True
+        except Exception:
+            return False
+
+
+def _frequencies(like: Tensor) -> Tensor:
+    """Other numbers of the shape and dtype of a tensor that may be on any device."""
+    return torch.linspace(0.1, 1.0, like.numel()).view(like.shape).to(like.dtype)
