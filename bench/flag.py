@@ -29,7 +29,7 @@ def _run(data: Path, kernels: Kernels, steps: int, **size: Any) -> dict[str, Any
         config = TrainConfig(data=data, out=Path(folder) / "run", kernels=kernels, **sizes)
         result = train(config, progress=False)
     about = {"tokens_per_second": result.tokens_per_second, "mfu": result.mfu, "peak": result.peak_memory}
-    return about | {"val_loss": result.val_loss}
+    return about | {"val_loss": result.val_loss_full}
 
 
 def compare(data: Path, steps: int, **size: Any) -> dict[str, dict[str, Any]]:

@@ -402,6 +402,7 @@ class Train(TrainConfig):
         import gptkernels
 
         from gptcore.train import find_lr, train
+        from gptcore.train.guard import drop_unwritten
 
         if self.tune_allocator:
             gptkernels.tune_allocator()
@@ -409,7 +410,10 @@ class Train(TrainConfig):
             sweep = find_lr(self)
             print(f"suggestion: --lr {sweep.suggestion:.1e} ({self.out / 'lr.png'} shows the sweep)")
             return 0
-        return 130 if train(self).interrupted else 0
+        try:
+            return 130 if train(self).interrupted else 0
+        finally:
+            drop_unwritten()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ A long text is split into several such files, shards: see :class:`ShardWriter`.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -282,17 +283,34 @@ class TokenFile:
         starts = torch.randint(self._starts(context), (batch_size,), generator=generator)
         return self._gather(starts[rows].tolist(), context)
 
-    def windows(self, context: int, batch_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def windows(
+        self, context: int, batch_size: int = 1, count: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All tokens in order, for evaluation: every one but the first is a target once, whatever the shards.
 
         Yields ``(x, y)`` as :meth:`batch` does, of ``batch_size`` windows that do not overlap; the last batch
         may have fewer. The last ``(len(self) - 1) % context`` targets, which fill no window, are left out.
-        Raises as :meth:`batch` does.
+        With ``count``, less than there are windows, it is that many of them: the middle one of each of ``count`` equal
+        stretches of the text. Raises as :meth:`batch` does.
         """
         _check_positive("batch_size", batch_size)
-        starts = range(0, self._starts(context), context)
+        starts: Sequence[int] = range(0, self._starts(context), context)
+        if count is not None and count < len(starts):
+            _check_positive("count", count)
+            starts = [starts[(2 * i + 1) * len(starts) // (2 * count)] for i in range(count)]
         batches = range(0, len(starts), batch_size)
         return (self._gather(starts[i : i + batch_size], context) for i in batches)
+
+    def digest(self) -> str:
+        """32 hexadecimal digits that change with the ids, however they are split into shards.
+
+        Of more than a million ids 256 pieces of 4,096, spread evenly, count, and how many there are: an id put in or
+        left out moves all that follow it.
+        """
+        digest = hashlib.blake2b(f"{len(self)} {self.vocab_size} {self.fingerprint}".encode(), digest_size=16)
+        for start in range(0, len(self), max(len(self) // 256, 4096)):
+            digest.update(self.read(start, min(start + 4096, len(self))).tobytes())
+        return digest.hexdigest()
 
     def _starts(self, context: int) -> int:
         """How many windows of ``context + 1`` tokens there are."""

@@ -8,9 +8,10 @@
 | ``optimizer.safetensors`` | ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and ``step.NAME`` of every parameter |
 | ``optimizer/`` | the same in a shard of each process, instead, where the model was sharded |
 | ``random.safetensors`` | ``data``: the generator of the batches; ``cpu.RANK`` and ``cuda.RANK``: PyTorch's of each process |
-| ``state.json`` | step, tokens, losses, configuration, the tokenizer's fingerprint, and the size of each other file |
+| ``state.json`` | step, tokens, losses, configuration, which tokenizer and data, and the size of each other file |
 
-Such a folder is written under a temporary name, made durable, and then renamed: what has the name is whole.
+Such a folder is written under a temporary name, made durable, and then renamed: what has the name is whole. An
+evaluation comes after it, and is added to its ``state.json``: whatever ends it, the step is saved.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptcore._files import link_or_copy, publish_folder, remove_folder
+from gptcore._files import atomic_writer, link_or_copy, publish_folder, remove_folder
 from gptcore.train.config import TrainConfig
 from gptcore.train.job import TOKENIZER, Job
 from gptcore.train.parallel import whole
@@ -36,10 +37,11 @@ from gptcore.weights import CONFIG, WEIGHTS, WeightsError, check_state, read_ten
 
 FOLDER = "checkpoints"
 STATE, OPTIMIZER, SHARDS, RANDOM = "state.json", "optimizer.safetensors", "optimizer", "random.safetensors"
-_FORMAT = 1
+_FORMAT = 2
+_OLD_FORMAT = 1  # knows no data, and measured its losses on other windows
 # Fields that may differ between a run and its continuation: where and how it computes, not what.
 _FREE = {"data", "out", "kernels", "dtype", "compile", "device", "parallel", "checkpoint_activations", "tensorboard"}
-_FREE |= {"steps", "eval_interval", "eval_windows", "sample_prompt", "sample_tokens", "keep", "keep_best"}
+_FREE |= {"steps", "eval_interval", "sample_prompt", "sample_tokens", "keep", "keep_best"}
 _FREE |= {"accumulate", "tokens_per_step"}  # what they come to is compared
 
 
@@ -51,11 +53,21 @@ class Position:
     """Optimizer steps done."""
     tokens: int = 0
     """Tokens trained on."""
+    evaluated: int | None = None
+    """The step of the last evaluation."""
     val_loss: float | None = None
-    """Of the last evaluation, nats per token."""
+    """Its result, nats per token of `eval_windows` sequences."""
+    val_loss_full: float | None = None
+    """The same of the whole validation text; after the last step only."""
     best_step: int | None = None
-    """The evaluation that found the lowest loss on the first `eval_windows` sequences."""
+    """The evaluation that found the lowest `val_loss`."""
     best_val_loss: float | None = None
+
+    def awaits_evaluation(self, config: TrainConfig) -> bool:
+        """Whether this step is to be evaluated and has not been: it is saved first."""
+        if self.step == config.steps:
+            return self.val_loss_full is None
+        return self.step > 0 and self.step % config.eval_interval == 0 and self.evaluated != self.step
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ class Checkpoint:
     position: Position
     config: dict[str, Any]
     fingerprint: str
+    data_digest: str | None
+    """Of the token files; None: not known."""
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
@@ -77,10 +91,13 @@ class Checkpoint:
         path = folder / STATE
         try:
             state = json.loads(path.read_bytes())
-            if state["format"] != _FORMAT:
-                raise WeightsError(f"{path}: is of format {state['format']!r}; accepted is {_FORMAT}")
+            if (found := state["format"]) not in (_FORMAT, _OLD_FORMAT):
+                raise WeightsError(f"{path}: is of format {found!r}; accepted are {_OLD_FORMAT} and {_FORMAT}")
             position, files = Position(**state["position"]), dict(state["files"])
+            if found == _OLD_FORMAT:
+                position = Position(position.step, position.tokens)
             config, fingerprint = dict(state["config"]), str(state["fingerprint"])
+            data_digest = state.get("data_digest")
         except FileNotFoundError as error:
             raise WeightsError(f"{path}: there is no such file") from error
         except (KeyError, TypeError, ValueError, OSError) as error:
@@ -97,19 +114,24 @@ class Checkpoint:
                 _refuse_pickle(file)
             if (actual := file.stat().st_size) != size:
                 raise WeightsError(f"{file}: is damaged: it has {actual} bytes of {size}")
-        return cls(folder, position, config, fingerprint)
+        return cls(folder, position, config, fingerprint, data_digest)
 
-    def check(self, config: TrainConfig, fingerprint: str) -> None:
+    def check(self, config: TrainConfig, fingerprint: str, data_digest: str) -> None:
         """Refuses to continue as another run.
 
         Raises:
-            ValueError: a configuration or a tokenizer that differs; names the field and both values.
+            ValueError: a configuration, a tokenizer or data that differs; names the field and both values.
         """
         for name, value in _fixed(config).items():
             if (saved := self.config.get(name)) != value:
                 raise ValueError(f"{name}: got {value!r}; accepted when resuming is the run's, {saved!r}")
         if self.fingerprint != fingerprint:
             raise ValueError(f"data: {config.data} was made with another tokenizer than the run in {config.out}")
+        if self.data_digest not in (None, data_digest):
+            raise ValueError(
+                f"data: the tokens in {config.data} ({data_digest}) are not those that the run in {config.out} learnt "
+                f"from, in {self.config.get('data')} ({self.data_digest}); accepted when resuming are the same, in any folder"
+            )
 
     def restore(self, job: Job) -> None:
         """Puts weights, moments and random states into `job`. Nothing is changed if the model's do not fit.
@@ -183,7 +205,7 @@ def save_checkpoint(job: Job, position: Position) -> Path:
         OSError: it could not be written (a full disk); what was there before is as it was.
     """
     config, out = job.config, job.config.out
-    folder = out / FOLDER / f"step-{position.step:08d}"
+    folder = out / FOLDER / _name(position.step)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         if job.world.is_main:
@@ -206,6 +228,22 @@ def save_checkpoint(job: Job, position: Position) -> Path:
         publish_model(folder, out)
         _prune(out, position, config.keep, config.keep_best)
     return folder
+
+
+def record_evaluation(out: Path, position: Position, config: TrainConfig) -> None:
+    """Adds the evaluation of `position` to the checkpoint of its step, and deletes those that are no longer to be kept.
+
+    Raises:
+        OSError: it could not be written; the checkpoint is as it was, and its evaluation is made when the run goes on.
+    """
+    path = out / FOLDER / _name(position.step) / STATE
+    try:
+        state = json.loads(path.read_bytes()) | {"position": dataclasses.asdict(position)}
+        with atomic_writer(path) as file:
+            file.write(json.dumps(state, indent=2).encode())
+    except OSError as error:
+        raise OSError(f"the evaluation of step {position.step} could not be written ({error})") from error
+    _prune(out, position, config.keep, config.keep_best)
 
 
 def publish_model(folder: Path, out: Path) -> None:
@@ -263,6 +301,7 @@ def _describe(job: Job, position: Position, folder: Path) -> None:
         "position": dataclasses.asdict(position),
         "config": job.config.plain() | _fixed(job.config),
         "fingerprint": job.tokenizer.fingerprint,
+        "data_digest": job.data_digest,
         "processes": job.world.size,
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
     }
@@ -276,6 +315,10 @@ def _prune(out: Path, position: Position, keep: int, keep_best: bool) -> None:
     for folder in checkpoints(out):
         if _step(folder) not in kept:
             remove_folder(folder)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _step(folder: Path) -> int:

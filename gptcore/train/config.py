@@ -80,7 +80,7 @@ class TrainConfig:
     eval_interval: int = 300
     """Steps between evaluations, samples and checkpoints."""
     eval_windows: int = 64
-    """Sequences of the validation text in an evaluation on the way; the last one takes all of it."""
+    """Sequences that an evaluation takes, spread evenly over the validation text; after the last step all are, too."""
     sample_prompt: str = "The function returns"
     """What the sample at each evaluation continues; its end, where it is longer than the context."""
     sample_tokens: int = 40
@@ -107,6 +107,9 @@ class TrainConfig:
     """Replace the run in out."""
 
     def __post_init__(self) -> None:
+        for name in ("data", "out"):
+            if isinstance(path := getattr(self, name), Path):  # tyro's sign for what is still missing is none
+                object.__setattr__(self, name, path.expanduser())
         for name in ("batch_size", "accumulate", "steps", "eval_interval", "eval_windows", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted are positive integers")
@@ -118,6 +121,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted is 0 <= {name} < 1")
         if not self.min_lr <= self.lr < math.inf or self.lr == 0:
             raise ValueError(f"lr: got {self.lr}; accepted are positive numbers not under min_lr, {self.min_lr}")
+        if not abs(self.seed) < 2**63:  # that of each process comes on top, and PyTorch takes less than 2**64
+            raise ValueError(f"seed: got {self.seed}; accepted are integers between -2**63 and 2**63")
         if self.resume != "never" and self.overwrite:
             raise ValueError(f"overwrite: got True with resume {self.resume}; accepted is one of them")
         if self.document_mask and self.attention_impl == "explicit":
@@ -180,6 +185,7 @@ def read_values(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    path = path.expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"config: there is no file {path}")
     try:

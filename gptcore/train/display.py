@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+from gptcore.train.guard import Guard, GuardedStream
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
 
@@ -29,21 +32,25 @@ def chart(values: Sequence[float], width: int, height: int) -> list[str]:
 
 
 class Display:
-    """Progress, curve, speed and the latest sample. Use it in a ``with`` block.
+    """Progress, curve, speed and the latest sample. Use it in a ``with`` block. An error in printing ends nothing.
 
     Args:
         shown: nothing at all is printed if False.
         steps: of the whole run.
         done: how many of them were done before.
+        guard: says, once, what could not be shown.
         console: where to; a `rich.console.Console` on the standard output if left out.
     """
 
-    def __init__(self, shown: bool, steps: int, done: int = 0, console: Any = None) -> None:
+    def __init__(self, shown: bool, steps: int, done: int = 0, guard: Guard | None = None, console: Any = None) -> None:
         from rich.console import Console
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = console or Console(quiet=not shown, highlight=False)
+        self.guard = guard or Guard()
+        out = sys.stdout  # None in a process that was started without one
+        stream: Any = out and GuardedStream(out, self.guard)
+        self.console = console or Console(file=stream, quiet=not shown, highlight=False)
         self.steps, self.done = steps, done
         self.losses: list[float] = []
         self.status, self.sample = "", ""
@@ -67,13 +74,16 @@ class Display:
         from rich.console import Group
         from rich.text import Text
 
-        lines = chart(self.losses, min(self.console.width, 100), 8) if self.losses else []
+        drawn = self.losses and not self.console.options.ascii_only  # braille
+        lines = chart(self.losses, min(self.console.width, 100), 8) if drawn else []
         sample = [Text(self.sample, style="dim")] if self.sample else []
         return Group(*map(Text, lines), Text(self.status), self._bar, *sample)
 
     def say(self, text: str) -> None:
-        """Prints text that stays, above the live view."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """Prints text that stays, above the live view, as it is: without markup and emoji codes."""
+        from rich.text import Text
+
+        self.console.print(Text(text), soft_wrap=True)
 
     def step(self, done: int, loss: float, seconds: float, tokens_per_second: float, mfu: float) -> None:
         """Shows that a step has been done."""
@@ -93,9 +103,12 @@ class Display:
         self.status = f"lr {lr:.1e}, loss {loss:.3f}"
         self._bar.update(self._task, completed=done)
 
-    def evaluated(self, step: int, val_loss: float, sample: str) -> None:
-        """Shows an evaluation's result and what the model makes of the prompt."""
+    def evaluated(self, step: int, val_loss: float) -> None:
+        """Shows an evaluation's result."""
         self.say(f"step {step}: validation loss {val_loss:.3f}")
+
+    def sampled(self, sample: str) -> None:
+        """Shows what the model makes of the prompt."""
         self.sample = "  " + sample.replace("\n", "\n  ") if sample else ""
         if self.sample and self._live is None:
             self.say(self.sample)

@@ -48,15 +48,14 @@ def evaluate(
     world: World = ALONE,
     options: Callable[[Tensor], dict[str, Any]] = _no_options,
 ) -> float:
-    """Mean nats per token over the first `limit` windows of `tokens` (None: all of them).
+    """Mean nats per token over `limit` windows spread evenly over `tokens` (None, or fewer windows: all of them).
 
     The processes of `world` share the batches, and all return the same.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
-    batches = tokens.windows(model.config.context, batch_size)
-    batches = batches if limit is None else islice(batches, -(-limit // batch_size))
+    batches = tokens.windows(model.config.context, batch_size, limit)
     while group := list(islice(batches, world.size)):
         # In the last round some may have no batch: they compute another's, for sharded weights are gathered together.
         x, y = group[min(world.rank, len(group) - 1)]
@@ -94,6 +93,14 @@ class Job:
         self.report = read_report(config.data)
         self.tokenizer = get_tokenizer(config.data / TOKENIZER)
         self.train, self.val = self._open("train"), self._open("val")
+        self.data_digest = f"{self.train.digest()}-{self.val.digest()}"
+        """Of the data; see `TokenFile.digest`."""
+        self.prompt = self.tokenizer.encode(config.sample_prompt) if config.sample_tokens else []
+        if config.sample_tokens and not self.prompt:
+            raise ValueError(
+                f"sample_prompt: got {config.sample_prompt!r}; accepted is a text of one token or more, "
+                "or sample_tokens 0"
+            )
         with gptkernels.use_backend(config.kernels):  # one that cannot run is an error here, not at step 1
             pass
         self.bf16 = config.dtype == "bf16" or (config.dtype == "auto" and multiplies_bf16(device))
@@ -160,8 +167,7 @@ class Job:
         """What the model makes of the prompt; empty in processes that have no part in it."""
         if not self.config.sample_tokens or not (self.world.is_main or self.replica.sharded):
             return ""
-        prompt = self.tokenizer.encode(self.config.sample_prompt)[-self.model.config.context :]
-        ids = torch.tensor([prompt], device=self.device)
+        ids = torch.tensor([self.prompt[-self.model.config.context :]], device=self.device)
         ids = self.model.generate(
             ids, self.config.sample_tokens, temperature=0.8, top_k=50, seed=self.config.seed
         )  # fmt: skip

@@ -17,14 +17,15 @@ import gptkernels
 import torch
 
 from gptcore import _extras
-from gptcore.train.checkpoint import Checkpoint, Position, newest, publish_model, save_checkpoint
+from gptcore.train.checkpoint import Checkpoint, Position, newest, publish_model, record_evaluation, save_checkpoint
 from gptcore.train.config import TrainConfig
 from gptcore.train.display import Display
-from gptcore.train.folder import check_folder, start_folder
+from gptcore.train.folder import check_folder, locked_folder, start_folder
+from gptcore.train.guard import Guard
 from gptcore.train.hardware import model_flops_utilization, peak_flops, peak_memory
 from gptcore.train.job import Job
 from gptcore.train.parallel import World, processes
-from gptcore.train.records import Records
+from gptcore.train.records import PLOT, Records
 from gptcore.weights import WeightsError
 
 
@@ -35,6 +36,8 @@ class TrainResult:
     steps: int
     """Optimizer steps done, over all its parts."""
     val_loss: float
+    """Nats per token on the sequences of every evaluation, `TrainConfig.eval_windows`; NaN when interrupted."""
+    val_loss_full: float
     """Nats per token on the whole validation text; NaN when interrupted."""
     unigram_entropy: float
     """What a model that only knows how often each token comes would score."""
@@ -49,22 +52,35 @@ class TrainResult:
 
 @contextmanager
 def _stops_at_signals() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM sets the event, so that a step is finished and saved; a second one acts as usual."""
+    """The first Ctrl-C, SIGTERM or SIGHUP sets the event, so that a step is finished and saved; a later one acts as usual.
+
+    Those that follow within a second are the first one again: a terminal that closes sends SIGHUP twice, and torchrun
+    hands on what its processes have got already. A SIGHUP that is ignored, by ``nohup``, stays so.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
     previous: dict[int, Any] = {}
+    first: float | None = None
 
     def restore() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def stop(*_: Any) -> None:
+    def stop(number: int, _: Any) -> None:
+        nonlocal first
+        now = time.monotonic()
+        first = now if first is None else first
         event.set()
-        restore()
+        if now - first > 1:
+            restore()
+            signal.raise_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in numbers:
         previous[number] = signal.signal(number, stop)
     try:
         yield event
@@ -94,8 +110,12 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
     Writes ``model.safetensors`` with ``config.json`` and ``tokenizer.json`` (`GPT.from_pretrained` loads the folder),
     ``checkpoints/`` (see `gptcore.train.checkpoint`), ``metrics.jsonl`` (a line a step: loss in nats per token, learning
-    rate, gradient norm, tokens so far; and one for each evaluation), ``timings.jsonl`` (seconds, tokens per second, MFU,
-    peak memory), ``loss.png`` and ``config.yaml``. Ctrl-C and SIGTERM finish the step and save.
+    rate, gradient norm, tokens so far; and one for each evaluation: ``val_loss`` on the same `eval_windows` sequences each
+    time, after the last step also ``val_loss_full`` on the whole validation text), ``timings.jsonl`` (seconds, tokens per
+    second, MFU, peak memory), ``loss.png`` and ``config.yaml``. Ctrl-C, SIGTERM and SIGHUP finish the step and save.
+
+    A step is saved before it is evaluated, and evaluated before anything is shown. What is only shown (lines, the live
+    view, samples, ``loss.png``, TensorBoard) never ends a run: what fails is said once, on the standard error.
 
     Processes that `torchrun` started train together: each takes its rows of every batch, the first one writes.
 
@@ -107,12 +127,13 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         ValueError: data, checkpoint and configuration do not fit each other; names the argument.
         WeightsError: a checkpoint that is damaged, or none where one must be; names the file.
         FileExistsError: ``out`` holds another run.
-        OSError: a checkpoint could not be written; the earlier ones stay.
+        BlockingIOError: another process works in ``out``; says which.
+        OSError: a checkpoint or metrics.jsonl could not be written; the earlier checkpoints stay.
         BackendUnavailableError: kernels that were chosen explicitly and cannot run here.
         MissingPackageError: TensorBoard, or what the data's tokenizer needs, is not installed; nothing is written then.
         FloatingPointError: the loss is not finite; the last checkpoint stays as it was.
     """
-    with processes(config.device) as (world, device):
+    with processes(config.device) as (world, device), locked_folder(config.out, world):
         return _train(config, world, device, progress and world.is_main)
 
 
@@ -136,14 +157,15 @@ def _find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpo
 def _train(config: TrainConfig, world: World, device: torch.device, shown: bool) -> TrainResult:
     if config.tensorboard:
         _extras.load("tensorboard", "tensorboard")  # before anything is read or written
-    say = Display(shown, config.steps).say
+    guard = Guard()
+    say = Display(shown, config.steps, guard=guard).say
     checkpoint = _find_checkpoint(config, say)
     job = Job(config, world, device)
     position = Position()
     if checkpoint:
-        checkpoint.check(config, job.tokenizer.fingerprint)
+        checkpoint.check(config, job.tokenizer.fingerprint, job.data_digest)
         position = checkpoint.position
-        finished = position.step >= config.steps
+        finished = position.step >= config.steps and not position.awaits_evaluation(config)
         if position.step > config.steps or (finished and config.resume == "always"):
             raise ValueError(
                 f"steps: got {config.steps}; the run in {config.out} has done {position.step}, accepted are more"
@@ -153,11 +175,12 @@ def _train(config: TrainConfig, world: World, device: torch.device, shown: bool)
     records = None
     if world.is_main:
         start_folder(config, goes_on=checkpoint is not None)
-        records = Records(config.out, position.step, config.tensorboard)
+        evaluated = not position.awaits_evaluation(config)
+        records = Records(config.out, position.step, evaluated, config.tensorboard, guard)
         if checkpoint:
             publish_model(checkpoint.folder, config.out)
     try:
-        return _Run(job, position, records, shown).go()
+        return _Run(job, position, records, Display(shown, config.steps, position.step, guard)).go()
     finally:
         if records:
             records.close()
@@ -166,34 +189,39 @@ def _train(config: TrainConfig, world: World, device: torch.device, shown: bool)
 class _Run:
     """A job on its way from `position` to the last step."""
 
-    def __init__(self, job: Job, position: Position, records: Records | None, shown: bool) -> None:
+    def __init__(self, job: Job, position: Position, records: Records | None, display: Display) -> None:
         self.job, self.config = job, job.config
         self.position = position
         self.records = records
+        self.display = display
         dtype = torch.bfloat16 if job.bf16 else torch.float32
         self.peak, peak = peak_flops(job.device, dtype)
         self.peak *= job.world.size
-        self.display = Display(shown, self.config.steps, position.step)
         self.display.say(banner(job, peak))
         self.speeds: list[float] = []
 
     def go(self) -> TrainResult:
         job, steps = self.job, self.config.steps
-        if self.position.step >= steps:
+        due = self.position.awaits_evaluation(self.config)  # the run was ended between saving and evaluating
+        if self.position.step >= steps and not due:
             self.display.say(f"{self.config.out} has done its {steps} steps: nothing left to do")
         elif self.position.step:
             self.display.say(f"going on after step {self.position.step}")
         job.model.train()
         stop = False
         with _stops_at_signals() as stopped, self.display:
+            if due:
+                self._evaluate()
+                self._show(sample=True)
             while self.position.step < steps and not stop:
                 stop = self._step(stopped.is_set)
-                last = self.position.step == steps
-                if self.position.step % self.config.eval_interval == 0 or last:
-                    self._evaluate(last)
+                due = self.position.awaits_evaluation(self.config)
+                if due or stop:
                     self._save()
-                elif stop:
-                    self._save()
+                if due:
+                    self._evaluate()
+                if due or stop:
+                    self._show(sample=due)
         return self._result(interrupted=self.position.step < steps)
 
     def _step(self, stopped: Callable[[], bool]) -> bool:
@@ -209,7 +237,8 @@ class _Run:
                 f"{self.config.out} keeps its last checkpoint"
             )
         job.update(lr)
-        self.position = dataclasses.replace(position, step=done, tokens=position.tokens + job.tokens_per_step)
+        tokens = position.tokens + job.tokens_per_step
+        self.position = dataclasses.replace(position, step=done, tokens=tokens, val_loss_full=None)
         seconds = time.perf_counter() - start
         speed = job.tokens_per_step / seconds
         mfu = model_flops_utilization(speed, job.flops_per_token, self.peak)
@@ -221,25 +250,35 @@ class _Run:
         self.display.step(done, loss, seconds, speed, mfu)
         return stop
 
-    def _evaluate(self, last: bool) -> None:
-        step = self.position.step
-        part = val_loss = self.job.validation_loss(self.config.eval_windows)
-        if last:
-            val_loss = self.job.validation_loss(None)
-        self.position = dataclasses.replace(self.position, val_loss=val_loss)
-        best = self.position.best_val_loss
-        if best is None or part < best:  # always on the same sequences
-            self.position = dataclasses.replace(self.position, best_step=step, best_val_loss=part)
-        if self.records:
-            self.records.metrics(step, val_loss=val_loss)
-        self.display.evaluated(step, val_loss, self.job.sample())
-
     def _save(self) -> None:
         if self.records:
             self.records.sync()  # a checkpoint's lines are there whenever it is
         save_checkpoint(self.job, self.position)
+
+    def _evaluate(self) -> None:
+        """Evaluates a step that is saved, and adds the result to its checkpoint."""
+        step, best = self.position.step, self.position.best_val_loss
+        found = {"val_loss": self.job.validation_loss(self.config.eval_windows)}
+        if step == self.config.steps:
+            found["val_loss_full"] = self.job.validation_loss(None)
+        self.position = dataclasses.replace(self.position, evaluated=step, **found)
+        if best is None or found["val_loss"] < best:
+            self.position = dataclasses.replace(self.position, best_step=step, best_val_loss=found["val_loss"])
         if self.records:
-            self.records.plot(self.job.report.unigram_entropy)
+            self.records.metrics(step, **found)
+            self.records.sync()
+            record_evaluation(self.config.out, self.position, self.config)
+        self.display.evaluated(step, found["val_loss"])
+
+    def _show(self, sample: bool) -> None:
+        """What a person looks at: comes last, and may fail."""
+        guard = self.display.guard
+        if sample:
+            with guard("the sample"):
+                self.display.sampled(self.job.sample())
+        if self.records:
+            with guard(PLOT):
+                self.records.plot(self.job.report.unigram_entropy)
 
     def _result(self, interrupted: bool) -> TrainResult:
         job, out, step = self.job, self.config.out, self.position.step
@@ -247,12 +286,14 @@ class _Run:
         mfu = model_flops_utilization(speed, job.flops_per_token, self.peak)
         memory = peak_memory(job.device)
         entropy = job.report.unigram_entropy
-        val_loss = self.position.val_loss if self.position.val_loss is not None and not interrupted else math.nan
+        val_loss, full = self.position.val_loss, self.position.val_loss_full
+        if interrupted or val_loss is None or full is None:
+            val_loss = full = math.nan
         if interrupted:
             self.display.say(f"interrupted: step {step} is saved; gptcore train --resume auto goes on from it")
         else:
             self.display.say(
-                f"validation loss {val_loss:.3f} nats per token, unigram entropy {entropy:.3f}; {speed:,.0f} tokens/s, "
-                f"MFU {mfu:.0%}, peak memory {memory / 2**20:,.0f} MiB; {out}/loss.png"
+                f"validation loss {full:.3f} nats per token of the whole text, unigram entropy {entropy:.3f}; "
+                f"{speed:,.0f} tokens/s, MFU {mfu:.0%}, peak memory {memory / 2**20:,.0f} MiB; {out}/loss.png"
             )
-        return TrainResult(step, val_loss, entropy, speed, mfu, memory, interrupted)
+        return TrainResult(step, val_loss, full, entropy, speed, mfu, memory, interrupted)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gptcore._files import save_figure
 from gptcore.train.config import TrainConfig
 from gptcore.train.display import Display
-from gptcore.train.folder import check_folder
+from gptcore.train.folder import locked_folder
 from gptcore.train.job import Job
 from gptcore.train.parallel import processes
 
@@ -42,13 +42,14 @@ def find_lr(
 ) -> LrSweep:
     """Trains a throw-away model with learning rates that grow from `low` to `high` by a constant factor a step.
 
-    It ends early where the loss leaves its lowest value behind. Only ``lr.png`` is written, into ``config.out``.
+    It ends early where the loss leaves its lowest value behind. Only ``lr.png`` is left, in ``config.out``.
 
     Source: Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, section 3.3; that a tenth of
     the rate of the lowest loss is a good one to start from is a rule of thumb.
 
     Raises:
         ValueError: as `train` does; several processes; a range that is none.
+        BlockingIOError: another process works in ``out``.
     """
     if not 0 < low < high < math.inf or steps < 2:
         raise ValueError(
@@ -57,32 +58,34 @@ def find_lr(
     with processes(config.device) as (world, device):
         if world.size > 1:
             raise ValueError(f"find_lr: got {world.size} processes; accepted is one")
-        check_folder(config.out)
-        job = Job(config, world, device)
-        job.model.train()
-        lrs: list[float] = []
-        losses: list[float] = []
-        with Display(progress, steps) as display:
-            for step in range(steps):
-                lr = low * (high / low) ** (step / (steps - 1))
-                loss, norm, _ = job.gradients()
-                if not math.isfinite(loss) or not math.isfinite(norm):
-                    break
-                lrs.append(lr)
-                losses.append(loss)
-                means = smoothed(losses)
-                if means[-1] > _DIVERGED * min(means):
-                    break
-                job.update(lr)
-                display.sweep(step + 1, lr, loss)
+        with locked_folder(config.out, world):
+            sweep = _sweep(Job(config, world, device), low, high, steps, progress)
+            _plot(sweep, config)
+    return sweep
+
+
+def _sweep(job: Job, low: float, high: float, steps: int, progress: bool) -> LrSweep:
+    job.model.train()
+    lrs: list[float] = []
+    losses: list[float] = []
+    with Display(progress, steps) as display:
+        for step in range(steps):
+            lr = low * (high / low) ** (step / (steps - 1))
+            loss, norm, _ = job.gradients()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                break
+            lrs.append(lr)
+            losses.append(loss)
+            means = smoothed(losses)
+            if means[-1] > _DIVERGED * min(means):
+                break
+            job.update(lr)
+            display.sweep(step + 1, lr, loss)
     means = smoothed(losses)
     if not means:
         raise FloatingPointError("the loss of the initial weights is not finite: no learning rate can be found")
     suggestion = lrs[means.index(min(means))] / 10
-    sweep = LrSweep(tuple(lrs), tuple(means), suggestion)
-    config.out.mkdir(parents=True, exist_ok=True)
-    _plot(sweep, config)
-    return sweep
+    return LrSweep(tuple(lrs), tuple(means), suggestion)
 
 
 def _plot(sweep: LrSweep, config: TrainConfig) -> None:

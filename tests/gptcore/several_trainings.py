@@ -10,13 +10,15 @@ import resource
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from gptcore.train import train
+from gptcore.train.folder import locked_folder
 from gptcore.train.job import Job
-from gptcore.train.parallel import Replica, processes
+from gptcore.train.parallel import ALONE, Replica, processes
 from tests.gptcore.runs import config
 
 RANK = int(os.environ["RANK"])
@@ -79,6 +81,13 @@ def main(corpus: Path, folder: Path) -> None:
         except OSError as error:
             say(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with locked_folder(folder / "held", ALONE) if world.is_main else nullcontext():
+            world.barrier()
+            try:
+                run("held")
+            except BlockingIOError as error:
+                say(error)
+            world.barrier()
         loss = Replica.loss
         at_step(3, lambda: setattr(Replica, "loss", lambda *args, **options: loss(*args, **options) * torch.nan))
         try:

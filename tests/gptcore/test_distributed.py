@@ -48,9 +48,9 @@ def torchrun(*arguments: str) -> str:
 
 
 def curves_agree(runs: Path, name: str) -> None:
-    for key in ("loss", "grad_norm", "val_loss"):
+    for key in ("loss", "grad_norm", "val_loss", "val_loss_full"):
         ours, alone = (torch.tensor(records(runs / n, key)) for n in (name, "one"))
-        assert len(ours) == {"loss": 8, "grad_norm": 8, "val_loss": 2}[key]
+        assert len(ours) == {"loss": 8, "grad_norm": 8, "val_loss": 2, "val_loss_full": 1}[key]
         torch.testing.assert_close(ours, alone, rtol=1e-4, atol=0)
 
 
@@ -106,6 +106,8 @@ def test_what_one_process_meets_stops_all(runs: Path):
         assert f"{rank}: stopped 3" in said  # the signal came to the second alone
         assert any(line.startswith(f"{rank}: step 3: the loss is nan") for line in said)
         assert f"{rank}: done" in said
+        held = (f"{runs}/held is in use by process ", f"the first process cannot have {runs}/held")[rank]
+        assert any(line.startswith(f"{rank}: out: {held}") for line in said)
         full = [line for line in said if line.startswith(f"{rank}: the checkpoint of step 4 could not be written")]
         assert len(full) == 1
         assert "process 1: " in full[0]

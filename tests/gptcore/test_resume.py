@@ -257,6 +257,35 @@ def test_the_last_ones_and_the_best_are_kept(corpus: Path, tmp_path: Path, monke
     assert [int(p.name[5:]) for p in checkpoints(tmp_path / "other")] == [5]
 
 
+@pytest.mark.parametrize("place", ["gptcore.train.job.Job.validation_loss", "gptcore.train.loop.record_evaluation"])
+def test_a_step_is_saved_before_it_is_evaluated(corpus: Path, whole: Path, part: Path, monkeypatch, place: str):
+    """Whatever an evaluation meets, its step is there, and going on evaluates it."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            go_on(corpus, part)
+    assert [p.name for p in checkpoints(part)] == [p.name for p in checkpoints(whole)]
+    go_on(corpus, part)
+    same_end(whole, part, "step-00000012")
+
+
+def test_a_checkpoint_of_the_first_format_goes_on(corpus: Path, whole: Path, part: Path):
+    """It knows no data, and its losses were measured otherwise: they are measured anew."""
+    path = part / "checkpoints/step-00000008/state.json"
+    state = json.loads(path.read_text()) | {"format": 1}
+    del state["data_digest"]
+    for name in ("evaluated", "val_loss_full"):
+        del state["position"][name]
+    state["position"] |= {"best_step": 4, "best_val_loss": 0.1}
+    path.write_text(json.dumps(state))
+    go_on(corpus, part)
+    same_end(whole, part, "step-00000012")
+
+
 def test_a_torn_last_line(corpus: Path, whole: Path, part: Path):
     with (part / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')

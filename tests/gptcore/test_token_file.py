@@ -162,6 +162,24 @@ def test_windows_cover_the_file_once(tmp_path: Path, batch_size: int) -> None:
     assert all(len(part) == batch_size for part, _ in batches[:-1])
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+@pytest.mark.parametrize(("count", "starts"), [(1, [8]), (2, [4, 12]), (3, [0, 8, 16]), (4, [0, 4, 12, 16]), (9, None)])
+def test_some_windows_are_spread_over_the_file(tmp_path: Path, batch_size: int, count: int, starts: list[int]) -> None:
+    file = write_tokens(tmp_path / "t.bin", list(range(23)))
+    x = torch.cat([part for part, _ in file.windows(4, batch_size, count)])
+    assert x[:, 0].tolist() == (starts or [0, 4, 8, 12, 16])
+
+
+def test_a_digest_is_of_the_ids_and_not_of_the_shards(tmp_path: Path) -> None:
+    ids = list(range(100))
+    whole = write_tokens(tmp_path / "t.bin", ids)
+    shards = TokenFile.open_shards(tmp_path, "t", write_shards(tmp_path, [100], 30).shards)
+    assert shards.digest() == whole.digest()
+    others = [ids[:-1], ids[1:], [*ids, 0], [*ids[:50], 0, *ids[51:]], [*ids[50:], *ids[:50]]]
+    digests = [write_tokens(tmp_path / f"{i}.bin", other).digest() for i, other in enumerate(others)]
+    assert len({whole.digest(), *digests}) == 6
+
+
 @pytest.mark.parametrize("use", [lambda file: file.batch(1, 8), lambda file: file.windows(8)])
 def test_a_file_shorter_than_a_window(tmp_path: Path, use: Callable[[TokenFile], object]) -> None:
     file = write_tokens(tmp_path / "t.bin", list(range(8)))

@@ -43,16 +43,55 @@ def test_a_run_learns_and_leaves_a_model_that_loads(corpus: Path, tmp_path: Path
     result = run(corpus, tmp_path / "run", steps=120, batch_size=8, eval_interval=60, warmup=10)
     assert result.steps == 120
     assert not result.interrupted
-    assert result.val_loss < result.unigram_entropy - 1
+    assert result.val_loss_full < result.unigram_entropy - 1
     model = GPT.from_pretrained(tmp_path / "run", kernels="reference")
     from gptcore.data.prepare import open_split
 
     again = evaluate(model, open_split(corpus, "val"), 8, None, torch.device("cpu"))
-    assert again == pytest.approx(result.val_loss, rel=1e-6)
+    assert again == pytest.approx(result.val_loss_full, rel=1e-6)
+    assert records(tmp_path / "run", "val_loss_full") == [result.val_loss_full]
     assert records(tmp_path / "run", "val_loss")[-1] == result.val_loss
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes()
     assert [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")] == []
+
+
+def test_every_evaluation_takes_the_same_windows_of_the_whole_text(corpus: Path, tmp_path: Path):
+    from gptcore.data.prepare import open_split
+
+    result = run(corpus, tmp_path / "run", steps=2, eval_interval=2, eval_windows=3)
+    model = GPT.from_pretrained(tmp_path / "run", kernels="reference").eval()
+    windows = list(open_split(corpus, "val").windows(16))
+    with torch.no_grad():
+        losses = [float(model.loss(x, y)) for x, y in windows]
+    count = len(losses)
+    spread = [losses[count // 6], losses[count // 2], losses[count * 5 // 6]]
+    assert result.val_loss == pytest.approx(sum(spread) / 3, rel=1e-6)
+    assert result.val_loss_full == pytest.approx(sum(losses) / count, rel=1e-6)
+    every = run(corpus, tmp_path / "all", steps=2, eval_interval=2, eval_windows=count + 1)
+    assert every.val_loss == every.val_loss_full == result.val_loss_full
+    with pytest.raises(ValueError, match=rf"eval_windows: got 4; accepted when resuming is the run's, {count + 1}"):
+        run(corpus, tmp_path / "all", eval_windows=4, resume="always")
+
+
+def test_a_signal_is_one_for_a_second_and_then_acts_as_usual(monkeypatch):
+    from types import SimpleNamespace
+
+    from gptcore.train.loop import _stops_at_signals
+
+    clock = iter([10.0, 10.9, 11.1])
+    monkeypatch.setattr("gptcore.train.loop.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with _stops_at_signals() as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopped.is_set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Killed(Exception):
@@ -206,6 +245,12 @@ def test_resuming_what_does_not_fit(corpus: Path, tmp_path: Path):
         (ValueError, r"clip: got -1", {"clip": -1.0}),
         (ValueError, r"preset: got 'huge'", {"preset": "huge"}),
         (ValueError, r"context=100000 needs at least 100001", {"context": 100000}),
+        (
+            ValueError,
+            r"sample_prompt: got ''; accepted is a text of one token",
+            {"sample_prompt": "", "sample_tokens": 4},
+        ),
+        (ValueError, rf"seed: got {10**30}; accepted are integers between -2\*\*63 and 2\*\*63", {"seed": 10**30}),
         (ValueError, r"overwrite: got True with resume always", {"resume": "always", "overwrite": True}),
     ],
 )
@@ -229,6 +274,22 @@ def test_data_of_another_tokenizer(corpus: Path, tmp_path: Path):
     Tokenizer.train(["something else entirely, " * 50], vocab_size=280).save(tmp_path / "data" / "tokenizer.json")
     with pytest.raises(ValueError, match="made with another tokenizer"):
         run(tmp_path / "data", tmp_path / "run")
+
+
+def test_only_the_data_that_a_run_began_with_goes_on(corpus: Path, tmp_path: Path):
+    import shutil
+
+    from gptcore.data.prepare import prepare
+
+    (tmp_path / "text.txt").write_text("7 plus 9 is 16. " * 400)
+    prepare(tmp_path / "text.txt", tmp_path / "other", tokenizer=corpus / "tokenizer.json", progress=False)
+    shutil.copytree(corpus, tmp_path / "copy")
+    run(corpus, tmp_path / "run", steps=4)
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"data: the tokens in {tmp_path}/other .* not those .* from, in {corpus} \("):
+        run(tmp_path / "other", tmp_path / "run", resume="always")
+    assert contents(tmp_path / "run") == before
+    assert run(tmp_path / "copy", tmp_path / "run", resume="always").steps == 8
 
 
 @pytest.mark.parametrize("mask", [False, True])

@@ -71,6 +71,15 @@ def test_a_bad_file_is_one_line(capsys, tmp_path: Path, monkeypatch, text: str, 
     assert error.count("\n") == 1
 
 
+def test_a_home_folder_in_a_file(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("data: ~/data\nout: ~/runs/one\n")
+    options = Train.parse(["--config", "~/run.yaml"])
+    assert (options.data, options.out) == (tmp_path / "data", tmp_path / "runs/one")
+    assert Train.parse(["--data=~/data", "--out", "x"]).data == tmp_path / "data"
+    assert Train.parse(["--config=~/run.yaml", "--out=~/runs/two"]).out == tmp_path / "runs/two"
+
+
 def test_a_missing_file_and_missing_options(capsys, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, _, error = gptcore(capsys, "train", "--config", "nowhere.yaml", "--data", "x", "--out", "y")
@@ -140,7 +149,15 @@ def test_peaks(monkeypatch):
 def test_timings_are_apart_from_what_is_repeatable(corpus: Path, tmp_path: Path):
     result = train(config(corpus, tmp_path / "run", steps=3), progress=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {key for line in lines for key in line} == {"step", "loss", "lr", "grad_norm", "tokens", "val_loss"}
+    assert {key for line in lines for key in line} == {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "val_loss",
+        "val_loss_full",
+    }
     timings = [json.loads(line) for line in (tmp_path / "run" / "timings.jsonl").read_text().splitlines()]
     assert [line["step"] for line in timings] == [1, 2, 3]
     for line in timings:
@@ -213,6 +230,9 @@ def test_a_curve_in_text():
     assert len({len(line) for line in chart(list(range(1000)), 40, 5)}) == 1
 
 
+AS_IT_IS = "a [bold]list[/bold] :end: $$x_1$$ [0]"  # markup, an emoji's code and mathematics to others
+
+
 def shown(terminal: bool, **sizes) -> str:
     from rich.console import Console
 
@@ -221,7 +241,8 @@ def shown(terminal: bool, **sizes) -> str:
     with Display(True, 40, console=console) as display:
         for step in range(1, 41):
             display.step(step, 5 - step / 10, 0.5, 1234.0, 0.25)
-        display.evaluated(40, 1.5, "and so on")
+        display.evaluated(40, 1.5)
+        display.sampled(AS_IT_IS)
     return out.getvalue()
 
 
@@ -229,7 +250,7 @@ def test_lines_where_there_is_no_terminal():
     lines = shown(terminal=False).splitlines()
     assert lines[0] == "step 2/40: loss 4.800, 1,234 tokens/s, MFU 25%, 0:19 left"
     assert len(lines) == 20 + 2
-    assert lines[-2:] == ["step 40: validation loss 1.500", "  and so on"]
+    assert lines[-2:] == ["step 40: validation loss 1.500", f"  {AS_IT_IS}"]
     assert "\x1b" not in "".join(lines)
 
 
@@ -239,7 +260,7 @@ def test_a_live_view_in_a_terminal():
     assert "40/40" in said
     assert "loss 1.000, 1,234 tokens/s, MFU 25%" in said
     assert "4.900" in said  # the curve's highest point
-    assert "and so on" in said
+    assert AS_IT_IS in said
     assert "step 2/40" not in said
 
 
