@@ -296,6 +296,8 @@ def test_a_keyword_that_we_do_not_know_goes_to_the_layers_own_attention():
     expected = (q @ k.mT * 0.5 + shift + allowed).softmax(dim=-1)
     torch.testing.assert_close(weights, expected)
     torch.testing.assert_close(out, (expected @ v).transpose(1, 2))
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(Layer(), q, k, v, mask, scaling=0.5, shift=shift)[0], out)
     known = {"position_ids": torch.arange(6)[None], "cu_seq_lens_q": None, "use_cache": True, "sliding_window": 4}
     assert attend(Layer(), q, k, v, mask, scaling=0.5, **known)[1] is None
 

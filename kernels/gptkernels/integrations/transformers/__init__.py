@@ -1,8 +1,8 @@
 """Hugging Face transformers on this library's kernels.
 
 Importing this registers the attention: ``from_pretrained(..., attn_implementation="gptkernels")`` and
-``model.set_attn_implementation("gptkernels")`` then work. `accelerate_model` does that and the rest: norms, activations,
-rotary embeddings, gated MLPs and the loss.
+``model.set_attn_implementation("gptkernels")`` then work, for models that "sdpa" serves: transformers does not ask whether
+it does. `accelerate_model` asks, and does the rest: norms, activations, rotary embeddings, gated MLPs and the loss.
 
 >>> import torch, gptkernels
 >>> from transformers import GPT2Config, GPT2LMHeadModel

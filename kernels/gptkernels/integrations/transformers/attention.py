@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import itertools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -97,6 +98,17 @@ _KNOWN = frozenset({
 """Arguments that change nothing that the mask does not say: what a forward hands down to whoever may want it."""
 
 
+def _once(read: Callable[[type], Any]) -> Callable[[type], Any]:
+    """Reads a class once; to `torch.compile`, which is not to trace how we read code, the result is a constant."""
+    cached = functools.cache(read)
+
+    @torch.compiler.assume_constant_result
+    def result(layer: type) -> Any:
+        return cached(layer)
+
+    return result
+
+
 def _functions(layer: type) -> Iterator[types.FunctionType]:
     """The functions that a layer's class is made of, those of its bases after its own."""
     for base in layer.__mro__:
@@ -107,17 +119,22 @@ def _functions(layer: type) -> Iterator[types.FunctionType]:
                     yield function
 
 
-@functools.cache
 def own_eager(layer: type) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     """The eager attention that a layer names beside the interface, of its own file; it takes additive masks."""
+    file, _, name = _own_eager_name(layer).rpartition(".")
+    return getattr(sys.modules[file], name) if name else None
+
+
+@_once
+def _own_eager_name(layer: type) -> str:
     for function in _functions(layer):
         for name in function.__code__.co_names:
             if name.endswith("eager_attention_forward") and name in function.__globals__:
-                return function.__globals__[name]
-    return None
+                return f"{function.__module__}.{name}"
+    return ""
 
 
-@functools.cache
+@_once
 def chooses_by_name(layer: type) -> bool:
     """Whether a layer's code compares the attention's name with "sdpa": for names of others it computes something else."""
     for function in _functions(layer):
