@@ -107,12 +107,13 @@ def _attend(
         scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
         out, lse = _explicit(query, key, value, visible, scale, kept, dropout.rescale(dropout_p))
         return (out, lse) if return_lse else out
-    grouped = bool(query.shape[1] != key.shape[1])  # of compiled code's sizes it is a symbol, which SDPA does not take
+    # A branch, not the comparison itself: of sizes that torch.compile leaves open that is a symbol, which SDPA does not take.
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     if visible is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, **grouped)
     sees_any = visible.any(dim=-1, keepdim=True)
     out = F.scaled_dot_product_attention(  # as in `_explicit`: rows without a key see everything, then are discarded
-        query, key, value, attn_mask=visible | ~sees_any, scale=scale, enable_gqa=grouped
+        query, key, value, attn_mask=visible | ~sees_any, scale=scale, **grouped
     )
     return out.masked_fill(~sees_any, 0.0)
 

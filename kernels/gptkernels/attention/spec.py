@@ -146,7 +146,7 @@ SPEC = OpSpec(
         _case(2, 2, 1, 16, keys=150, left_padding=(149, 3)),
         _case(2, 2, 40, 16, dropout_p=0.3),
         _case(1, 4, 33, 24, keys=50, kv_heads=2, is_causal=False, dropout_p=0.7),
-        _case(2, 2, 4, 16, keys=70, window=20, dropout_p=0.1, left_padding=(0, 66)),
+        _case(2, 2, 4, 16, keys=71, window=20, dropout_p=0.1, left_padding=(0, 67)),
         _case(2, 2, 40, 16, return_lse=True),
         _case(2, 2, 5, 16, keys=70, is_causal=False, lengths=(70, 9), return_lse=True),
         _case(1, 2, 35, 16, window=5, dropout_p=0.2, return_lse=True),
