@@ -81,11 +81,11 @@ def tile(direction: str, arch: str, itemsize: int, block_d: int, has_dropout: bo
     return row[_DIRECTIONS.index(direction)]
 
 
-def whole_rows(keys: int, block_d: int) -> Tile | None:
-    """The backward's tile for so few `keys` (a power of 2) of float32 inputs that it holds them all; None for more.
+def whole_rows(keys: int, block_d: int) -> tuple[Tile, Tile] | None:
+    """Tiles of dK with dV and of dQ that hold all `keys` (a power of 2) of float32 inputs; None for more than fit.
 
     Weights and what softmax's backward subtracts are then made within the tile, as the textbook makes them: a lone key's
     gradient is exactly 0, where sums that were rounded apart would leave their difference.
     """
     block_n = max(16, keys)
-    return Tile(16, block_n, 8, 1) if block_n <= min(64, 8192 // block_d) else None
+    return (Tile(16, block_n, 8, 1), Tile(16, block_n, 8, 2)) if block_n <= min(64, 4096 // block_d) else None

@@ -201,7 +201,7 @@ def attention_backward(
     shifts, sums = _shifts_and_sums(statistics)
     whole = sums is not None and whole_rows(next_power_of_2(p.max_keys), p.block_d)
     if whole:
-        dkdv, dq, sums = whole, whole, None
+        (dkdv, dq), sums = whole, None
     delta = torch.empty_like(shifts)
     inputs = (query, key, value, grad_out, shifts, sums, delta)
     numbers = (scale, scale * LOG2_E, *p.options, *p.sizes)
