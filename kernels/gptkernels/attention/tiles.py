@@ -18,6 +18,10 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def at_most(self, queries: int) -> Tile:
+        """With fewer queries where there are no more than `queries`, a power of 2."""
+        return replace(self, block_m=min(self.block_m, max(16, queries)))
+
 
 # Columns: the forward, dK/dV, dQ, the forward of few queries. Rows: padded head_dim up to 64, 128, 256.
 _Row = tuple[Tile, Tile, Tile, Tile]
@@ -55,34 +59,33 @@ _FLOAT32: _Table = {  # IEEE products, on the general units and within 99 kB: sm
     128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
     256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 4, 2)),
 }
+# With dropout, whose random numbers take registers of their own: 16-bit inputs by architecture, direction and head_dim.
+_DROPOUT = {
+    ("sm_80", "forward", 128): Tile(128, 32, 8, 3),
+    ("sm_90", "dkdv", 128): Tile(16, 128, 8, 2),
+}
 _DIRECTIONS = ("forward", "dkdv", "dq", "decode")
 _BY_ARCH = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_103": _BLACKWELL, "hip": _HIP}
 # In the interpreter a tile costs the same whatever its size; small ones bring several into short test sequences.
 _INTERPRETER = Tile(32, 16, 1, 1)
 
 
-def tile(direction: str, arch: str, itemsize: int, block_d: int) -> Tile:
+def tile(direction: str, arch: str, itemsize: int, block_d: int, has_dropout: bool = False) -> Tile:
     """The launch configuration of a direction on `arch` for elements of `itemsize` bytes."""
     if arch == "interpreter":
         return _INTERPRETER
+    if has_dropout and itemsize == 2 and (arch, direction, block_d) in _DROPOUT:
+        return _DROPOUT[arch, direction, block_d]
     table = _FLOAT32 if itemsize == 4 else _BY_ARCH.get(arch, _CONSUMER)
     row = table[64 if block_d <= 64 else block_d]
     return row[_DIRECTIONS.index(direction)]
 
 
-def dkdv_tile(arch: str, itemsize: int, block_d: int, queries: int, dropout: bool) -> Tile:
-    """That of dK and dV, with fewer queries where there are no more (`queries`: a power of 2) or registers are short."""
-    found = tile("dkdv", arch, itemsize, block_d)
-    if dropout and arch == "sm_90" and block_d == 128:  # its random numbers take the registers of half the queries
-        queries = 16
-    return replace(found, block_m=min(found.block_m, max(16, queries)))
-
-
-def whole_rows(keys: int, block_d: int) -> Tile | None:
-    """The backward's tile for so few `keys` (a power of 2) of float32 inputs that it holds them all; None for more.
+def whole_rows(keys: int, block_d: int) -> tuple[Tile, Tile] | None:
+    """Tiles of dK with dV and of dQ that hold all `keys` (a power of 2) of float32 inputs; None for more than fit.
 
     Weights and what softmax's backward subtracts are then made within the tile, as the textbook makes them: a lone key's
     gradient is exactly 0, where sums that were rounded apart would leave their difference.
     """
     block_n = max(16, keys)
-    return Tile(16, block_n, 8, 1) if block_n <= min(64, 8192 // block_d) else None
+    return (Tile(16, block_n, 8, 1), Tile(16, block_n, 8, 2)) if block_n <= min(64, 4096 // block_d) else None

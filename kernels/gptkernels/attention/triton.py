@@ -18,7 +18,7 @@ from torch import Tensor
 from gptkernels._triton import FP_FUSION, architecture, multiprocessors, next_power_of_2, on_device
 from gptkernels.attention import dropout
 from gptkernels.attention.api import empty_like_heads
-from gptkernels.attention.tiles import dkdv_tile, tile, whole_rows
+from gptkernels.attention.tiles import tile, whole_rows
 from gptkernels.attention.triton_backward import _delta_kernel, _dkdv_kernel, _dq_kernel
 from gptkernels.attention.triton_forward import _combine_kernel, _decode_kernel, _forward_kernel
 
@@ -125,7 +125,7 @@ def attention_forward(
     if few and not p.packed and not p.has_dropout:
         _decode(p, query, key, value, scale, out, statistics)
         return out, statistics
-    t = tile("forward", architecture(query), query.dtype.itemsize, p.block_d)
+    t = tile("forward", architecture(query), query.dtype.itemsize, p.block_d, p.has_dropout)
     with on_device(query):
         _forward_kernel[(triton.cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,)](
             query, key, value, out, shifts, sums, *p.tensors, scale * LOG2_E, *p.options, *p.sizes, p.max_queries,
@@ -196,12 +196,12 @@ def attention_backward(
     query, key, value, grad_out = _readable(query), _readable(key), _readable(value), _readable(grad_out)
     grad_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
     arch, itemsize = architecture(query), query.dtype.itemsize
-    dkdv = dkdv_tile(arch, itemsize, p.block_d, next_power_of_2(p.max_queries), p.has_dropout)
-    dq = tile("dq", arch, itemsize, p.block_d)
+    dkdv = tile("dkdv", arch, itemsize, p.block_d, p.has_dropout).at_most(next_power_of_2(p.max_queries))
+    dq = tile("dq", arch, itemsize, p.block_d, p.has_dropout)
     shifts, sums = _shifts_and_sums(statistics)
     whole = sums is not None and whole_rows(next_power_of_2(p.max_keys), p.block_d)
     if whole:
-        dkdv, dq, sums = whole, whole, None
+        (dkdv, dq), sums = whole, None
     delta = torch.empty_like(shifts)
     inputs = (query, key, value, grad_out, shifts, sums, delta)
     numbers = (scale, scale * LOG2_E, *p.options, *p.sizes)
