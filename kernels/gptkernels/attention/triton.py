@@ -203,7 +203,7 @@ def attention_backward(
     if whole:
         (dkdv, dq), sums = whole, None
     delta = torch.empty_like(shifts)
-    inputs = (query, key, value, grad_out, shifts, sums, delta)
+    inputs = (query, key, value, grad_out, shifts, sums, delta, grad_lse)
     numbers = (scale, scale * LOG2_E, *p.options, *p.sizes)
     strides = (*p.strides(query, key, value, grad_out), *p.statistics_strides)
     flags = {**p.flags, "HAS_DROPOUT": p.has_dropout, "PACKED": p.packed, "WHOLE_ROWS": bool(whole)}

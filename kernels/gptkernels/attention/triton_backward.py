@@ -17,7 +17,8 @@ def _delta_kernel(
 ):  # fmt: skip
     """delta = rowsum(out * dout) - dlse: what softmax's backward subtracts from every row of dP.
 
-    With `SUMS` it is divided by the row's sum, as dout is where dP is made. With WHOLE_ROWS it is -dlse alone.
+    With `SUMS` it is rowsum(out * dout) alone, divided by the row's sum, as dout is where dP is made; dP - delta cancels,
+    and dlse is added after it. With WHOLE_ROWS it is -dlse alone.
     """
     blocks = tl.cdiv(MAX_QUERIES, BLOCK_M)
     program = tl.program_id(0)
@@ -44,11 +45,8 @@ def _delta_kernel(
             dout *= _reciprocals(SUMS, statistics, queries < Tq)[:, None]
             products = tl.dot(dout, tl.trans(out), input_precision="ieee")
             delta = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), axis=1)
-    if HAS_DLSE:
-        dlse = tl.load(DLSE + statistics, mask=queries < Tq, other=0.0)
-        if SUMS is not None:
-            dlse *= _reciprocals(SUMS, statistics, queries < Tq)
-        delta -= dlse
+    if HAS_DLSE and SUMS is None:
+        delta -= tl.load(DLSE + statistics, mask=queries < Tq, other=0.0)
     tl.store(DELTA + statistics, delta, mask=queries < Tq)
 
 
@@ -71,7 +69,7 @@ def _whole_rows_weights(s, seen, scale, AXIS: tl.constexpr):
 
 @triton.jit
 def _dkdv_loop(
-    dk, dv, k, v, Q, DOUT, SHIFTS, SUMS, DELTA, statistics, start, end, keys, seen, start_n, diagonal, window, scale, Tq,
+    dk, dv, k, v, Q, DOUT, SHIFTS, SUMS, DELTA, DLSE, statistics, start, end, keys, seen, start_n, diagonal, window, scale, Tq,
     stride_qt, stride_dt, seed, head, threshold, rescale,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DROPOUT: tl.constexpr, EVEN_Q: tl.constexpr,
     WHOLE_ROWS: tl.constexpr,
@@ -106,7 +104,8 @@ def _dkdv_loop(
                 pt = tl.where(shown, pt, 0.0)
         do = load_tile(DOUT + do_offsets, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
         if SUMS is not None:
-            do *= _reciprocals(SUMS, statistics + queries, inside)[:, None]
+            reciprocals = _reciprocals(SUMS, statistics + queries, inside)
+            do *= reciprocals[:, None]
         if HAS_DROPOUT:  # dv is rescaled when it is stored
             keep = tl.trans(kept(seed, head, queries, start_n, threshold, BLOCK_M, BLOCK_N))
             dv = tl.dot(tl.where(keep, pt, 0.0).to(do.dtype), do, dv, input_precision="ieee")
@@ -118,7 +117,10 @@ def _dkdv_loop(
             dpt = tl.where(keep, dpt * rescale, 0.0)
         if WHOLE_ROWS:  # rowsum(out * dout), by the weights themselves
             dpt -= tl.sum(pt * tl.where(visible, dpt, 0.0), axis=0)[None, :]
-        dst = pt * (dpt - delta[None, :])
+        dpt -= delta[None, :]
+        if SUMS is not None and DLSE is not None:
+            dpt += (tl.load(DLSE + statistics + queries, mask=inside, other=0.0) * reciprocals)[None, :]
+        dst = pt * dpt
         dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
         Q += BLOCK_M * stride_qt
         DOUT += BLOCK_M * stride_dt
@@ -127,7 +129,7 @@ def _dkdv_loop(
 
 @triton.jit
 def _dkdv_kernel(
-    Q, K, V, DOUT, SHIFTS, SUMS, DELTA, DK, DV, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
+    Q, K, V, DOUT, SHIFTS, SUMS, DELTA, DLSE, DK, DV, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
     scale, scale_log2, rescale, threshold, window, H, GROUP, Tq, Tk, MAX_KEYS,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_db, stride_dh, stride_dt, stride_lb, stride_lh,
@@ -191,19 +193,19 @@ def _dkdv_kernel(
         statistics = batch * stride_lb + head * stride_lh + first_query
         # The loop without a mask comes first: ptxas spills less than with the diagonal first.
         dk, dv = _dkdv_loop(
-            dk, dv, k, v, q_head, do_head, SHIFTS, SUMS, DELTA, statistics, from_, to, keys, seen, start_n,
+            dk, dv, k, v, q_head, do_head, SHIFTS, SUMS, DELTA, DLSE, statistics, from_, to, keys, seen, start_n,
             diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
             False, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if IS_CAUSAL:
             dk, dv = _dkdv_loop(
-                dk, dv, k, v, q_head, do_head, SHIFTS, SUMS, DELTA, statistics, first, from_, keys, seen, start_n,
+                dk, dv, k, v, q_head, do_head, SHIFTS, SUMS, DELTA, DLSE, statistics, first, from_, keys, seen, start_n,
                 diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
                 True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         if HAS_WINDOW:
             dk, dv = _dkdv_loop(
-                dk, dv, k, v, q_head, do_head, SHIFTS, SUMS, DELTA, statistics, to, last, keys, seen, start_n,
+                dk, dv, k, v, q_head, do_head, SHIFTS, SUMS, DELTA, DLSE, statistics, to, last, keys, seen, start_n,
                 diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
                 True, HAS_WINDOW, HAS_DROPOUT, EVEN_Q, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
@@ -220,7 +222,7 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_loop(
-    dq, q, do, shift, delta, K, V, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
+    dq, q, do, shift, delta, dlse, K, V, KEY_MASK, start, end, queries, keys_end, diagonal, window, scale,
     stride_kt, stride_vt, seed, head, threshold, rescale,
     MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, WHOLE_ROWS: tl.constexpr,
@@ -250,7 +252,10 @@ def _dq_loop(
             dp = tl.where(kept(seed, head, queries, n, threshold, BLOCK_M, BLOCK_N), dp * rescale, 0.0)
         if WHOLE_ROWS:  # rowsum(out * dout), by the weights themselves
             dp -= tl.sum(p * tl.where(seen, dp, 0.0), axis=1)[:, None]
-        ds = p * (dp - delta[:, None])
+        dp -= delta[:, None]
+        if dlse is not None:
+            dp += dlse[:, None]
+        ds = p * dp
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         K += BLOCK_N * stride_kt
         V += BLOCK_N * stride_vt
@@ -259,7 +264,7 @@ def _dq_loop(
 
 @triton.jit
 def _dq_kernel(
-    Q, K, V, DOUT, SHIFTS, SUMS, DELTA, DQ, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
+    Q, K, V, DOUT, SHIFTS, SUMS, DELTA, DLSE, DQ, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
     scale, scale_log2, rescale, threshold, window, H, GROUP, Tq, Tk, MAX_QUERIES,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_db, stride_dh, stride_dt, stride_lb, stride_lh, stride_gb, stride_gh, stride_gt,
@@ -304,21 +309,25 @@ def _dq_kernel(
     if SUMS is not None:
         q *= scale_log2
         scale_log2 = 1.0
-        do *= _reciprocals(SUMS, statistics, queries < Tq)[:, None]
+        reciprocals = _reciprocals(SUMS, statistics, queries < Tq)
+        do *= reciprocals[:, None]
+    dlse = None
+    if SUMS is not None and DLSE is not None:
+        dlse = tl.load(DLSE + statistics, mask=queries < Tq, other=0.0) * reciprocals
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if HAS_WINDOW:
         dq = _dq_loop(
-            dq, q, do, shift, delta, K, V, KEY_MASK, begin, from_, queries, keys_end, diagonal, window,
+            dq, q, do, shift, delta, dlse, K, V, KEY_MASK, begin, from_, queries, keys_end, diagonal, window,
             scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
             True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     dq = _dq_loop(
-        dq, q, do, shift, delta, K, V, KEY_MASK, from_, to, queries, keys_end, diagonal, window,
+        dq, q, do, shift, delta, dlse, K, V, KEY_MASK, from_, to, queries, keys_end, diagonal, window,
         scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
         False, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     dq = _dq_loop(
-        dq, q, do, shift, delta, K, V, KEY_MASK, to, end, queries, keys_end, diagonal, window,
+        dq, q, do, shift, delta, dlse, K, V, KEY_MASK, to, end, queries, keys_end, diagonal, window,
         scale_log2, stride_kt, stride_vt, seed, head, threshold, rescale,
         True, IS_CAUSAL, HAS_MASK, HAS_WINDOW, HAS_DROPOUT, WHOLE_ROWS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
