@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
+# The same problems on every run, as CI draws them: a failure is a change's, not a day's.
+hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("same")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # Several workers (pytest -n) share the cores: with a thread of each for every core they would mostly wait for one another.

@@ -71,6 +71,11 @@ def architecture(x: Tensor) -> str:
     return _device(x)[1]
 
 
+def cdiv(n: int, by: int) -> int:
+    """``ceil(n / by)``; triton.cdiv is for constants of kernels too, and typed so."""
+    return -(-n // by)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -119,9 +124,9 @@ def share_rows(
     16 warps a multiprocessor: few enough that their partial sums cost little to write and add. Memory is kept busy by
     loading two steps of `read` ahead (STAGES), where shared memory has the room.
     """
-    blocks, steps = triton.cdiv(columns, tile["BLOCK"]), triton.cdiv(rows, tile["ROWS"])
+    blocks, steps = cdiv(columns, tile["BLOCK"]), cdiv(rows, tile["ROWS"])
     programs = max(1, 16 * multiprocessors(read[0]) // (tile["num_warps"] * blocks))
-    shares = triton.cdiv(steps, triton.cdiv(steps, programs))  # even ones
+    shares = cdiv(steps, cdiv(steps, programs))  # even ones
     ahead = 2 * tile["ROWS"] * tile["BLOCK"] * sum(t.element_size() for t in read)
     room = _SHARED_KIB.get(architecture(read[0]), 96) * 1024
     return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1}
@@ -152,5 +157,5 @@ def sum_partials(partial: Tensor, totals: list[Tensor]) -> None:
     parts, count, columns = partial.shape
     tall = min(128, next_power_of_2(count))
     constants: dict[str, Any] = {"ROWS": tall, "BLOCK": 4096 // tall, "num_warps": 8} | FP_FUSION
-    grid = triton.cdiv(columns, constants["BLOCK"]), parts
+    grid = cdiv(columns, constants["BLOCK"]), parts
     _sum_partials_kernel[grid](partial, totals[0], totals[-1], count, columns, **constants)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ def _attend(
         out, lse = _explicit(query, key, value, visible, scale, kept, dropout.rescale(dropout_p))
         return (out, lse) if return_lse else out
     # A branch, not the comparison itself: of sizes that torch.compile leaves open that is a symbol, which SDPA does not take.
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    grouped: Any = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     if visible is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, **grouped)
     sees_any = visible.any(dim=-1, keepdim=True)
