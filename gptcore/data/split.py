@@ -66,6 +66,8 @@ class Split:
                 block = text.encode() if side == CUT and not in_val else b""
                 if position < self.cut <= position + len(block):
                     at = _place(block, self.cut - position, self.slack)
+                    if is_last and at == len(block) and position:  # one character, and the rest is for training
+                        at = 0
                     yield Piece(block[:at].decode(), False, True)
                     in_val = True
                     if rest := block[at:].decode():

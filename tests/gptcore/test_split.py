@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from gptcore.cli import main
@@ -190,6 +190,7 @@ def test_where_a_text_is_cut(text: str, wanted: int, slack: int, head: str) -> N
     size=st.integers(5, 30),
     share=st.floats(0.01, 0.99),
 )
+@example(text="a🙂", size=5, share=0.5)  # the last piece is one character, and the cut inside it
 def test_a_cut_loses_nothing_and_leaves_something_on_both_sides(
     tmp_path: Path, text: str, size: int, share: float
 ) -> None:
