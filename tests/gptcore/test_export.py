@@ -99,7 +99,7 @@ def test_other_peoples_special_tokens_and_generation_settings_go_along(tmp_path:
         "bos_token": {"content": "<s>"},
     }
     (theirs / "tokenizer_config.json").write_text(json.dumps(names | about))
-    generation = {"do_sample": False, "temperature": 0.6, "eos_token_id": [eos, end], "bos_token_id": bos}
+    generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [eos, end], "bos_token_id": bos}
     (theirs / "generation_config.json").write_text(json.dumps(generation))
     tokenizer = get_tokenizer(theirs)
     assert isinstance(tokenizer, PretrainedTokenizer)
