@@ -133,9 +133,8 @@ def draw_attention(
     weights = attention_weights(model, tokens, rows, columns)
     labels = [repr(tokenizer.decode([token]))[1:-1] for token in tokens]  # line ends and their like as they are typed
     single = len(rows) * len(columns) == 1
-    side = (
-        max(3.0, 0.28 * min(len(tokens), _LABELLED)) if single else 1.3
-    )  # inches: room for the labels, where there are some
+    # Inches: room for the labels, where there are some.
+    side = max(3.0, 0.28 * min(len(tokens), _LABELLED)) if single else 1.3
     figure = Figure(figsize=(side * len(columns) + 1.2, side * len(rows) + 0.9), layout="constrained")
     grid: list[list[Axes]] = figure.subplots(len(rows), len(columns), squeeze=False).tolist()
     image = None
