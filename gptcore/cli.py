@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -20,6 +18,7 @@ from gptcore._extras import MissingPackageError
 from gptcore.config import Kernels
 from gptcore.generate import Sampling
 from gptcore.train.config import TrainConfig, read_values
+from gptcore.train.guard import drop_unwritten
 
 if TYPE_CHECKING:
     from gptcore.models import GPT
@@ -402,7 +401,6 @@ class Train(TrainConfig):
         import gptkernels
 
         from gptcore.train import find_lr, train
-        from gptcore.train.guard import drop_unwritten
 
         if self.tune_allocator:
             gptkernels.tune_allocator()
@@ -441,8 +439,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         status = command.run()
     except BrokenPipeError:  # whoever read the output has gone, as `| head` does: what is left of it goes nowhere
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_unwritten()
         status = 141  # as shells have it for a command that such a pipe ended
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MissingPackageError) as error:
         print(f"gptcore: error: {error}", file=sys.stderr)
