@@ -15,16 +15,11 @@ from safetensors.torch import load_file
 from gptcore import GPT
 from gptcore.train import train
 from gptcore.train.checkpoint import newest
-from tests.gptcore.runs import config, contents, make_corpus, records
+from tests.gptcore.runs import config, contents, records
 
 pytestmark = pytest.mark.slow
 RUN = {"batch_size": 4, "accumulate": 2}
 STEPS = [f"step-{step:08d}" for step in (4, 8)]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

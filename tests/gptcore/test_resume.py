@@ -20,12 +20,7 @@ from gptcore import GPT
 from gptcore.train import train
 from gptcore.train.checkpoint import checkpoints
 from gptcore.weights import WeightsError
-from tests.gptcore.runs import config, contents, make_corpus, records
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+from tests.gptcore.runs import config, contents, records
 
 
 @pytest.fixture(scope="module")

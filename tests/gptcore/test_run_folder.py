@@ -12,18 +12,9 @@ import pytest
 from gptcore.train import find_lr, train
 from gptcore.train.folder import locked_folder
 from gptcore.train.parallel import ALONE
-from tests.gptcore.runs import config, contents, make_corpus
+from tests.gptcore.runs import config, contents
 
-
-@pytest.fixture(autouse=True)
-def _no_peak(monkeypatch) -> None:
-    """The measurement of the machine's peak takes most of a small run."""
-    monkeypatch.setattr("gptcore.train.loop.peak_flops", lambda *_: (1e12, "not measured"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+pytestmark = pytest.mark.usefixtures("no_peak")
 
 
 def test_a_folder_in_use_is_refused_with_its_holder(corpus: Path, tmp_path: Path):

@@ -15,12 +15,7 @@ from gptcore.tokenizer import get_tokenizer
 from gptcore.train import train
 from gptcore.train.job import evaluate, make_optimizer
 from gptcore.weights import WeightsError
-from tests.gptcore.runs import config, contents, make_corpus, records
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+from tests.gptcore.runs import config, contents, records
 
 
 def run(*args, **changes):

@@ -22,12 +22,7 @@ from gptcore.train.display import Display, chart
 from gptcore.train.hardware import listed_peak, measured_peak, model_flops_utilization, peak_flops
 from gptcore.train.lr_finder import smoothed
 from gptcore.train.parallel import World, checkpoint_activations
-from tests.gptcore.runs import config, contents, make_corpus, records
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+from tests.gptcore.runs import config, contents, records
 
 
 def gptcore(capsys, *arguments: object) -> tuple[int, str, str]:

@@ -17,7 +17,7 @@ from gptcore.train.checkpoint import newest
 from gptcore.train.guard import Guard, GuardedStream
 from gptcore.train.job import Job
 from gptcore.train.records import Records, read_records
-from tests.gptcore.runs import config, make_corpus, records
+from tests.gptcore.runs import config, records
 
 OPTIONS = (
     "--preset tiny --context 16 --batch-size 2 --steps 8 --warmup 2 --eval-interval 8 --eval-windows 2 --sample-tokens 3"
@@ -25,15 +25,7 @@ OPTIONS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_peak(monkeypatch) -> None:
-    """The measurement of the machine's peak takes most of a small run."""
-    monkeypatch.setattr("gptcore.train.loop.peak_flops", lambda *_: (1e12, "not measured"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+pytestmark = pytest.mark.usefixtures("no_peak")
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,7 @@ from gptkernels import replace_modules, restore_modules
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-
-class RMSNorm(nn.Module):
-    """As Hugging Face's Llama defines it."""
-
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(width))
-        self.variance_epsilon = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
+from tests.kernels.strangers import RMSNorm
 
 
 class ShiftedRMSNorm(RMSNorm):

@@ -57,13 +57,7 @@ def make(family: str) -> nn.Module:
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small spend their time on waking threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=FAMILIES)

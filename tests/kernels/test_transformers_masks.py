@@ -23,6 +23,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from tests.kernels.strangers import SIZES
+
 RULES = {
     "causal": (causal_mask_function, {}),
     "window": (
@@ -285,14 +287,6 @@ def test_a_mask_is_exported():
     assert any("gptkernels" in str(node.target) for node in exported.graph.nodes)
 
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
 OURS = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
     "mistral": lambda: transformers.MistralForCausalLM(

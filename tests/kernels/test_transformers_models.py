@@ -19,14 +19,8 @@ from gptkernels.integrations.transformers.attention import own_eager
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
+from tests.kernels.strangers import SIZES
+
 TEXT = {**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 VISION = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 IMAGE = {"image_size": 16, "patch_size": 8}
@@ -35,13 +29,7 @@ IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 PADDING = torch.tensor([[1] * 12, [0] * 5 + [1] * 7])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small spend their time on waking threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(kind: str, config: PreTrainedConfig) -> Any:
