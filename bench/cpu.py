@@ -253,7 +253,7 @@ def _training() -> Iterator[Row]:
         {"eager": stepper("reference"), "torch.compile": stepper("reference", compiled=True)},
         stepper("native"),
         TRAINED_IN,
-        flops=1024 * model.flops_per_token(512),
+        flops=model.flops((2, 512)),
         rounds=4,
     )
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gptcore.config import Kernels
+from gptcore.nn import Kernels
 
 KERNELS: tuple[Kernels, ...] = ("reference", "auto")
 

@@ -98,7 +98,7 @@ def training_table(training: dict[str, Any]) -> list[str]:
     rows.append("| --- | --- | --- | --- | --- |")
     for kernels, row in training["rows"].items():
         speed, memory = row["tokens_per_second"], f"{row['peak'] / 2**20:,.0f} MiB"
-        mfu = model_flops_utilization(speed, training["flops_per_token"], peak)
+        mfu = model_flops_utilization(speed * training["flops_per_token"], peak)
         rows.append(f"| `--kernels {kernels}` | {speed:,.0f} | {mfu:.0%} | {memory} | {row['val_loss']:.4f} |")
     return rows
 
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = flag.compare(options.data, steps=options.steps, **size)
         what = f"one sequence of {options.context} tokens, {options.data.name}"
         with torch.device("meta"):
-            flops = GPT(GPTConfig.preset(options.preset)).flops_per_token(options.context)
+            flops = GPT(GPTConfig.preset(options.preset)).flops((1, options.context)) / options.context
         dtype = "bf16" if multiplies_bf16(torch.device("cpu")) else "fp32"  # what gptcore train takes here
         saved["training"] = {
             "machine": about, "steps": options.steps, "preset": options.preset, "about": what, "rows": rows,

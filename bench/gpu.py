@@ -268,7 +268,7 @@ def _training_rows(plan: Plan) -> Iterator[Row]:
         ours,
         reference,
         BF16,
-        flops=batch * context * model.flops_per_token(context),
+        flops=model.flops((batch, context)),
         goal=Goal(1.0, "of the best peer's speed"),
         wall=True,
     )

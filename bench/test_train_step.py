@@ -46,7 +46,7 @@ def test_train_step(benchmark, contender: str):
     benchmark.pedantic(waiting(step), rounds=5 if device() == "cpu" else 30, warmup_rounds=2)
     seconds = benchmark.stats.stats.median
     rate = tokens[0].numel() / seconds
-    flops = rate * model.flops_per_token(config.context)
+    flops = model.flops((BATCH, config.context)) / seconds
     benchmark.extra_info.update(
         contender=contender,
         device=device(),

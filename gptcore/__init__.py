@@ -4,9 +4,8 @@
 >>> model = gptcore.GPT(gptcore.GPTConfig.preset("tiny", vocab_size=512))
 """
 
-from gptcore.config import GPTConfig
-from gptcore.models import GPT
-from gptcore.tokenizer import Tokenizer, get_tokenizer
+from gptcore.models import GPT, GPTConfig
+from gptcore.text import Tokenizer, get_tokenizer
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "GPTConfig", "Tokenizer", "__version__", "get_tokenizer"]

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gptcore import _extras, fetch
-from gptcore.data.records import (
+from gptcore import _extras, assets
+from gptcore.data.readers import (
     HUGGING_FACE,
     RECORD_SUFFIXES,
     dataset_state,
@@ -65,7 +65,7 @@ def documents(sources: str | Path | Sequence[str | Path], *, field: str = "text"
     A source is one of these; a file that several sources name comes once.
 
     - A file. It is one document, unless its name ends with one of
-      :data:`~gptcore.data.records.RECORD_SUFFIXES`, or with ``.json`` and it holds an array: then each record is one.
+      :data:`~gptcore.data.readers.RECORD_SUFFIXES`, or with ``.json`` and it holds an array: then each record is one.
       If its name ends with ``.gz``, it is unpacked as it is read.
     - A folder, searched to any depth for files with one of those endings or of :data:`TEXT_SUFFIXES`, ``.gz`` after
       it or not (names that begin with a dot are passed over, links to folders are not followed). What else there is,
@@ -167,8 +167,8 @@ def _is_named(source: str) -> bool:
 
 
 def _place(source: str) -> Path:
-    if (entry := fetch.CATALOGUE.get(source)) is not None and entry.kind == "text":
-        fetched = fetch.find(source)
+    if (entry := assets.CATALOGUE.get(source)) is not None and entry.kind == "text":
+        fetched = assets.find(source)
         if fetched is None:
             raise FileNotFoundError(f"source {source!r} has not been fetched; run: gptcore fetch {source}")
         return fetched

@@ -26,10 +26,10 @@ from gptcore._files import atomic_writer, folder_writer
 from gptcore.data.corpus import documents, source_list, sources_state, unread_files
 from gptcore.data.split import CHANGED, RULE, Advance, Piece, survey
 from gptcore.data.token_file import ShardWriter, TokenFile
-from gptcore.tokenizer import Tokenizer, get_tokenizer
+from gptcore.text.tokenizer import TOKENIZER, Tokenizer, get_tokenizer
 
 if TYPE_CHECKING:
-    from gptcore.pretrained_tokenizer import PretrainedTokenizer
+    from gptcore.text.pretrained import PretrainedTokenizer
 
 _FORMAT = "gptcore-corpus"
 _VERSION = 2
@@ -220,7 +220,7 @@ def prepare(
             lost_text=lost_text,
             unread_files=unread,
         )
-        used.save(temporary / "tokenizer.json")
+        used.save(temporary / TOKENIZER)
         _write_report(report, settings, temporary / _REPORT)
     if report.cut_documents:
         warnings.warn(_cut_in_two(report.cut_documents), stacklevel=2)
@@ -357,7 +357,7 @@ def _lost_text(encoded: Iterable[tuple[Piece, _Ids]], tokenizer: Tokenizer | Pre
 
     Spaces, case, accents and other ways to write a character do not count: there are good tokenizers that change them.
     """
-    from gptcore.pretrained_tokenizer import PretrainedTokenizer
+    from gptcore.text.pretrained import PretrainedTokenizer
 
     before, after = Counter[str](), Counter[str]()
     if isinstance(tokenizer, PretrainedTokenizer):  # ours give back every byte
@@ -418,7 +418,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _check(folder: Path, report: PrepareReport) -> None:
     """Raise ``ValueError`` or ``FileNotFoundError`` unless the folder holds what its report says."""
-    if get_tokenizer(folder / "tokenizer.json").fingerprint != report.tokenizer_fingerprint:
+    if get_tokenizer(folder / TOKENIZER).fingerprint != report.tokenizer_fingerprint:
         raise ValueError(f"tokenizer.json is another tokenizer than {_REPORT} says")
     open_split(folder, "train")
     open_split(folder, "val")

@@ -46,7 +46,7 @@ class TokenWriter:
     Args:
         path: the file to write; replaced if it exists.
         vocab_size: ids must be less; it decides between 2 and 4 bytes per id.
-        fingerprint: 32 hexadecimal digits, :attr:`gptcore.tokenizer.Tokenizer.fingerprint`.
+        fingerprint: 32 hexadecimal digits, :attr:`gptcore.text.tokenizer.Tokenizer.fingerprint`.
 
     Raises:
         ValueError: if ``vocab_size`` is not in 1 to 2**32 - 1 or ``fingerprint`` is not 32 hexadecimal

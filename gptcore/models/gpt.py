@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gptkernels import linear, linear_cross_entropy
 from torch import Tensor, nn
 
-from gptcore.config import GPTConfig
 from gptcore.generate import generate
-from gptcore.layers import Block, Documents, KeyValueCache, Norm, Surroundings, backend, rotary_tables
+from gptcore.models.gpt_config import GPTConfig
+from gptcore.models.model import Model, check_ids
+from gptcore.nn import MLP, AttentionArgs, Documents, KeyValueCache, Norm, SelfAttention, backend_of, rotary_tables
 
 
-class GPT(nn.Module):
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP. What it adds last is left to the next norm to add."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"bias": config.bias, "backend": backend_of(config.kernels)}
+        self.ln_1 = _norm(config)
+        self.attn = SelfAttention(
+            config.width, config.n_head, config.n_kv_head, causal=True, layer=layer, implementation=config.attention_impl,
+            dropout=config.dropout, **options,
+        )  # fmt: skip
+        self.ln_2 = _norm(config)
+        self.mlp = MLP(config.width, config.hidden, config.activation, **options)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, stream: Tensor, branch: Tensor | None, given: AttentionArgs
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(stream, branch)``, each ``(B, T, C)``, to the same after this block, and with explicit attention its weights.
+
+        The residual stream is the sum of the two.
+        """
+        normed, stream = self.ln_1(stream, branch)
+        attended, weights = self.attn(normed, given)  # weights: (B, H, T, keys)
+        normed, stream = self.ln_2(stream, self.dropout(attended))
+        return stream, self.dropout(self.mlp(normed)), weights
+
+
+def _norm(config: GPTConfig) -> Norm:
+    return Norm(config.width, config.norm, config.eps, backend=backend_of(config.kernels))
+
+
+class GPT(Model):
     """Token embedding, pre-norm residual blocks of causal attention and an MLP, a last norm, and the output layer.
 
     By default GPT-2: learned positions, layer norms, GELU, biases, output weights tied to the embedding. `GPTConfig` has
@@ -26,17 +58,26 @@ class GPT(nn.Module):
     Efficient Foundation Language Models", arXiv 2302.13971.
     """
 
+    config_class = GPTConfig
+    forward_methods = ("next_logits",)
+    config: GPTConfig
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.backend = backend_of(config.kernels)
         self.wte = nn.Embedding(config.vocab_size, config.width)
         self.wpe = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = Norm(config)
+        self.ln_f = _norm(config)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
         if self.wte.weight.device.type != "meta":
             self.init_weights()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.h
 
     @property
     def output_weight(self) -> Tensor:
@@ -44,7 +85,7 @@ class GPT(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def init_weights(self) -> None:
-        """Draws GPT-2's initial weights in place; what a model made on the meta device needs after ``to_empty``."""
+        """Draws GPT-2's initial weights in place."""
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -66,6 +107,7 @@ class GPT(nn.Module):
         *,
         targets: Tensor | None = None,
         documents: Documents | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
         return_attention: bool = False,
     ) -> Any:
         """Next-token logits at every position; with `targets` the loss instead.
@@ -75,7 +117,7 @@ class GPT(nn.Module):
         Args:
             tokens: ``(B, T)`` integer ids below vocab_size.
             cache: holds the keys and values of earlier tokens, and takes these ones'; positions go on from it.
-            targets, documents: see `loss`.
+            targets, documents, reduction: see `loss`.
             return_attention: also return the attention weights (needs ``attention_impl="explicit"``).
 
         Returns:
@@ -93,7 +135,7 @@ class GPT(nn.Module):
                 raise ValueError("targets: got them beside a cache or return_attention; accepted are targets alone")
             if documents is not None and self.config.attention_impl == "explicit":
                 raise ValueError('documents: got them with explicit attention; accepted is attention_impl="fused"')
-            return self._loss(tokens, targets, documents)
+            return self._loss(tokens, targets, documents, reduction)
         if documents is not None:
             raise ValueError("documents: got them without targets; accepted are both")
         if return_attention and self.config.attention_impl != "explicit":
@@ -102,91 +144,77 @@ class GPT(nn.Module):
                 'accepted is "explicit"'
             )
         x, weights = self._features(tokens, cache)
-        logits = linear(x, self.output_weight, backend=backend(self.config))
+        logits = linear(x, self.output_weight, backend=self.backend)
         return (logits, weights) if return_attention else logits
 
     def next_logits(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits ``(B, vocab_size)`` after the last of `tokens` ``(B, T)`` alone: what generation needs."""
         x, _ = self._features(tokens, cache)
-        return linear(x[:, -1], self.output_weight, backend=backend(self.config))
+        return linear(x[:, -1], self.output_weight, backend=self.backend)
 
-    def loss(self, tokens: Tensor, targets: Tensor, documents: Documents | None = None) -> Tensor:
-        """Mean cross-entropy in nats, computed in float32; the fused kernels never hold all logits.
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Documents | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> Tensor:
+        """Cross-entropy in nats, computed in float32; the fused kernels never hold all logits.
 
         Args:
             tokens: ``(B, T)`` integer ids.
             targets: ``(B, T)`` the ids that should follow; -100 counts for nothing.
             documents: keeps attention within each document, and counts positions from its beginning, as if each were a
                 sequence by itself; None: attention over the whole row.
+            reduction: "mean" or "sum", over the targets that count.
 
         Raises:
             TypeError, ValueError: as `forward`, for both arguments.
         """
         # Through __call__, so that forward hooks run: FSDP gathers the weights in one.
-        return self(tokens, targets=targets, documents=documents)
+        return self(tokens, targets=targets, documents=documents, reduction=reduction)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """Continues `tokens` ``(B, T)``: see `gptcore.generate.generate` for the options and what is returned."""
         return generate(self, tokens, max_new_tokens, **options)
 
     def new_cache(self, capacity: int | None = None, padding: Tensor | None = None) -> KeyValueCache:
-        """An empty key/value cache for this model; see `KeyValueCache` for the arguments."""
-        return KeyValueCache(self.config, capacity, padding)
-
-    def num_parameters(self, positions: bool = True) -> int:
-        """Number of trained values; without `positions`, those of the position embedding are left out."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        return total if positions or self.wpe is None else total - self.wpe.weight.numel()
-
-    def flops_per_token(self, tokens: int) -> int:
-        """Floating-point operations of a training step for each token of sequences of `tokens`.
-
-        Six for each parameter in a matrix product (two forward, four backward; norms and biases are counted as if they
-        were in one, embeddings that are only looked up are not), and causal attention's ``6 * n_layer * width * tokens``
-        (half the square counted; nothing recomputed counted).
-        """
-        products = self.num_parameters(positions=False) - (0 if self.lm_head is None else self.wte.weight.numel())
-        return 6 * products + 6 * self.config.n_layer * self.config.width * tokens
-
-    @classmethod
-    def from_pretrained(cls, path_or_name: str | Path, *, dtype: torch.dtype | None = None, **changes: Any) -> GPT:
-        """Loads weights that `save_pretrained` or Hugging Face wrote (GPT-2, Llama, Mistral), or a Llama's GGUF file.
+        """An empty key/value cache for this model.
 
         Args:
-            path_or_name: a folder with ``config.json`` and ``model.safetensors`` (or its shards), a ``.gguf`` file or a
-                folder with one, a name that ``gptcore fetch`` brought, or a model of the Hugging Face hub such as ``"gpt2"``.
-            dtype: of the parameters; None leaves that of the file (float32 from GGUF).
-            changes: fields of `GPTConfig` to change, e.g. ``kernels="reference"``.
-
-        Raises:
-            WeightsError: a file that is missing, damaged, or does not describe this model; names the file and what is wrong.
+            capacity: tokens it can hold at most; None for the context, which is also the most.
+            padding: ``(B,)`` int64, how many of each sequence's first tokens are padding that nobody looks at.
         """
-        from gptcore import weights
+        context = self.config.context
+        return KeyValueCache(self.config.n_layer, context if capacity is None else min(capacity, context), padding)
 
-        config, state = weights.load(path_or_name, changes)
-        with torch.device("meta"):
-            model = cls(config)
-        model.load_state_dict(state, assign=True)
-        return model if dtype is None else model.to(dtype)
+    def flops(self, batch_shape: tuple[int, int]) -> int:
+        """Floating-point operations of a training step on ``(B, T)`` tokens.
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` into `folder`; each file appears whole or not at all."""
-        from gptcore import weights
+        Six a token for each parameter in a matrix product (two forward, four backward; norms and biases are counted as if
+        they were in one, embeddings that are only looked up are not), and causal attention's ``6 * n_layer * width * T``
+        (half the square counted; nothing recomputed counted).
+        """
+        batch, tokens = batch_shape
+        looked_up = 0 if self.wpe is None else self.wpe.weight.numel()
+        looked_up += 0 if self.lm_head is None else self.wte.weight.numel()
+        products = self.num_parameters() - looked_up
+        return batch * tokens * (6 * products + 6 * self.config.n_layer * self.config.width * tokens)
 
-        weights.save_folder(folder, self.config, self.state_dict())
-
-    def _loss(self, tokens: Tensor, targets: Tensor, documents: Documents | None) -> Tensor:
+    def _loss(self, tokens: Tensor, targets: Tensor, documents: Documents | None, reduction: str) -> Tensor:
         if targets.shape != tokens.shape:
             raise ValueError(f"targets: got shape {tuple(targets.shape)}; accepted is {tuple(tokens.shape)}")
-        self._check_ids("targets", targets, ignored=-100)
+        check_ids("targets", targets, self.config.vocab_size, ignored=-100)
         x, _ = self._features(tokens, None, documents)
-        return linear_cross_entropy(x, self.output_weight, targets, ignore_index=-100, backend=backend(self.config))
+        return linear_cross_entropy(
+            x, self.output_weight, targets, ignore_index=-100, reduction=reduction, backend=self.backend
+        )
 
     def _features(
         self, tokens: Tensor, cache: KeyValueCache | None, documents: Documents | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """``(B, T) -> (B, T, C)`` after the last norm, and the attention weights of explicit layers."""
-        self._check_ids("tokens", tokens)
+        check_ids("tokens", tokens, self.config.vocab_size)
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.config.context:
@@ -194,7 +222,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"tokens: got {tokens.shape[1]}{held}; accepted is up to the context, {self.config.context}"
             )
-        positions, around = self._surroundings(tokens, start, end, cache, documents)
+        positions, given = self._attention_args(tokens, start, end, cache, documents)
         x = self.wte(tokens)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(positions)
@@ -202,15 +230,15 @@ class GPT(nn.Module):
         branch = None
         collected = []
         for block in self.h:
-            x, branch, weights = block(x, branch, around)
+            x, branch, weights = block(x, branch, given)
             collected.append(weights)
         if cache is not None and cache.at is None:
             cache.length = end
         return self.ln_f(x, branch)[0], collected
 
-    def _surroundings(
+    def _attention_args(
         self, tokens: Tensor, start: int, end: int, cache: KeyValueCache | None, documents: Documents | None
-    ) -> tuple[Tensor, Surroundings]:
+    ) -> tuple[Tensor, AttentionArgs]:
         """The positions of `tokens`, ``(T,)`` or ``(B, T)``, and what every layer's attention is to know."""
         key_mask = key_lengths = None
         if documents is not None:
@@ -224,22 +252,7 @@ class GPT(nn.Module):
         if cache is not None and cache.padding is not None:
             key_mask = torch.arange(end, device=tokens.device) >= cache.padding[:, None]  # (B, keys)
             positions = (positions - cache.padding[:, None]).clamp(min=0)
-        tables = rotary_tables(self.config, positions) if self.config.positions == "rotary" else None
-        return positions, Surroundings(tables, cache, key_mask, key_lengths, documents)
-
-    def _check_ids(self, name: str, ids: Tensor, ignored: int | None = None) -> None:
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name}: got dtype {ids.dtype}; accepted are int64 and int32")
-        if ids.dim() != 2:
-            raise ValueError(f"{name}: got shape {tuple(ids.shape)}; accepted is (batch, tokens)")
-        # Nothing to look at where there are no values: on other devices (it would wait), under the compiler and torch.func.
-        valueless = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(ids)  # type: ignore[attr-defined]
-        if valueless or type(ids) is not Tensor or ids.device.type != "cpu" or ids.numel() == 0:
-            return
-        wrong = (ids < 0) | (ids >= self.config.vocab_size)
-        if ignored is not None:
-            wrong &= ids != ignored
-        if wrong.any():
-            raise ValueError(
-                f"{name}: got id {int(ids[wrong][0])}; accepted are 0 to {self.config.vocab_size - 1} (vocab_size - 1)"
-            )
+        tables = None
+        if self.config.positions == "rotary":
+            tables = rotary_tables(positions, self.config.head_dim, self.config.rotary_base, self.config.rotary_scaling)
+        return positions, AttentionArgs(tables, cache, key_mask, key_lengths, documents)

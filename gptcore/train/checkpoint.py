@@ -4,8 +4,8 @@
 
 | file | what it holds |
 | --- | --- |
-| ``model.safetensors``, ``config.json``, ``tokenizer.json`` | the model; `GPT.from_pretrained` loads the folder |
-| ``optimizer.safetensors`` | ``exp_avg.NAME``, ``exp_avg_sq.NAME`` and ``step.NAME`` of every parameter |
+| ``model.safetensors``, ``config.json``, ``tokenizer.json`` | the model; `gptcore.models.from_pretrained` loads the folder |
+| ``optimizer.safetensors`` | ``KEY.NAME``: what the optimizer keeps for each trained parameter (AdamW: ``exp_avg``, ...) |
 | ``optimizer/`` | the same in a shard of each process, instead, where the model was sharded |
 | ``random.safetensors`` | ``data``: the generator of the batches; ``cpu.RANK`` and ``cuda.RANK``: PyTorch's of each process |
 | ``state.json`` | step, tokens, losses, configuration, which tokenizer and data, and the size of each other file |
@@ -30,44 +30,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptcore._files import atomic_writer, link_or_copy, publish_folder, remove_folder
+from gptcore.text.tokenizer import TOKENIZER
 from gptcore.train.config import TrainConfig
-from gptcore.train.job import TOKENIZER, Job
+from gptcore.train.optimizers import initialise_state
 from gptcore.train.parallel import whole
-from gptcore.weights import CONFIG, WEIGHTS, WeightsError, check_state, read_tensors
+from gptcore.train.state import Progress, TrainState
+from gptcore.weights import CONFIG, WEIGHTS, WeightsError, check_state, description, read_tensors
 
 FOLDER = "checkpoints"
 STATE, OPTIMIZER, SHARDS, RANDOM = "state.json", "optimizer.safetensors", "optimizer", "random.safetensors"
 _FORMAT = 2
 _OLD_FORMAT = 1  # knows no data, and measured its losses on other windows
 # Fields that may differ between a run and its continuation: where and how it computes, not what.
-_FREE = {"data", "out", "kernels", "dtype", "compile", "device", "parallel", "checkpoint_activations", "tensorboard"}
-_FREE |= {"steps", "eval_interval", "sample_prompt", "sample_tokens", "keep", "keep_best"}
-_FREE |= {"accumulate", "tokens_per_step"}  # what they come to is compared
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    """Tokens trained on."""
-    evaluated: int | None = None
-    """The step of the last evaluation."""
-    val_loss: float | None = None
-    """Its result, nats per token of `eval_windows` sequences."""
-    val_loss_full: float | None = None
-    """The same of the whole validation text; after the last step only."""
-    best_step: int | None = None
-    """The evaluation that found the lowest `val_loss`."""
-    best_val_loss: float | None = None
-
-    def awaits_evaluation(self, config: TrainConfig) -> bool:
-        """Whether this step is to be evaluated and has not been: it is saved first."""
-        if self.step == config.steps:
-            return self.val_loss_full is None
-        return self.step > 0 and self.step % config.eval_interval == 0 and self.evaluated != self.step
+_CHANGEABLE = {
+    "data",
+    "out",
+    "kernels",
+    "dtype",
+    "compile",
+    "device",
+    "parallel",
+    "checkpoint_activations",
+    "tensorboard",
+}
+_CHANGEABLE |= {"steps", "eval_interval", "keep", "keep_best"}
+_CHANGEABLE |= {"accumulate", "tokens_per_step"}  # what they come to is compared
+# What runs of an earlier version, which knew one model and one task, do not say.
+_BEFORE = {"model": "gpt", "task": "language_model"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +64,7 @@ class Checkpoint:
     """A folder whose files are all there, each of the size it was written with."""
 
     folder: Path
-    position: Position
+    progress: Progress
     config: dict[str, Any]
     fingerprint: str
     data_digest: str | None
@@ -93,9 +82,9 @@ class Checkpoint:
             state = json.loads(path.read_bytes())
             if (found := state["format"]) not in (_FORMAT, _OLD_FORMAT):
                 raise WeightsError(f"{path}: is of format {found!r}; accepted are {_OLD_FORMAT} and {_FORMAT}")
-            position, files = Position(**state["position"]), dict(state["files"])
+            progress, files = Progress(**state["position"]), dict(state["files"])
             if found == _OLD_FORMAT:
-                position = Position(position.step, position.tokens)
+                progress = Progress(progress.step, progress.tokens)
             config, fingerprint = dict(state["config"]), str(state["fingerprint"])
             data_digest = state.get("data_digest")
         except FileNotFoundError as error:
@@ -114,7 +103,7 @@ class Checkpoint:
                 _refuse_pickle(file)
             if (actual := file.stat().st_size) != size:
                 raise WeightsError(f"{file}: is damaged: it has {actual} bytes of {size}")
-        return cls(folder, position, config, fingerprint, data_digest)
+        return cls(folder, progress, config, fingerprint, data_digest)
 
     def check(self, config: TrainConfig, fingerprint: str, data_digest: str) -> None:
         """Refuses to continue as another run.
@@ -123,7 +112,7 @@ class Checkpoint:
             ValueError: a configuration, a tokenizer or data that differs; names the field and both values.
         """
         for name, value in _fixed(config).items():
-            if (saved := self.config.get(name)) != value:
+            if (saved := (_BEFORE | self.config).get(name)) != value:
                 raise ValueError(f"{name}: got {value!r}; accepted when resuming is the run's, {saved!r}")
         if self.fingerprint != fingerprint:
             raise ValueError(f"data: {config.data} was made with another tokenizer than the run in {config.out}")
@@ -133,42 +122,41 @@ class Checkpoint:
                 f"from, in {self.config.get('data')} ({self.data_digest}); accepted when resuming are the same, in any folder"
             )
 
-    def restore(self, job: Job) -> None:
-        """Puts weights, moments and random states into `job`. Nothing is changed if the model's do not fit.
+    def restore(self, state: TrainState) -> None:
+        """Puts weights, the optimizer's tensors and random states into `state`. Nothing is changed if the model's do not fit.
 
         The random states of processes that the checkpoint does not know are left as they are.
 
         Raises:
             WeightsError: a file that is damaged, or tensors that are missing, too many or of another shape.
         """
-        model, optimizer = job.model, job.optimizer
-        check_state(_shapes(self.folder / WEIGHTS), model.config, self.folder / WEIGHTS)
+        model, source = state.model, self.folder / WEIGHTS
+        check_state(_shapes(source), model.state_dict(), source, type(model).__name__)
         sharded = (self.folder / SHARDS).is_dir()
         source = self.folder / SHARDS if sharded else self.folder / OPTIMIZER
-        moments = _empty_moments(job)
+        initialise_state(state.optimizer)
+        kept = _optimizer_tensors(state)
         found = _shapes(*(sorted(source.glob("*.safetensors")) if sharded else [source]))
-        for name, tensor in moments.items():
+        for name, tensor in kept.items():
             if name not in found:
                 raise WeightsError(f"{source}: {name} is missing")
             if not sharded and found[name].shape != tensor.shape:
                 raise WeightsError(
                     f"{source}: {name} has shape {tuple(found[name].shape)}; accepted is {tuple(tensor.shape)}"
                 )
-        if extra := sorted(set(found) - set(moments)):
+        if extra := sorted(set(found) - set(kept)):
             raise WeightsError(f"{source}: {extra[0]} belongs to no parameter")
         random = read_tensors(self.folder / RANDOM)
         if "data" not in random:
             raise WeightsError(f"{self.folder / RANDOM}: data is missing")
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         _load(weights, self.folder / WEIGHTS)
-        _load(moments, source)
-        for name, parameter in model.named_parameters():
-            optimizer.state[parameter] = {key: moments[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        job.generator.set_state(random["data"])
-        if (state := random.get(f"cpu.{job.world.rank}")) is not None:
-            torch.set_rng_state(state)
-        if job.device.type == "cuda" and (state := random.get(f"cuda.{job.world.rank}")) is not None:
-            torch.cuda.set_rng_state(state, job.device)
+        _load(kept, source)
+        state.generator.set_state(random["data"])
+        if (own := random.get(f"cpu.{state.world.rank}")) is not None:
+            torch.set_rng_state(own)
+        if state.device.type == "cuda" and (own := random.get(f"cuda.{state.world.rank}")) is not None:
+            torch.cuda.set_rng_state(own, state.device)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -198,52 +186,52 @@ def newest(out: Path, fall_back: bool, warn: Any = print) -> Checkpoint | None:
     return None
 
 
-def save_checkpoint(job: Job, position: Position) -> Path:
+def save_checkpoint(state: TrainState, progress: Progress) -> Path:
     """Writes a checkpoint, makes `out` hold its model, and only then deletes those that are not to be kept.
 
     Raises:
         OSError: it could not be written (a full disk); what was there before is as it was.
     """
-    config, out = job.config, job.config.out
-    folder = out / FOLDER / _name(position.step)
+    config, out = state.config, state.config.out
+    folder = out / FOLDER / _name(progress.step)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        if job.world.is_main:
+        if state.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        job.world.barrier()
-        _write(job, position, temporary)
-        job.world.barrier()
-        if job.world.is_main:
-            _describe(job, position, temporary)
+        state.world.barrier()
+        _write(state, temporary)
+        state.world.barrier()
+        if state.world.is_main:
+            _describe(state, progress, temporary)
             publish_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"the checkpoint of step {position.step} could not be written ({error}); {out / FOLDER} keeps the earlier ones"
+            f"the checkpoint of step {progress.step} could not be written ({error}); {out / FOLDER} keeps the earlier ones"
         ) from error
     finally:
-        if job.world.is_main:
+        if state.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-    if job.world.is_main:
+    if state.world.is_main:
         publish_model(folder, out)
-        _prune(out, position, config.keep, config.keep_best)
+        _prune(out, progress, config.keep, config.keep_best)
     return folder
 
 
-def record_evaluation(out: Path, position: Position, config: TrainConfig) -> None:
-    """Adds the evaluation of `position` to the checkpoint of its step, and deletes those that are no longer to be kept.
+def record_evaluation(out: Path, progress: Progress, config: TrainConfig) -> None:
+    """Adds the evaluation of `progress` to the checkpoint of its step, and deletes those that are no longer to be kept.
 
     Raises:
         OSError: it could not be written; the checkpoint is as it was, and its evaluation is made when the run goes on.
     """
-    path = out / FOLDER / _name(position.step) / STATE
+    path = out / FOLDER / _name(progress.step) / STATE
     try:
-        state = json.loads(path.read_bytes()) | {"position": dataclasses.asdict(position)}
+        described = json.loads(path.read_bytes()) | {"position": dataclasses.asdict(progress)}
         with atomic_writer(path) as file:
-            file.write(json.dumps(state, indent=2).encode())
+            file.write(json.dumps(described, indent=2).encode())
     except OSError as error:
-        raise OSError(f"the evaluation of step {position.step} could not be written ({error})") from error
-    _prune(out, position, config.keep, config.keep_best)
+        raise OSError(f"the evaluation of step {progress.step} could not be written ({error})") from error
+    _prune(out, progress, config.keep, config.keep_best)
 
 
 def publish_model(folder: Path, out: Path) -> None:
@@ -253,65 +241,61 @@ def publish_model(folder: Path, out: Path) -> None:
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:
-    values = {name: value for name, value in config.plain().items() if name not in _FREE}
+    values = {name: value for name, value in config.plain().items() if name not in _CHANGEABLE | config.task.free}
     return values | {"batches of a step": config.batches()}
 
 
-def _write(job: Job, position: Position, folder: Path) -> None:
+def _write(state: TrainState, folder: Path) -> None:
     """This process's part of the tensors."""
-    main = job.world.is_main
-    weights = {name: whole(tensor).detach().cpu() for name, tensor in job.model.state_dict().items()}
+    main = state.world.is_main
+    weights = {name: whole(tensor).detach().cpu() for name, tensor in state.model.state_dict().items()}
     if main:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     del weights
-    moments = {
-        f"{key}.{name}": value.detach()
-        for name, parameter in job.model.named_parameters()
-        for key, value in job.optimizer.state[parameter].items()
-    }
-    if job.replica.sharded:
+    kept = _optimizer_tensors(state)
+    if state.replica.sharded:
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
         try:
-            save(moments, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
+            save(kept, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
         except CheckpointException as error:  # no Exception, and it comes to every process
             raise OSError(
                 "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
             ) from error
     elif main:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in moments.items()}, folder / OPTIMIZER)
-    random = {"data": job.generator.get_state()}
-    random |= {f"cpu.{rank}": state for rank, state in enumerate(job.world.gather(torch.get_rng_state()))}
-    if job.device.type == "cuda":
-        states = job.world.gather(torch.cuda.get_rng_state(job.device))
-        random |= {f"cuda.{rank}": state for rank, state in enumerate(states)}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in kept.items()}, folder / OPTIMIZER)
+    random = {"data": state.generator.get_state()}
+    random |= {f"cpu.{rank}": own for rank, own in enumerate(state.world.gather(torch.get_rng_state()))}
+    if state.device.type == "cuda":
+        states = state.world.gather(torch.cuda.get_rng_state(state.device))
+        random |= {f"cuda.{rank}": own for rank, own in enumerate(states)}
     if main:
         save_file(random, folder / RANDOM)
 
 
-def _describe(job: Job, position: Position, folder: Path) -> None:
+def _describe(state: TrainState, progress: Progress, folder: Path) -> None:
     """The files of JSON, the last of which knows all others."""
-    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(job.model.config), indent=2))
-    shutil.copyfile(job.config.data / TOKENIZER, folder / TOKENIZER)
+    (folder / CONFIG).write_text(json.dumps(description(state.model.config), indent=2))
+    state.task.save(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    state = {
+    described = {
         "format": _FORMAT,
-        "position": dataclasses.asdict(position),
-        "config": job.config.plain() | _fixed(job.config),
-        "fingerprint": job.tokenizer.fingerprint,
-        "data_digest": job.data_digest,
-        "processes": job.world.size,
+        "position": dataclasses.asdict(progress),
+        "config": state.config.plain() | _fixed(state.config),
+        "fingerprint": state.task.fingerprint,
+        "data_digest": state.task.digest,
+        "processes": state.world.size,
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
     }
-    (folder / STATE).write_text(json.dumps(state, indent=2))
+    (folder / STATE).write_text(json.dumps(described, indent=2))
 
 
-def _prune(out: Path, position: Position, keep: int, keep_best: bool) -> None:
+def _prune(out: Path, progress: Progress, keep: int, keep_best: bool) -> None:
     """Deletes all but the last `keep` checkpoints, the best one, and none of a run that went another way."""
-    done = [folder for folder in checkpoints(out) if _step(folder) <= position.step]
-    kept = {_step(folder) for folder in done[:keep]} | ({position.best_step} if keep_best else set())
+    done = [folder for folder in checkpoints(out) if _step(folder) <= progress.step]
+    kept = {_step(folder) for folder in done[:keep]} | ({progress.best_step} if keep_best else set())
     for folder in checkpoints(out):
         if _step(folder) not in kept:
             remove_folder(folder)
@@ -325,15 +309,13 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _empty_moments(job: Job) -> dict[str, Tensor]:
-    """The optimizer's state before anything is loaded into it, sharded as the parameters are."""
-    moments = {}
-    for name, parameter in job.model.named_parameters():
-        place = parameter.device if job.optimizer.defaults.get("fused") else "cpu"  # where it counts its steps
-        moments[f"step.{name}"] = torch.zeros((), device=place)
-        moments[f"exp_avg.{name}"] = torch.zeros_like(parameter.detach())
-        moments[f"exp_avg_sq.{name}"] = torch.zeros_like(parameter.detach())
-    return moments
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """What the optimizer keeps for each trained parameter, as ``KEY.NAME``; the tensors themselves."""
+    return {
+        f"{key}.{name}": value.detach()
+        for name, parameter in state.model.named_parameters()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
+    }
 
 
 def _refuse_pickle(path: Path) -> None:

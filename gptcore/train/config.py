@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from gptcore._files import atomic_writer
-from gptcore.config import AttentionImpl, GPTConfig, Kernels
+from gptcore.models import MODELS, ModelConfig
+from gptcore.nn import AttentionImpl, Kernels
+from gptcore.tasks import TASK_OF_MODEL, TASKS, LanguageModelOptions, TaskOptions
 
 Resume = Literal["never", "auto", "always"]
 Parallel = Literal["auto", "ddp", "fsdp"]
-# How a run was started, not what it is: not in the file that the run leaves.
-_OF_THE_CALL = {"resume", "overwrite"}
+_OF_ONE_START = {"resume", "overwrite"}
+"""How one process was started: not written to the run's config.yaml."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a GPT on a folder that `gptcore prepare` made.
+    """Train a model on a folder that `gptcore prepare` made.
 
     For example:
 
@@ -41,14 +43,14 @@ class TrainConfig:
     """Folder with the token files and tokenizer.json."""
     out: Path
     """Folder for checkpoints, metrics.jsonl and loss.png; must not hold another run."""
+    model: str = "gpt"
+    """Which model: gpt."""
     preset: str = "mini"
-    """The model: tiny, mini, small, gpt2-124m, -medium, -large, -xl; llama-tiny, -mini, -small; smollm2-135m, -360m."""
+    """The model's size: tiny, mini, small, gpt2-124m, -medium, -large, -xl; llama-tiny, -mini, -small; smollm2-135m, -360m."""
     context: int | None = None
     """Tokens in a sequence; the preset's if left out."""
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
-    document_mask: bool = False
-    """Keep attention within each document, and count positions from its beginning."""
     kernels: Kernels = "auto"
     """Which kernels run; auto takes the fastest that can, anything else must be able to run here."""
     attention_impl: AttentionImpl = "fused"
@@ -81,10 +83,6 @@ class TrainConfig:
     """Steps between evaluations, samples and checkpoints."""
     eval_windows: int = 64
     """Sequences that an evaluation takes, spread evenly over the validation text; after the last step all are, too."""
-    sample_prompt: str = "The function returns"
-    """What the sample at each evaluation continues; its end, where it is longer than the context."""
-    sample_tokens: int = 40
-    """Length of that sample; 0 for none."""
     keep: int = 2
     """How many of the latest checkpoints to keep."""
     keep_best: bool = True
@@ -105,6 +103,8 @@ class TrainConfig:
     """always: go on from the newest checkpoint in out; auto: the same if there is one, else start."""
     overwrite: bool = False
     """Replace the run in out."""
+    task: TaskOptions = field(default_factory=LanguageModelOptions)
+    """What is learnt, and the options of that."""
 
     def __post_init__(self) -> None:
         for name in ("data", "out"):
@@ -113,7 +113,7 @@ class TrainConfig:
         for name in ("batch_size", "accumulate", "steps", "eval_interval", "eval_windows", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted are positive integers")
-        for name in ("warmup", "weight_decay", "clip", "min_lr", "sample_tokens"):
+        for name in ("warmup", "weight_decay", "clip", "min_lr"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted are 0 and more")
         for name in ("beta1", "beta2"):
@@ -125,25 +125,23 @@ class TrainConfig:
             raise ValueError(f"seed: got {self.seed}; accepted are integers between -2**63 and 2**63")
         if self.resume != "never" and self.overwrite:
             raise ValueError(f"overwrite: got True with resume {self.resume}; accepted is one of them")
-        if self.document_mask and self.attention_impl == "explicit":
+        if self.model not in MODELS:
+            raise ValueError(f"model: got {self.model!r}; accepted are {', '.join(MODELS)}")
+        if getattr(self.task, "document_mask", False) and self.attention_impl == "explicit":
             raise ValueError("document_mask: got True with attention_impl 'explicit'; accepted is it with 'fused'")
         self.batches()
 
-    def model(self, vocab_size: int) -> GPTConfig:
-        """The model's configuration for a tokenizer of `vocab_size`."""
-        changes = {} if self.context is None else {"context": self.context}
-        return GPTConfig.preset(
-            self.preset,
-            vocab_size=vocab_size,
-            dropout=self.dropout,
-            kernels=self.kernels,
-            attention_impl=self.attention_impl,
-            **changes,
+    def model_config(self, **changes: Any) -> ModelConfig:
+        """The model's configuration, with `changes` that the data decides."""
+        if self.context is not None:
+            changes["context"] = self.context
+        return MODELS[self.model].config_class.preset(
+            self.preset, dropout=self.dropout, kernels=self.kernels, attention_impl=self.attention_impl, **changes
         )
 
     def batches(self) -> int:
         """How many batches make one optimizer step."""
-        batch = self.batch_size * self.model(vocab_size=1).context
+        batch = self.batch_size * self.model_config().context
         if self.tokens_per_step is None:
             return self.accumulate
         if self.accumulate != 1:
@@ -163,10 +161,26 @@ class TrainConfig:
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def plain(self) -> dict[str, Any]:
-        """The fields of the run as JSON and YAML hold them."""
-        names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in _OF_THE_CALL]
-        values = {name: getattr(self, name) for name in names}
+        """The options of the run and of its task, as JSON and YAML hold them."""
+        names = [
+            option.name for option in dataclasses.fields(TrainConfig) if option.name not in (*_OF_ONE_START, "task")
+        ]
+        values = {name: getattr(self, name) for name in names} | {"task": self.task.name}
+        values |= {option.name: getattr(self.task, option.name) for option in dataclasses.fields(self.task)}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def of(cls, **values: Any) -> TrainConfig:
+        """A configuration from the names that `plain`, and the command line, have for its options and its task's.
+
+        ``TrainConfig.of(data=folder, out=run, steps=100, sample_tokens=0)``. The task is the model's unless `task` names
+        another.
+
+        Raises:
+            ValueError: no such task.
+            TypeError: no such option.
+        """
+        return cls(**split_options(values))
 
     def save(self, path: Path) -> None:
         """Writes the YAML file that `read_values` reads."""
@@ -174,6 +188,23 @@ class TrainConfig:
 
         with atomic_writer(path) as file:
             file.write(yaml.safe_dump(self.plain(), sort_keys=False).encode())
+
+
+def split_options(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `TrainConfig` for options of a run and of its task that stand side by side.
+
+    Raises:
+        ValueError: no such task.
+    """
+    task = values.get("task") or TASK_OF_MODEL.get(values.get("model", "gpt"), LanguageModelOptions.name)
+    if isinstance(task, TaskOptions):
+        return values
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}; accepted are {', '.join(TASKS)}")
+    options, _ = TASKS[task]
+    own = {option.name for option in dataclasses.fields(options)}
+    rest = {name: value for name, value in values.items() if name not in own and name != "task"}
+    return rest | {"task": options(**{name: value for name, value in values.items() if name in own})}
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -194,10 +225,13 @@ def read_values(path: Path) -> dict[str, Any]:
         raise ValueError(f"config: {path} is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ValueError(f"config: {path} holds {values!r}; accepted are lines of the form 'steps: 900'")
-    hints = get_type_hints(TrainConfig)
+    task = values.get("task") or TASK_OF_MODEL.get(values.get("model", "gpt"), LanguageModelOptions.name)
+    options = TASKS[task][0] if task in TASKS else TaskOptions
+    hints = get_type_hints(TrainConfig) | get_type_hints(options) | {"task": Literal[tuple(TASKS)]}
+    hints = {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
     if unknown := [str(name) for name in values if name not in hints]:
         raise ValueError(f"config: {path}: {unknown[0]} is no option; accepted are {', '.join(hints)}")
-    return {name: _converted(path, name, value, hints[name]) for name, value in values.items()}
+    return split_options({name: _converted(path, name, value, hints[name]) for name, value in values.items()})
 
 
 def _converted(path: Path, name: str, value: Any, hint: Any) -> Any:

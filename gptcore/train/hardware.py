@@ -94,12 +94,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return peak, f"{peak / 1e9:,.0f} {name} GFLOP/s, measured with one matrix product"
 
 
-def model_flops_utilization(tokens_per_second: float, flops_per_token: float, peak: float) -> float:
+def model_flops_utilization(flops_per_second: float, peak: float) -> float:
     """MFU: the share of the peak that the model's own operations take, whatever else is computed.
 
-    ``tokens_per_second * flops_per_token / peak``, with `peak` the FLOP/s of all devices together and
-    ``flops_per_token`` of `GPT.flops_per_token`.
+    ``flops_per_second / peak``, with `peak` the FLOP/s of all devices together and the model's operations as `Model.flops`
+    counts them.
 
     Source: Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", arXiv 2204.02311, appendix B.
     """
-    return tokens_per_second * flops_per_token / peak
+    return flops_per_second / peak

@@ -17,15 +17,16 @@ import gptkernels
 import torch
 
 from gptcore import _extras
-from gptcore.train.checkpoint import Checkpoint, Position, newest, publish_model, record_evaluation, save_checkpoint
+from gptcore.train import step as training_step
+from gptcore.train.checkpoint import Checkpoint, newest, publish_model, record_evaluation, save_checkpoint
 from gptcore.train.config import TrainConfig
 from gptcore.train.display import Display
-from gptcore.train.folder import check_folder, locked_folder, start_folder
 from gptcore.train.guard import Guard
 from gptcore.train.hardware import model_flops_utilization, peak_flops, peak_memory
-from gptcore.train.job import Job
+from gptcore.train.metrics import PLOT, MetricsLog
 from gptcore.train.parallel import World, processes
-from gptcore.train.records import PLOT, Records
+from gptcore.train.run_folder import check_folder, locked_folder, start_folder
+from gptcore.train.state import Progress, TrainState
 from gptcore.weights import WeightsError
 
 
@@ -36,11 +37,11 @@ class TrainResult:
     steps: int
     """Optimizer steps done, over all its parts."""
     val_loss: float
-    """Nats per token on the sequences of every evaluation, `TrainConfig.eval_windows`; NaN when interrupted."""
+    """Nats per target on the rows of every evaluation, `TrainConfig.eval_windows`; NaN when interrupted."""
     val_loss_full: float
-    """Nats per token on the whole validation text; NaN when interrupted."""
-    unigram_entropy: float
-    """What a model that only knows how often each token comes would score."""
+    """Nats per target on all validation data; NaN when interrupted."""
+    baseline: float
+    """What a model without context would score; of text, one that only knows how often each token comes."""
     tokens_per_second: float
     """Median over the steps of this part, of all processes together; 0 if it had none."""
     mfu: float
@@ -88,16 +89,17 @@ def _stops_at_signals() -> Iterator[threading.Event]:
         restore()
 
 
-def banner(job: Job, peak: str) -> str:
+def banner(state: TrainState, peak: str) -> str:
     """What is about to run, where, and why the other kernels do not."""
-    config, device, world = job.config, job.device, job.world
+    config, device, world = state.config, state.device, state.world
     report = gptkernels.report()
     rows = [row for row in report.rows if torch.device(row.device).type == device.type]
     chosen = config.kernels if config.kernels != "auto" else f"auto -> {', '.join(dict.fromkeys(r.auto for r in rows))}"
-    several = f", {world.size} processes, {'fsdp' if job.replica.sharded else 'ddp'}" if world.size > 1 else ""
+    several = f", {world.size} processes, {'fsdp' if state.replica.sharded else 'ddp'}" if world.size > 1 else ""
+    size = f"{state.parameters / 1e6:.1f} M parameters, context {state.model.config.context}"
     lines = [
-        f"model    {job.parameters / 1e6:.1f} M parameters, context {job.model.config.context}, {config.preset}",
-        f"device   {device}, {'bf16 autocast' if job.bf16 else 'fp32'}{several}; peak {peak}",
+        f"model    {config.model} {config.preset}, {size}",
+        f"device   {device}, {'bf16 autocast' if state.bf16 else 'fp32'}{several}; peak {peak}",
         f"kernels  {chosen}",
     ]
     if config.kernels == "auto" and rows:
@@ -106,12 +108,12 @@ def banner(job: Job, peak: str) -> str:
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
-    """Trains a GPT as `config` says and leaves it, with its curves and checkpoints, in ``config.out``.
+    """Trains a model as `config` says and leaves it, with its curves and checkpoints, in ``config.out``.
 
-    Writes ``model.safetensors`` with ``config.json`` and ``tokenizer.json`` (`GPT.from_pretrained` loads the folder),
-    ``checkpoints/`` (see `gptcore.train.checkpoint`), ``metrics.jsonl`` (a line a step: loss in nats per token, learning
-    rate, gradient norm, tokens so far; and one for each evaluation: ``val_loss`` on the same `eval_windows` sequences each
-    time, after the last step also ``val_loss_full`` on the whole validation text), ``timings.jsonl`` (seconds, tokens per
+    Writes ``model.safetensors`` with ``config.json`` and ``tokenizer.json`` (`gptcore.models.from_pretrained` loads the folder),
+    ``checkpoints/`` (see `gptcore.train.checkpoint`), ``metrics.jsonl`` (a line a step: loss in nats per target, learning
+    rate, gradient norm, tokens so far; and one for each evaluation: ``val_loss`` on the same `eval_windows` rows each time,
+    after the last step also ``val_loss_full`` on all validation data), ``timings.jsonl`` (seconds, tokens per
     second, MFU, peak memory), ``loss.png`` and ``config.yaml``. Ctrl-C, SIGTERM and SIGHUP finish the step and save.
 
     A step is saved before it is evaluated, and evaluated before anything is shown. What is only shown (lines, the live
@@ -160,114 +162,117 @@ def _train(config: TrainConfig, world: World, device: torch.device, shown: bool)
     guard = Guard()
     say = Display(shown, config.steps, guard=guard).say
     checkpoint = _find_checkpoint(config, say)
-    job = Job(config, world, device)
-    position = Position()
+    state = TrainState(config, world, device)
+    progress = Progress()
     if checkpoint:
-        checkpoint.check(config, job.tokenizer.fingerprint, job.data_digest)
-        position = checkpoint.position
-        finished = position.step >= config.steps and not position.awaits_evaluation(config)
-        if position.step > config.steps or (finished and config.resume == "always"):
+        checkpoint.check(config, state.task.fingerprint, state.task.digest)
+        progress = checkpoint.progress
+        finished = progress.step >= config.steps and not progress.awaits_evaluation(config)
+        if progress.step > config.steps or (finished and config.resume == "always"):
             raise ValueError(
-                f"steps: got {config.steps}; the run in {config.out} has done {position.step}, accepted are more"
+                f"steps: got {config.steps}; the run in {config.out} has done {progress.step}, accepted are more"
             )
-        checkpoint.restore(job)
+        checkpoint.restore(state)
     world.barrier()  # all have read before anything is written
-    records = None
+    log = None
     if world.is_main:
-        start_folder(config, goes_on=checkpoint is not None)
-        evaluated = not position.awaits_evaluation(config)
-        records = Records(config.out, position.step, evaluated, config.tensorboard, guard)
+        start_folder(config, state.task, goes_on=checkpoint is not None)
+        evaluated = not progress.awaits_evaluation(config)
+        log = MetricsLog(config.out, progress.step, evaluated, config.tensorboard, guard)
         if checkpoint:
             publish_model(checkpoint.folder, config.out)
     try:
-        return _Run(job, position, records, Display(shown, config.steps, position.step, guard)).go()
+        return _Run(state, progress, log, Display(shown, config.steps, progress.step, guard)).go()
     finally:
-        if records:
-            records.close()
+        if log:
+            log.close()
 
 
 class _Run:
-    """A job on its way from `position` to the last step."""
+    """A run on its way from `progress` to the last step."""
 
-    def __init__(self, job: Job, position: Position, records: Records | None, display: Display) -> None:
-        self.job, self.config = job, job.config
-        self.position = position
-        self.records = records
+    def __init__(self, state: TrainState, progress: Progress, log: MetricsLog | None, display: Display) -> None:
+        self.state, self.config = state, state.config
+        self.progress = progress
+        self.log = log
         self.display = display
-        dtype = torch.bfloat16 if job.bf16 else torch.float32
-        self.peak, peak = peak_flops(job.device, dtype)
-        self.peak *= job.world.size
-        self.display.say(banner(job, peak))
+        dtype = torch.bfloat16 if state.bf16 else torch.float32
+        self.peak, peak = peak_flops(state.device, dtype)
+        self.peak *= state.world.size
+        self.display.say(banner(state, peak))
         self.speeds: list[float] = []
+        self.utilizations: list[float] = []
 
     def go(self) -> TrainResult:
-        job, steps = self.job, self.config.steps
-        due = self.position.awaits_evaluation(self.config)  # the run was ended between saving and evaluating
-        if self.position.step >= steps and not due:
+        steps = self.config.steps
+        due = self.progress.awaits_evaluation(self.config)  # the run was ended between saving and evaluating
+        if self.progress.step >= steps and not due:
             self.display.say(f"{self.config.out} has done its {steps} steps: nothing left to do")
-        elif self.position.step:
-            self.display.say(f"going on after step {self.position.step}")
-        job.model.train()
+        elif self.progress.step:
+            self.display.say(f"going on after step {self.progress.step}")
+        self.state.model.train()
         stop = False
         with _stops_at_signals() as stopped, self.display:
             if due:
                 self._evaluate()
                 self._show(sample=True)
-            while self.position.step < steps and not stop:
+            while self.progress.step < steps and not stop:
                 stop = self._step(stopped.is_set)
-                due = self.position.awaits_evaluation(self.config)
+                due = self.progress.awaits_evaluation(self.config)
                 if due or stop:
                     self._save()
                 if due:
                     self._evaluate()
                 if due or stop:
                     self._show(sample=due)
-        return self._result(interrupted=self.position.step < steps)
+        return self._result(interrupted=self.progress.step < steps)
 
     def _step(self, stopped: Callable[[], bool]) -> bool:
         """One optimizer step; whether it is to be the last for now."""
-        job, position = self.job, self.position
+        progress = self.progress
         start = time.perf_counter()
-        lr = self.config.lr_at(position.step)
-        done = position.step + 1
-        loss, norm, stop = job.gradients(stopped)
+        lr = self.config.lr_at(progress.step)
+        done = progress.step + 1
+        found = training_step.gradients(self.state, stopped)
+        loss, norm = found.loss, found.norm
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise FloatingPointError(
                 f"step {done}: the loss is {loss}, the gradients' norm {norm}; lr {self.config.lr} may be too high. "
                 f"{self.config.out} keeps its last checkpoint"
             )
-        job.update(lr)
-        tokens = position.tokens + job.tokens_per_step
-        self.position = dataclasses.replace(position, step=done, tokens=tokens, val_loss_full=None)
+        training_step.update(self.state, lr)
+        tokens = progress.tokens + found.tokens
+        self.progress = dataclasses.replace(progress, step=done, tokens=tokens, val_loss_full=None)
         seconds = time.perf_counter() - start
-        speed = job.tokens_per_step / seconds
-        mfu = model_flops_utilization(speed, job.flops_per_token, self.peak)
+        speed = found.tokens / seconds
+        mfu = model_flops_utilization(found.flops / seconds, self.peak)
         self.speeds.append(speed)
-        if self.records:
-            self.records.metrics(done, loss=loss, lr=lr, grad_norm=norm, tokens=self.position.tokens)
-            memory = peak_memory(job.device)
-            self.records.timings(done, seconds=seconds, tokens_per_second=speed, mfu=mfu, peak_memory=memory)
+        self.utilizations.append(mfu)
+        if self.log:
+            self.log.metrics(done, loss=loss, lr=lr, grad_norm=norm, tokens=self.progress.tokens)
+            memory = peak_memory(self.state.device)
+            self.log.timings(done, seconds=seconds, tokens_per_second=speed, mfu=mfu, peak_memory=memory)
         self.display.step(done, loss, seconds, speed, mfu)
-        return stop
+        return found.stop
 
     def _save(self) -> None:
-        if self.records:
-            self.records.sync()  # a checkpoint's lines are there whenever it is
-        save_checkpoint(self.job, self.position)
+        if self.log:
+            self.log.sync()  # a checkpoint's lines are there whenever it is
+        save_checkpoint(self.state, self.progress)
 
     def _evaluate(self) -> None:
         """Evaluates a step that is saved, and adds the result to its checkpoint."""
-        step, best = self.position.step, self.position.best_val_loss
-        found = {"val_loss": self.job.validation_loss(self.config.eval_windows)}
+        step, best = self.progress.step, self.progress.best_val_loss
+        found = {"val_loss": training_step.evaluate(self.state, self.config.eval_windows)}
         if step == self.config.steps:
-            found["val_loss_full"] = self.job.validation_loss(None)
-        self.position = dataclasses.replace(self.position, evaluated=step, **found)
+            found["val_loss_full"] = training_step.evaluate(self.state, None)
+        self.progress = dataclasses.replace(self.progress, evaluated=step, **found)
         if best is None or found["val_loss"] < best:
-            self.position = dataclasses.replace(self.position, best_step=step, best_val_loss=found["val_loss"])
-        if self.records:
-            self.records.metrics(step, **found)
-            self.records.sync()
-            record_evaluation(self.config.out, self.position, self.config)
+            self.progress = dataclasses.replace(self.progress, best_step=step, best_val_loss=found["val_loss"])
+        if self.log:
+            self.log.metrics(step, **found)
+            self.log.sync()
+            record_evaluation(self.config.out, self.progress, self.config)
         self.display.evaluated(step, found["val_loss"])
 
     def _show(self, sample: bool) -> None:
@@ -275,25 +280,25 @@ class _Run:
         guard = self.display.guard
         if sample:
             with guard("the sample"):
-                self.display.sampled(self.job.sample())
-        if self.records:
+                self.display.sampled(self.state.sample())
+        if self.log:
             with guard(PLOT):
-                self.records.plot(self.job.report.unigram_entropy)
+                self.log.plot(self.state.task.baseline)
 
     def _result(self, interrupted: bool) -> TrainResult:
-        job, out, step = self.job, self.config.out, self.position.step
+        out, step = self.config.out, self.progress.step
         speed = median(self.speeds) if self.speeds else 0.0
-        mfu = model_flops_utilization(speed, job.flops_per_token, self.peak)
-        memory = peak_memory(job.device)
-        entropy = job.report.unigram_entropy
-        val_loss, full = self.position.val_loss, self.position.val_loss_full
+        mfu = median(self.utilizations) if self.utilizations else 0.0
+        memory = peak_memory(self.state.device)
+        baseline, entropy = self.state.task.baseline
+        val_loss, full = self.progress.val_loss, self.progress.val_loss_full
         if interrupted or val_loss is None or full is None:
             val_loss = full = math.nan
         if interrupted:
             self.display.say(f"interrupted: step {step} is saved; gptcore train --resume auto goes on from it")
         else:
             self.display.say(
-                f"validation loss {full:.3f} nats per token of the whole text, unigram entropy {entropy:.3f}; "
+                f"validation loss {full:.3f} nats per target of all validation data, {baseline} {entropy:.3f}; "
                 f"{speed:,.0f} tokens/s, MFU {mfu:.0%}, peak memory {memory / 2**20:,.0f} MiB; {out}/loss.png"
             )
         return TrainResult(step, val_loss, full, entropy, speed, mfu, memory, interrupted)

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 
 from gptcore._files import save_figure
+from gptcore.train import step as training_step
 from gptcore.train.config import TrainConfig
 from gptcore.train.display import Display
-from gptcore.train.folder import locked_folder
-from gptcore.train.job import Job
 from gptcore.train.parallel import processes
+from gptcore.train.run_folder import locked_folder
+from gptcore.train.state import TrainState
 
 LR_PLOT = "lr.png"
 _SMOOTHING, _DIVERGED = 0.9, 1.5
@@ -31,9 +32,9 @@ class LrSweep:
 def smoothed(losses: list[float]) -> list[float]:
     """Running means with weights that decay by 0.9 a step, without the pull of their start."""
     mean, means = 0.0, []
-    for step, loss in enumerate(losses, start=1):
+    for count, loss in enumerate(losses, start=1):
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
-        means.append(mean / (1 - _SMOOTHING**step))
+        means.append(mean / (1 - _SMOOTHING**count))
     return means
 
 
@@ -59,28 +60,28 @@ def find_lr(
         if world.size > 1:
             raise ValueError(f"find_lr: got {world.size} processes; accepted is one")
         with locked_folder(config.out, world):
-            sweep = _sweep(Job(config, world, device), low, high, steps, progress)
+            sweep = _sweep(TrainState(config, world, device), low, high, steps, progress)
             _plot(sweep, config)
     return sweep
 
 
-def _sweep(job: Job, low: float, high: float, steps: int, progress: bool) -> LrSweep:
-    job.model.train()
+def _sweep(state: TrainState, low: float, high: float, steps: int, progress: bool) -> LrSweep:
+    state.model.train()
     lrs: list[float] = []
     losses: list[float] = []
     with Display(progress, steps) as display:
-        for step in range(steps):
-            lr = low * (high / low) ** (step / (steps - 1))
-            loss, norm, _ = job.gradients()
-            if not math.isfinite(loss) or not math.isfinite(norm):
+        for done in range(steps):
+            lr = low * (high / low) ** (done / (steps - 1))
+            found = training_step.gradients(state)
+            if not math.isfinite(found.loss) or not math.isfinite(found.norm):
                 break
             lrs.append(lr)
-            losses.append(loss)
+            losses.append(found.loss)
             means = smoothed(losses)
             if means[-1] > _DIVERGED * min(means):
                 break
-            job.update(lr)
-            display.sweep(step + 1, lr, loss)
+            training_step.update(state, lr)
+            display.sweep(done + 1, lr, found.loss)
     means = smoothed(losses)
     if not means:
         raise FloatingPointError("the loss of the initial weights is not finite: no learning rate can be found")

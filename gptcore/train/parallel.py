@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gptcore.models import GPT
+from gptcore.models import Model
 from gptcore.train.config import Parallel
 from gptcore.train.hardware import find_device
 
@@ -104,22 +104,22 @@ def _computed_again(forward: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(forward, *arguments, use_reentrant=False)
 
 
-def checkpoint_activations(model: GPT) -> None:
+def checkpoint_activations(model: Model) -> None:
     """Lets each block keep its inputs alone; its backward computes the rest again, with the same dropout."""
-    for block in model.h:
+    for block in model.blocks:
         block.forward = partial(_computed_again, block.forward)
 
 
 class Replica:
     """A model as this process trains it: whole, a copy beside others, or a share of one.
 
-    `module` holds the parameters under their own names: tensors, or with fsdp the sharded `DTensor`s.
+    `forward` is what a task's loss calls; its backward averages the gradients over the processes.
 
     Raises:
         ValueError: ``parallel`` asks for processes that were not started.
     """
 
-    def __init__(self, model: GPT, world: World, device: torch.device, parallel: Parallel, compile: bool) -> None:
+    def __init__(self, model: Model, world: World, device: torch.device, parallel: Parallel, compile: bool) -> None:
         if parallel != "auto" and not dist.is_initialized():
             raise ValueError(
                 f"parallel: got {parallel!r} in a process started alone; accepted is auto, or "
@@ -134,40 +134,30 @@ class Replica:
             # A block returns a view of a product's result, and nothing here changes it in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             mesh = init_device_mesh(device.type, (world.size,))
-            for block in model.h:
+            for block in model.blocks:
                 if compile:
                     block.compile()
                 fully_shard(block, mesh=mesh)
             self._fsdp = fully_shard(model, mesh=mesh)
-            register_fsdp_forward_method(model, "next_logits")  # what generation calls
-            self.module, self._loss = model, model.loss
+            for method in model.forward_methods:
+                register_fsdp_forward_method(model, method)
+            self.forward: Callable[..., Any] = model
             return
-        self.module = model.to(device)
+        self.forward = model.to(device)
         if world.size > 1 or parallel == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
             ids = [device.index] if device.type == "cuda" else None
-            self._ddp = DistributedDataParallel(self.module, device_ids=ids)
-            self._loss = self._through_ddp
-        else:
-            self._loss = self.module.loss
+            self.forward = self._ddp = DistributedDataParallel(model, device_ids=ids)
         if compile:
-            self._loss = torch.compile(self._loss)
+            self.forward = torch.compile(self.forward)
 
-    def _through_ddp(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        assert self._ddp is not None
-        return self._ddp(tokens, targets=targets, **options)
-
-    def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        """As `GPT.loss`, of this process's rows; its backward averages the gradients over the processes."""
-        return self._loss(tokens, targets, **options)
-
-    def gradients_stay(self, here: bool) -> AbstractContextManager[None]:
-        """Around forward and backward: whether gradients only add up in this process, to be averaged by a later one."""
+    def sums_gradients(self, last: bool) -> AbstractContextManager[object]:
+        """Around a batch's forward and backward: gradients are exchanged after the `last` batch of a step alone."""
         if self.sharded:
-            self._fsdp.set_requires_gradient_sync(not here)
+            self._fsdp.set_requires_gradient_sync(last)
             return nullcontext()
-        return self._ddp.no_sync() if self._ddp is not None and here else nullcontext()  # type: ignore[return-value]
+        return nullcontext() if self._ddp is None or last else self._ddp.no_sync()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
-"""Weights on disk: safetensors and json, our own and Hugging Face's GPT-2 and Llama; and GGUF files."""
+"""Weights on disk: safetensors and json, our own and Hugging Face's; and GGUF files."""
 
-from gptcore.weights.folder import (
+from gptcore.weights.error import WeightsError
+from gptcore.weights.files import (
     CONFIG,
     WEIGHTS,
+    Pretrained,
     check_state,
+    description,
     load,
     locate,
     read_generation,
@@ -11,21 +14,17 @@ from gptcore.weights.folder import (
     save_folder,
     save_huggingface,
 )
-from gptcore.weights.huggingface import (
-    WeightsError,
-    config_from_huggingface,
-    config_to_huggingface,
-    from_huggingface,
-    to_huggingface,
-)
+from gptcore.weights.gpt import config_from_huggingface, config_to_huggingface, from_huggingface, to_huggingface
 
 __all__ = [
     "CONFIG",
     "WEIGHTS",
+    "Pretrained",
     "WeightsError",
     "check_state",
     "config_from_huggingface",
     "config_to_huggingface",
+    "description",
     "from_huggingface",
     "load",
     "locate",

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from gptcore.train import train
-from gptcore.train.folder import locked_folder
-from gptcore.train.job import Job
 from gptcore.train.parallel import ALONE, Replica, processes
+from gptcore.train.run_folder import locked_folder
+from gptcore.train.state import TrainState
 from tests.gptcore.runs import config
 
 RANK = int(os.environ["RANK"])
@@ -32,7 +32,7 @@ def say(text: object) -> None:
 
 def at_step(number: int, action) -> None:
     """Calls `action` in the second process as it comes to its `number`-th step from now on."""
-    gradients, calls = Job.gradients, 0
+    gradients, calls = TrainState.gradients, 0
 
     def instead(self, *args):
         nonlocal calls
@@ -41,7 +41,7 @@ def at_step(number: int, action) -> None:
             action()
         return gradients(self, *args)
 
-    Job.gradients = instead
+    TrainState.gradients = instead
 
 
 def main(corpus: Path, folder: Path) -> None:
@@ -69,10 +69,10 @@ def main(corpus: Path, folder: Path) -> None:
             run("odd", batch_size=3)
         except ValueError as error:
             say(error)
-        gradients = Job.gradients
+        gradients = TrainState.gradients
         at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         say(f"stopped {run('stopped', parallel='fsdp').steps}")
-        Job.gradients = gradients
+        TrainState.gradients = gradients
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if RANK == 1:  # its shard no longer fits, and the model of the first still does
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))

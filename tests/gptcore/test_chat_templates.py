@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.chat import Chat, Message, render
-from gptcore.pretrained_tokenizer import PretrainedTokenizer
-from gptcore.tokenizer import get_tokenizer
+from gptcore.generate.chat import Chat, Message, render
+from gptcore.text.pretrained import PretrainedTokenizer
+from gptcore.text.tokenizer import get_tokenizer
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 TURNS: list[Message] = [

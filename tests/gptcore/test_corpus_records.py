@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gptcore import fetch
+from gptcore import assets
 from gptcore.cli import main
 from gptcore.data import corpus as corpus_module
 from gptcore.data import prepare as prepare_module
@@ -19,7 +19,7 @@ from gptcore.data import records
 from gptcore.data.corpus import documents, sources_state
 from gptcore.data.prepare import open_split, prepare, read_report
 from gptcore.data.split import survey
-from gptcore.tokenizer import END_OF_TEXT, Tokenizer
+from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 
 TEXTS = ["first\nof two lines\r\n", "naïve 🙂", "", 'a "quoted" text', "last\u2028line"]
 
@@ -340,11 +340,11 @@ def test_a_library_that_is_not_installed(
 
 
 def test_fetched_texts_are_sources_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("gptcore.assets.download.cache_folder", lambda: tmp_path)
     with pytest.raises(FileNotFoundError, match="'shakespeare' has not been fetched; run: gptcore fetch shakespeare"):
         texts("shakespeare")
     (tmp_path / "shakespeare").mkdir()
-    (tmp_path / "shakespeare/.sha256").write_text(fetch.CATALOGUE["shakespeare"].sha256)
+    (tmp_path / "shakespeare/.sha256").write_text(assets.CATALOGUE["shakespeare"].sha256)
     (tmp_path / "shakespeare/1_gut.txt").write_text("To be")
     assert texts("shakespeare") == ["To be"]
     monkeypatch.chdir(tmp_path)

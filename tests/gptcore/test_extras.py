@@ -12,8 +12,8 @@ import pytest
 from gptcore import GPT, GPTConfig, _extras
 from gptcore.cli import main
 from gptcore.data.prepare import prepare
-from gptcore.pretrained_tokenizer import PretrainedTokenizer, byte_level_bpe
-from gptcore.tokenizer import END_OF_TEXT, Tokenizer
+from gptcore.text.pretrained import PretrainedTokenizer, byte_level_bpe
+from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 
 WITH_A_MODEL = {
     "info": (),

@@ -18,8 +18,8 @@ from types import MappingProxyType
 
 import pytest
 
-from gptcore import fetch as fetch_module
-from gptcore.fetch import CATALOGUE, Entry, fetch, find
+from gptcore.assets import CATALOGUE, Entry, fetch, find
+from gptcore.assets import download as fetch_module
 
 FILES = {
     "data/a.txt": b"first text\n",
@@ -244,17 +244,17 @@ import os, signal
 from pathlib import Path
 from types import MappingProxyType
 from tests.gptcore import test_fetch
-from gptcore import fetch
+from gptcore.assets import download
 cache = Path({cache!r})
-fetch.cache_folder = lambda: cache
-fetch.CATALOGUE = MappingProxyType({{"toy": test_fetch.ENTRY}})
+download.cache_folder = lambda: cache
+download.CATALOGUE = MappingProxyType({{"toy": test_fetch.ENTRY}})
 calls = 0
 def dies(original):
     def call(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return call
-fetch.{function} = dies(fetch.{function})
-fetch.fetch("toy", progress=False)
+download.{function} = dies(download.{function})
+download.fetch("toy", progress=False)
 """
 
 
@@ -343,7 +343,7 @@ def test_the_command(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.network
 def test_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptcore.tokenizer import Tokenizer
+    from gptcore.text.tokenizer import Tokenizer
 
     monkeypatch.setattr(fetch_module, "cache_folder", lambda: tmp_path)
     folder = fetch("gpt2-bpe", progress=False)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gptcore.pretrained_tokenizer import PretrainedTokenizer
-from gptcore.tokenizer import get_tokenizer
+from gptcore.text.pretrained import PretrainedTokenizer
+from gptcore.text.tokenizer import get_tokenizer
 
 TEXT = "the cat's mat, the CAT'S hat; in 1999 and 20245 it sat -- on\n\n the mat!\r\n  \tthe end. " * 20
 TEXTS = [

@@ -13,9 +13,8 @@ import torch
 from gptkernels.testing import assert_within_budget
 
 from gptcore import GPT, GPTConfig
-from gptcore.config import RotaryScaling
-from gptcore.layers import Documents
-from gptcore.tokenizer import get_tokenizer
+from gptcore.nn import Documents, RotaryScaling
+from gptcore.text.tokenizer import get_tokenizer
 from gptcore.weights import WeightsError, config_to_huggingface, from_huggingface, save_huggingface, to_huggingface
 
 KERNELS = ["reference", *(["triton"] if torch.cuda.is_available() else ["native"])]
@@ -364,7 +363,7 @@ def test_a_gguf_files_rotary_frequencies_are_llama_3s(factor: float):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from gptcore.weights.gguf_file import llama3_scaling
+    from gptcore.weights.gguf import llama3_scaling
 
     config = GPTConfig.preset("llama-tiny", n_head=2, n_kv_head=1, width=128, rotary_base=500000.0)
     scaling = RotaryScaling(factor, 1.0, 4.0, 8192)

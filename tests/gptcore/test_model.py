@@ -11,7 +11,7 @@ from gptkernels.testing import assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptcore import GPT, GPTConfig
-from gptcore.layers import SelfAttention
+from gptcore.nn import SelfAttention
 from gptcore.weights import WeightsError, from_huggingface, save_huggingface, to_huggingface
 
 CONFIG = GPTConfig(vocab_size=61, context=24, n_layer=2, n_head=2, width=32, kernels="reference")

@@ -21,7 +21,7 @@ from gptcore.data import prepare as prepare_module
 from gptcore.data.corpus import documents
 from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
 from gptcore.data.token_file import TokenWriter
-from gptcore.tokenizer import END_OF_TEXT, Tokenizer
+from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 
 FINGERPRINT = "00112233445566778899aabbccddeeff"
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gptcore.data.prepare import open_split, prepare, read_report
-from gptcore.pretrained_tokenizer import byte_level_bpe
-from gptcore.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
+from gptcore.text.pretrained import byte_level_bpe
+from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
 
 TEXT = "".join(f"line {i} of a text that is longer than any limit, naïve 🙂\n" for i in range(400))
 PADDING = {
@@ -82,7 +82,7 @@ def test_what_a_tokenizer_file_says_of_lengths_and_chance_is_not_obeyed(
 
 def test_a_file_saved_with_truncation_is_read_and_no_longer_obeyed(tmp_path: Path, plain: dict[str, Any]) -> None:
     """As earlier versions wrote it into a run's folder."""
-    from gptcore.pretrained_tokenizer import _fingerprint
+    from gptcore.text.pretrained import _fingerprint
 
     tokenizer = get_tokenizer(save(tmp_path / "theirs", plain, {}))
     tokenizer.save(tmp_path / "tokenizer.json")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gptcore.train import find_lr, train
-from gptcore.train.folder import locked_folder
 from gptcore.train.parallel import ALONE
+from gptcore.train.run_folder import locked_folder
 from tests.gptcore.runs import config, contents
 
 pytestmark = pytest.mark.usefixtures("no_peak")

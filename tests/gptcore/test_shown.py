@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from gptcore import GPT, GPTConfig
-from gptcore.chat import converse
 from gptcore.cli import main
-from gptcore.pretrained_tokenizer import PretrainedTokenizer
-from gptcore.tokenizer import Tokenizer
+from gptcore.generate.chat import converse
+from gptcore.text.pretrained import PretrainedTokenizer
+from gptcore.text.tokenizer import Tokenizer
 
 ODD = "[bold] $$x$$ :end: [/] {0} %s \\n na\u00efve \U0001f600"
 

@@ -8,9 +8,9 @@ from gptkernels import available_backends
 from gptkernels.testing import assert_within_budget
 
 from gptcore import GPT
-from gptcore.fetch import fetch
+from gptcore.assets import fetch
 from gptcore.generate import generate_text
-from gptcore.tokenizer import get_tokenizer
+from gptcore.text.tokenizer import get_tokenizer
 from gptcore.weights import config_to_huggingface, locate, to_huggingface
 
 NAME = "smollm2-135m-instruct"

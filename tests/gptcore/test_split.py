@@ -20,7 +20,7 @@ from gptcore.data import split as split_module
 from gptcore.data.corpus import Document
 from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
 from gptcore.data.split import CUT, TOLERANCE, VAL, survey
-from gptcore.tokenizer import END_OF_TEXT, Tokenizer
+from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 
 WHOLE = pytest.mark.filterwarnings("error::UserWarning")  # of a document that is cut
 CUT_IN_TWO = r"the largest document was cut in two"

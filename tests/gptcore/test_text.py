@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gptcore import GPT, GPTConfig
-from gptcore.chat import Chat, converse, render
+from gptcore.evaluate.attention_map import cache_bytes_per_token, describe, draw_attention
 from gptcore.generate import _Text, generate_text, pad_left, penalise, stream_text
-from gptcore.inside import cache_bytes_per_token, describe, draw_attention
-from gptcore.pretrained_tokenizer import PretrainedTokenizer
-from gptcore.tokenizer import Tokenizer
+from gptcore.generate.chat import Chat, converse, render
+from gptcore.text.pretrained import PretrainedTokenizer
+from gptcore.text.tokenizer import Tokenizer
 
 TEXT = "the cat sat on the mat and the dog sat on the log, naïve \U0001f600 1999. " * 30
 TEMPLATE = (

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptcore import tokenizer as tokenizer_module
-from gptcore.pretrained_tokenizer import PretrainedTokenizer
-from gptcore.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
+from gptcore.text import tokenizer as tokenizer_module
+from gptcore.text.pretrained import PretrainedTokenizer
+from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
 
 TEXT = "the cat sat on the mat, the dog sat on the log; naïve café 🙂🙂\n" * 20
 BYTES = {bytes([byte]): byte for byte in range(256)}
@@ -317,7 +317,7 @@ def test_gpt2_with_neither_cache_nor_connection(tmp_path: Path, monkeypatch: pyt
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("gptcore.fetch.find", lambda name: None)  # whatever was fetched here
+    monkeypatch.setattr("gptcore.assets.find", lambda name: None)  # whatever was fetched here
     monkeypatch.setattr("tiktoken.load.read_file", offline)
     with pytest.raises(ConnectionError, match=r"Name or service(.|\n)*TIKTOKEN_CACHE_DIR(.|\n)*vocab_dir(.|\n)*'bpe'"):
         get_tokenizer("gpt2")

@@ -11,9 +11,9 @@ import torch
 from gptkernels import BackendUnavailableError, available_backends
 
 from gptcore import GPT, GPTConfig
-from gptcore.tokenizer import get_tokenizer
+from gptcore.text.tokenizer import get_tokenizer
 from gptcore.train import train
-from gptcore.train.job import evaluate, make_optimizer
+from gptcore.train.state import evaluate, make_optimizer
 from gptcore.weights import WeightsError
 from tests.gptcore.runs import config, contents, records
 
@@ -264,7 +264,7 @@ def test_data_of_another_tokenizer(corpus: Path, tmp_path: Path):
     import shutil
 
     shutil.copytree(corpus, tmp_path / "data")
-    from gptcore.tokenizer import Tokenizer
+    from gptcore.text.tokenizer import Tokenizer
 
     Tokenizer.train(["something else entirely, " * 50], vocab_size=280).save(tmp_path / "data" / "tokenizer.json")
     with pytest.raises(ValueError, match="made with another tokenizer"):

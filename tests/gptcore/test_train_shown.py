@@ -15,8 +15,8 @@ from gptcore.cli import main
 from gptcore.train import train
 from gptcore.train.checkpoint import newest
 from gptcore.train.guard import Guard, GuardedStream
-from gptcore.train.job import Job
-from gptcore.train.records import Records, read_records
+from gptcore.train.metrics import Records, read_records
+from gptcore.train.state import TrainState
 from tests.gptcore.runs import config, records
 
 OPTIONS = (
@@ -70,7 +70,7 @@ def run_them(corpus: Path, folder: Path) -> None:
         torch.set_num_threads(1)
         signal.signal(signal.SIGHUP, changes.get("hangup", signal.SIG_DFL))
         if "at_step_6" in changes:
-            gradients, calls = Job.gradients, 0
+            gradients, calls = TrainState.gradients, 0
 
             def instead(*arguments):
                 nonlocal calls
@@ -79,7 +79,7 @@ def run_them(corpus: Path, folder: Path) -> None:
                     changes["at_step_6"]()
                 return gradients(*arguments)
 
-            Job.gradients = instead
+            TrainState.gradients = instead
         out = folder / name.removesuffix("-resumed")
         main(["train", "--data", str(corpus), "--out", str(out), *OPTIONS.split(), *options])
 
@@ -145,7 +145,7 @@ def test_pictures_and_samples_that_fail(corpus: Path, tmp_path: Path, monkeypatc
     def fails(*_: object) -> None:
         raise RuntimeError("no memory\nat all")
 
-    monkeypatch.setattr(Job, "sample", fails)
+    monkeypatch.setattr(TrainState, "sample", fails)
     monkeypatch.setattr(Records, "plot", fails)
     assert train(config(corpus, tmp_path / "run"), progress=False).steps == 8
     assert newest(tmp_path / "run", fall_back=False).position.step == 8

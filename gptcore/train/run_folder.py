@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from gptcore.tasks import Task
 from gptcore.train.checkpoint import FOLDER
 from gptcore.train.config import TrainConfig
-from gptcore.train.job import TOKENIZER
+from gptcore.train.metrics import METRICS, PLOT, TENSORBOARD, TIMINGS
 from gptcore.train.parallel import World
-from gptcore.train.records import METRICS, PLOT, TENSORBOARD, TIMINGS
 from gptcore.weights import CONFIG, WEIGHTS
 
 RUN = "config.yaml"
@@ -26,7 +26,7 @@ _MARKS = {RUN, METRICS, FOLDER}
 # The first is locked by whoever works in the folder, the second says who that is. A process that was killed may leave
 # both, and locks neither.
 _LOCK, _HOLDER = ".lock", ".lock-holder"
-_OF_NO_RUN = {"lr.png", _LOCK, _HOLDER}
+_NO_RUN = {"lr.png", _LOCK, _HOLDER}
 
 
 def check_folder(out: Path) -> bool:
@@ -40,7 +40,7 @@ def check_folder(out: Path) -> bool:
     held = {p.name for p in out.iterdir()} if out.is_dir() else set()
     if held & _MARKS:
         return True
-    if foreign := sorted(n for n in held - _OF_NO_RUN if not (n.startswith(".") and n.endswith(".tmp"))):
+    if foreign := sorted(n for n in held - _NO_RUN if not (n.startswith(".") and n.endswith(".tmp"))):
         raise FileExistsError(f"out: {out} holds {foreign[0]!r} and no run; accepted is a new or empty folder")
     return False
 
@@ -93,7 +93,7 @@ def _holder(out: Path) -> str:
     return "another process"
 
 
-def start_folder(config: TrainConfig, goes_on: bool) -> None:
+def start_folder(config: TrainConfig, task: Task, goes_on: bool) -> None:
     """Makes the folder of a new run, or readies one that goes on; what a killed process left half-written goes."""
     out = config.out
     for place in (out, out / FOLDER):
@@ -105,4 +105,4 @@ def start_folder(config: TrainConfig, goes_on: bool) -> None:
         for name in (METRICS, TIMINGS, PLOT, WEIGHTS, CONFIG):
             (out / name).unlink(missing_ok=True)
     config.save(out / RUN)
-    shutil.copyfile(config.data / TOKENIZER, out / TOKENIZER)
+    task.save(out)

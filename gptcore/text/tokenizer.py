@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 from gptcore._files import atomic_writer
 
 if TYPE_CHECKING:
-    from gptcore.pretrained_tokenizer import PretrainedTokenizer
+    from gptcore.text.pretrained import PretrainedTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 """The special token that ends every document. It is the last id of every vocabulary."""
 
 _FORMAT = "gptcore-tokenizer"
 _VERSION = 1
-_FILE_NAME = "tokenizer.json"
+TOKENIZER = "tokenizer.json"
+"""The file of a tokenizer, ours or Hugging Face's."""
 _BYTES = 256
 
 # The vocabulary that OpenAI released with GPT-2. The same hashes are checked by tiktoken when it downloads
@@ -177,7 +178,7 @@ class Tokenizer:
 
     def save_huggingface(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` as transformers reads them."""
-        from gptcore.pretrained_tokenizer import PretrainedTokenizer, byte_level_bpe
+        from gptcore.text.pretrained import PretrainedTokenizer, byte_level_bpe
 
         inner = byte_level_bpe(self._pattern, self._tokens_in_order(), dict(self._specials_in_order()))
         PretrainedTokenizer(inner, self.name, special_tokens_map=self.special_tokens_map).save_huggingface(folder)
@@ -192,7 +193,7 @@ class Tokenizer:
         """
         path = Path(path)
         if path.is_dir():
-            path = path / _FILE_NAME
+            path = path / TOKENIZER
         if not path.exists():
             raise FileNotFoundError(f"there is no tokenizer file at {path}")
         state = _read_state(path)
@@ -327,19 +328,19 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
     Raises:
         FileNotFoundError: if it is neither; otherwise as :meth:`Tokenizer.gpt2` and :meth:`Tokenizer.load`.
     """
-    from gptcore import fetch
-    from gptcore.pretrained_tokenizer import FORMAT, PretrainedTokenizer
+    from gptcore import assets
+    from gptcore.text.pretrained import FORMAT, PretrainedTokenizer
 
     if str(name_or_path) == "gpt2":
-        return Tokenizer.gpt2(fetch.find("gpt2-bpe"))
+        return Tokenizer.gpt2(assets.find("gpt2-bpe"))
     path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return PretrainedTokenizer.from_gguf(path)
     if path.is_dir():
-        path = path / _FILE_NAME
+        path = path / TOKENIZER
     if not path.exists():
         raise FileNotFoundError(
-            f"tokenizer must be 'gpt2', a tokenizer file, a folder with a {_FILE_NAME} or a .gguf file; "
+            f"tokenizer must be 'gpt2', a tokenizer file, a folder with a {TOKENIZER} or a .gguf file; "
             f"got {str(name_or_path)!r}, where there is none"
         )
     state = _read_json(path)

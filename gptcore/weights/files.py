@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gptcore import _extras
 from gptcore._files import atomic_writer
-from gptcore.config import GPTConfig
-from gptcore.weights.huggingface import (
-    WeightsError,
-    config_from_huggingface,
-    config_to_huggingface,
-    from_huggingface,
-    to_huggingface,
-)
+from gptcore.weights import gpt
+from gptcore.weights.error import WeightsError
+
+if TYPE_CHECKING:
+    from gptcore.models.model import ModelConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
+_FORMAT = "gptcore_format"
+"""The key by which a config.json of ours is told from one of transformers, which may name the same model; its value is 1."""
+_FORMATS = {"gpt2": gpt, "llama": gpt, "mistral": gpt}
+"""By transformers' model_type, the module that converts the model's configuration and tensors."""
 _PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
 # What is fetched from the hub: safetensors, never pickles, and what the tokenizer needs.
 _WANTED = [CONFIG, GENERATION, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json"]
 _WANTED += ["special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja"]
 
 
+class Pretrained(NamedTuple):
+    """A model as it was found on disk; `gptcore.models` builds it."""
+
+    model_type: str
+    """Its name in `gptcore.models.MODELS`."""
+    config: dict[str, Any]
+    """Fields of its configuration."""
+    state: dict[str, Tensor]
+    """Its state dict, under our names."""
+    described: Path
+    """The file that `config` is from."""
+    source: Path
+    """The file that `state` is from."""
+
+
 def save_huggingface(
-    folder: str | Path, config: GPTConfig, state: dict[str, Tensor], generation: dict[str, Any] | None = None
+    folder: str | Path, config: ModelConfig, state: dict[str, Tensor], generation: dict[str, Any] | None = None
 ) -> None:
-    """Writes a folder that Hugging Face's ``AutoModelForCausalLM.from_pretrained`` loads, as a GPT-2 or a Llama.
+    """Writes a folder that Hugging Face's ``from_pretrained`` loads.
 
     Args:
         folder: where to.
@@ -43,15 +57,20 @@ def save_huggingface(
             tokenizer's `special_ids`); the model alone does not know.
 
     Raises:
-        WeightsError: a configuration that is neither GPT-2's nor Llama's; names the field. Nothing is written then.
+        WeightsError: a configuration that none of Hugging Face's models has; names the field. Nothing is written then.
     """
     known = {
         name: value for name in ("bos_token_id", "eos_token_id") if (value := (generation or {}).get(name)) is not None
     }
-    _write(folder, config_to_huggingface(config) | known, to_huggingface(state, config))
+    theirs = _by_model_type(config.model_type)
+    _write(folder, theirs.config_to_huggingface(config) | known, theirs.to_huggingface(state, config))
     if generation is not None:
         with atomic_writer(Path(folder) / GENERATION) as file:
             file.write(json.dumps(generation, indent=2).encode())
+
+
+def _by_model_type(model_type: str) -> Any:
+    return next(module for module in _FORMATS.values() if model_type == module.MODEL_TYPE)
 
 
 def read_generation(place: Path) -> dict[str, Any]:
@@ -68,9 +87,14 @@ def read_generation(place: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: is damaged ({error})") from error
 
 
-def save_folder(folder: str | Path, config: GPTConfig, state: dict[str, Tensor]) -> None:
+def save_folder(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Writes a folder that `load` loads: each file appears whole or not at all."""
-    _write(folder, dataclasses.asdict(config), state)
+    _write(folder, description(config), state)
+
+
+def description(config: ModelConfig) -> dict[str, Any]:
+    """What ``config.json`` holds: what the model is, and nothing of how it runs."""
+    return {"model_type": config.model_type, _FORMAT: 1, **config.description()}
 
 
 def _write(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -93,38 +117,50 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: is damaged or no safetensors file ({error})") from error
 
 
-def load(path_or_name: str | Path, changes: dict[str, Any]) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Configuration (with `changes`) and checked state dict of what `locate` finds."""
+def load(path_or_name: str | Path) -> Pretrained:
+    """Configuration and state dict of what `locate` finds.
+
+    Raises:
+        WeightsError: a file that is missing or damaged, or a model that is not known; names the file.
+    """
     place = locate(path_or_name)
     if place.is_file():
-        from gptcore.weights.gguf_file import load_gguf
+        from gptcore.weights.gguf import load_gguf
 
-        config, state = load_gguf(place)
-        source = place
-    else:
-        config, state, source = _read_folder(place)
-    check_state(state, config, source)
-    return dataclasses.replace(config, **changes), state
-
-
-def _read_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Path]:
-    path = folder / CONFIG
+        return Pretrained(gpt.MODEL_TYPE, *load_gguf(place), place, place)
+    path = place / CONFIG
     try:
         values = json.loads(path.read_text())
-        foreign = "model_type" in values
-        config = config_from_huggingface(values) if foreign else GPTConfig.from_dict(values)
+        model_type, config, convert = _described(values)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: describes no model this version can load ({error})") from error
+    state, source = _read_state(place)
+    return Pretrained(model_type, config, convert(state, config) if convert else state, path, source)
+
+
+def _described(values: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
+    """The model's type, its configuration's fields, and what converts its tensors (None: they are ours)."""
+    kind = values.get("model_type")
+    if (found := values.get(_FORMAT)) is not None:
+        if found != 1:
+            raise WeightsError(f"{_FORMAT}: got {found!r}; accepted is 1")
+        return str(kind), {name: value for name, value in values.items() if name not in ("model_type", _FORMAT)}, None
+    if kind is None:  # ours, of a version that had one model
+        return gpt.MODEL_TYPE, values, None
+    if kind not in _FORMATS:
+        raise WeightsError(f"model_type: got {kind!r}; accepted are {', '.join(map(repr, _FORMATS))}")
+    module = _FORMATS[kind]
+    config = module.config_from_huggingface(values)
+    return module.MODEL_TYPE, config, module.convert
+
+
+def _read_state(folder: Path) -> tuple[dict[str, Tensor], Path]:
     if (folder / INDEX).is_file():
-        state, source = _read_shards(folder), folder / INDEX
-    else:
-        pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickles and not (folder / WEIGHTS).is_file():
-            raise WeightsError(
-                f"{pickles[0]}: is a pickle, which can run any code when it is read; accepted is {WEIGHTS}"
-            )
-        state, source = read_tensors(folder / WEIGHTS), folder / WEIGHTS
-    return config, from_huggingface(state, tied=config.tied) if foreign else state, source
+        return _read_shards(folder), folder / INDEX
+    pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles and not (folder / WEIGHTS).is_file():
+        raise WeightsError(f"{pickles[0]}: is a pickle, which can run any code when it is read; accepted is {WEIGHTS}")
+    return read_tensors(folder / WEIGHTS), folder / WEIGHTS
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
@@ -156,26 +192,29 @@ def locate(path_or_name: str | Path) -> Path:
         if place.suffix != ".gguf":
             raise WeightsError(f"{place}: is a file; accepted are folders with {CONFIG} and {WEIGHTS}, and .gguf files")
         return place
-    from gptcore import fetch
+    from gptcore import assets
 
     name = str(path_or_name)
-    if fetched := fetch.find(name):
+    if fetched := assets.find(name):
         return locate(fetched)
-    if name in fetch.CATALOGUE:
+    if name in assets.CATALOGUE:
         raise WeightsError(f"{name}: is not here yet; gptcore fetch {name} brings it")
     return _download(name)
 
 
-def check_state(state: dict[str, Tensor], config: GPTConfig, source: Path) -> None:
-    """Raises `WeightsError` unless `state` holds exactly the tensors of a GPT of `config`."""
-    from gptcore.models import GPT
+def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], source: Path, model_type: str) -> None:
+    """Raises `WeightsError` unless `state` holds the tensors that a model's state dict does, in their shapes.
 
-    with torch.device("meta"):
-        expected = GPT(config).state_dict()
+    Args:
+        state: what was read.
+        expected: the model's own state dict; may be on the meta device.
+        source: the file that `state` is from.
+        model_type: the model's name, for the message.
+    """
     if missing := sorted(set(expected) - set(state)):
         raise WeightsError(f"{source}: {missing[0]} is missing ({len(missing)} of {len(expected)} tensors are)")
     if extra := sorted(set(state) - set(expected)):
-        raise WeightsError(f"{source}: {extra[0]} belongs to no GPT ({len(extra)} such tensors)")
+        raise WeightsError(f"{source}: {extra[0]} belongs to no {model_type} ({len(extra)} such tensors)")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             accepted = tuple(expected[name].shape)

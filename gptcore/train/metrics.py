@@ -15,7 +15,7 @@ from gptcore.train.guard import Guard
 METRICS, TIMINGS, PLOT, TENSORBOARD = "metrics.jsonl", "timings.jsonl", "loss.png", "tensorboard"
 
 
-class Records:
+class MetricsLog:
     """Lines of JSON, one for each step and each evaluation.
 
     ``metrics.jsonl`` holds what the configuration decides and nothing that a clock does, so that a run that was
@@ -68,8 +68,8 @@ class Records:
         for file in self._files.values():
             file.sync()
 
-    def plot(self, entropy: float) -> None:
-        """Draws ``loss.png`` anew; `entropy` is the unigram entropy, nats per token."""
+    def plot(self, baseline: tuple[str, float]) -> None:
+        """Draws ``loss.png`` anew; `baseline` is what a model without context reaches, with its name."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -80,7 +80,8 @@ class Records:
             axes.plot(*zip(*loss), linewidth=0.8, alpha=0.6, label="training")
         if val_loss:
             axes.plot(*zip(*val_loss), marker="o", markersize=3, label="validation")
-        axes.axhline(entropy, color="grey", linestyle="--", label="unigram entropy")
+        name, value = baseline
+        axes.axhline(value, color="grey", linestyle="--", label=name)
         axes.legend()
         save_figure(figure, self.out / PLOT)
 

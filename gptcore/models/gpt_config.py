@@ -1,41 +1,28 @@
-"""The model's configuration: one frozen dataclass, and the sizes people ask for by name."""
+"""GPT's configuration: one frozen dataclass, and the sizes people ask for by name."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-Kernels = Literal["auto", "reference", "triton", "native"]
-AttentionImpl = Literal["fused", "explicit"]
-Norm = Literal["layer_norm", "rms_norm"]
+from gptcore.models.model import ModelConfig, check_choices, check_sizes
+from gptcore.nn import AttentionImpl, Kernels, NormKind, RotaryScaling
+
 Positions = Literal["learned", "rotary"]
-Activation = Literal["gelu", "swiglu"]
+GPTActivation = Literal["gelu", "swiglu"]
 
 MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
-class RotaryScaling:
-    """Llama 3.1's stretching of rotary positions beyond the context that a model was trained on first."""
-
-    factor: float
-    """How many times longer the slow rotations become."""
-    low_freq_factor: float
-    """Rotations with fewer turns than this in `original_context` are stretched whole."""
-    high_freq_factor: float
-    """Those with more turns than this stay; between the two the stretching fades."""
-    original_context: int
-    """Tokens of the first training's sequences."""
-
-
-@dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(ModelConfig):
     """Sizes and choices of a `gptcore.GPT`. The defaults are GPT-2's smallest model; `PRESETS` has Llama's choices too.
 
     Raises:
         ValueError: a size, probability or name that is not accepted.
     """
+
+    model_type: ClassVar[str] = "gpt"
 
     vocab_size: int = 50257
     """Number of token ids."""
@@ -51,7 +38,7 @@ class GPTConfig:
     """Width of the residual stream."""
     mlp_width: int | None = None
     """Width of the MLP's hidden layer; None: four times width."""
-    norm: Norm = "layer_norm"
+    norm: NormKind = "layer_norm"
     """layer_norm, or rms_norm: no mean is subtracted and nothing added (Llama)."""
     positions: Positions = "learned"
     """learned: a vector for each position; rotary: queries and keys are turned by angles that grow with it (Llama)."""
@@ -59,7 +46,7 @@ class GPTConfig:
     """The slowest rotation takes nearly 2 pi times this many tokens."""
     rotary_scaling: RotaryScaling | None = None
     """Llama 3.1's stretching of the rotations; None: none."""
-    activation: Activation = "gelu"
+    activation: GPTActivation = "gelu"
     """gelu (tanh form), or swiglu: SiLU of one hidden layer times another (Llama)."""
     bias: bool = True
     """Whether linear layers add a bias."""
@@ -75,12 +62,7 @@ class GPTConfig:
     """fused: one kernel, memory linear in the tokens; explicit: softmax(QK^T)V step by step, whose weights can be read."""
 
     def __post_init__(self) -> None:
-        sizes = ["vocab_size", "context", "n_layer", "n_head", "width"]
-        sizes += [name for name in ("n_kv_head", "mlp_width") if getattr(self, name) is not None]
-        for name in sizes:
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: got {value!r}; accepted are positive integers")
+        check_sizes(self, "vocab_size", "context", "n_layer", "n_head", "width", "n_kv_head", "mlp_width")
         if self.width % self.n_head:
             raise ValueError(f"n_head: got {self.n_head}; accepted are divisors of width, {self.width}")
         if self.n_head % self.kv_heads:
@@ -94,12 +76,7 @@ class GPTConfig:
         for name in ("eps", "rotary_base"):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted are positive numbers")
-        choices = {"kernels": Kernels, "attention_impl": AttentionImpl, "norm": Norm}
-        choices |= {"positions": Positions, "activation": Activation}
-        for name, literal in choices.items():
-            accepted = get_args(literal)
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {', '.join(map(repr, accepted))}")
+        check_choices(self)
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"n_head: got {self.n_head}, heads of {self.head_dim}; accepted for rotary are even heads")
         if self.rotary_scaling is not None and self.positions != "rotary":
@@ -120,21 +97,14 @@ class GPTConfig:
         return 4 * self.width if self.mlp_width is None else self.mlp_width
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> GPTConfig:
-        """A named size, with `changes` to its fields: ``GPTConfig.preset("gpt2-124m", dropout=0.1)``."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: got {name!r}; accepted are {', '.join(PRESETS)}")
-        return cls.from_dict(PRESETS[name] | changes)
+    def presets(cls) -> dict[str, dict[str, Any]]:
+        return PRESETS
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
-        """The configuration that `dataclasses.asdict` made `values` from; fields left out take their defaults."""
-        accepted = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(accepted)):
-            raise ValueError(f"{unknown[0]}: is no field of GPTConfig; accepted are {', '.join(accepted)}")
         if isinstance(scaling := values.get("rotary_scaling"), dict):
             values = values | {"rotary_scaling": RotaryScaling(**scaling)}
-        return cls(**values)
+        return super().from_dict(values)
 
 
 _LLAMA = {"norm": "rms_norm", "positions": "rotary", "activation": "swiglu", "bias": False}

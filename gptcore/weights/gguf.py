@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from gptcore import _extras
-from gptcore.config import GPTConfig, RotaryScaling
-from gptcore.layers import rotary_tables
-from gptcore.weights.huggingface import WeightsError, from_huggingface
+from gptcore.nn import RotaryScaling, rotary_tables
+from gptcore.weights.error import WeightsError
+from gptcore.weights.gpt import from_huggingface
 
 _DIVISORS = "rope_freqs.weight"  # how much slower each rotation is than rope.freq_base says
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -51,8 +51,8 @@ def fields(path: Path, *prefixes: str) -> dict[str, Any]:
     return {name: field.contents() for name, field in reader.fields.items() if name.startswith(prefixes)}
 
 
-def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Configuration and float32 state dict of a Llama-family GGUF file.
+def load_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of `GPTConfig` and the float32 state dict of a Llama-family GGUF file.
 
     Raises:
         WeightsError: a file that is damaged, or of another architecture.
@@ -82,9 +82,9 @@ def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         except Exception as error:
             raise WeightsError(f"{path}: {name} cannot be dequantised ({error})") from error
         if part in ("attn_q", "attn_k"):
-            weight = _half_split(weight, config.n_head if part == "attn_q" else config.kv_heads)
+            weight = _half_split(weight, config["n_head" if part == "attn_q" else "n_kv_head"])
         state[f"{prefix}{known.get(part, part)}.{kind}"] = weight
-    return config, from_huggingface(state, tied=config.tied)
+    return config, from_huggingface(state, tied=config["tied"])
 
 
 def _half_split(weight: Tensor, heads: int) -> Tensor:
@@ -97,9 +97,9 @@ def _half_split(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 
 
-def llama3_scaling(divisors: Tensor, config: GPTConfig, original_context: int) -> RotaryScaling:
-    """The scaling that divides the rotary frequencies of `config` by `divisors` ``(head_dim / 2,)``, which is all that a
-    GGUF file has of it.
+def llama3_scaling(divisors: Tensor, head_dim: int, rotary_base: float, original_context: int) -> RotaryScaling:
+    """The scaling that divides the rotary frequencies by `divisors` ``(head_dim / 2,)``, which is all that a GGUF file has
+    of it.
 
     Raises:
         ValueError: they are not Llama 3's, whose two frequency factors are 1 and 4.
@@ -108,40 +108,42 @@ def llama3_scaling(divisors: Tensor, config: GPTConfig, original_context: int) -
     at_one = torch.ones(1)
     plain, scaled = (
         torch.atan2(sin, cos)[0]
-        for cos, sin in (rotary_tables(dataclasses.replace(config, rotary_scaling=s), at_one) for s in (None, scaling))
+        for cos, sin in (rotary_tables(at_one, head_dim, rotary_base, s) for s in (None, scaling))
     )
     if divisors.shape != plain.shape or not torch.allclose(divisors, plain / scaled, rtol=1e-3):
         raise ValueError(f"{_DIVISORS}: got other frequencies than Llama 3's; accepted are those, or none")
     return scaling
 
 
-def _config(values: dict[str, Any], tensors: dict[str, Any]) -> GPTConfig:
+def _config(values: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     def value(name: str, *default: Any) -> Any:
         return values.get(f"llama.{name}", *default) if default else values[f"llama.{name}"]
 
-    if (scaling := value("rope.scaling.type", "none")) != "none":
-        raise ValueError(f"rope.scaling.type: got {scaling!r}; accepted is 'none'")
+    if (kind := value("rope.scaling.type", "none")) != "none":
+        raise ValueError(f"rope.scaling.type: got {kind!r}; accepted is 'none'")
     heads, width = int(value("attention.head_count")), int(value("embedding_length"))
     if (turned := value("rope.dimension_count", width // heads)) != width // heads:
         raise ValueError(f"rope.dimension_count: got {turned}; accepted is the head's {width // heads}")
-    config = GPTConfig(
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        context=int(value("context_length")),
-        n_layer=int(value("block_count")),
-        n_head=heads,
-        n_kv_head=int(value("attention.head_count_kv", heads)),
-        width=width,
-        mlp_width=int(value("feed_forward_length")),
-        norm="rms_norm",
-        positions="rotary",
-        rotary_base=float(value("rope.freq_base", 10000.0)),
-        activation="swiglu",
-        bias=False,
-        tied="output.weight" not in tensors,
-        eps=float(value("attention.layer_norm_rms_epsilon")),
-    )
-    if _DIVISORS not in tensors:
-        return config
-    divisors = torch.from_numpy(tensors[_DIVISORS].data.copy()).float().flatten()
-    original = int(value("rope.scaling.original_context_length", 8192))  # 8192: Llama 3's
-    return dataclasses.replace(config, rotary_scaling=llama3_scaling(divisors, config, original))
+    base = float(value("rope.freq_base", 10000.0))
+    scaling = None
+    if _DIVISORS in tensors:
+        divisors = torch.from_numpy(tensors[_DIVISORS].data.copy()).float().flatten()
+        original = int(value("rope.scaling.original_context_length", 8192))  # 8192: Llama 3's
+        scaling = dataclasses.asdict(llama3_scaling(divisors, width // heads, base, original))
+    return {
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "context": int(value("context_length")),
+        "n_layer": int(value("block_count")),
+        "n_head": heads,
+        "n_kv_head": int(value("attention.head_count_kv", heads)),
+        "width": width,
+        "mlp_width": int(value("feed_forward_length")),
+        "norm": "rms_norm",
+        "positions": "rotary",
+        "rotary_base": base,
+        "rotary_scaling": scaling,
+        "activation": "swiglu",
+        "bias": False,
+        "tied": "output.weight" not in tensors,
+        "eps": float(value("attention.layer_norm_rms_epsilon")),
+    }

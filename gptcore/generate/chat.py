@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from gptcore.models.gpt import GPT
-    from gptcore.pretrained_tokenizer import PretrainedTokenizer
-    from gptcore.tokenizer import Tokenizer
+    from gptcore.text.pretrained import PretrainedTokenizer
+    from gptcore.text.tokenizer import Tokenizer
 
 
 class Message(TypedDict):

@@ -1,20 +1,21 @@
-"""Hugging Face's names, layouts and configurations of GPT-2 and Llama, to ours and back."""
+"""Hugging Face's names, layouts and configurations of GPT-2, Llama and Mistral, to a `gptcore.GPT`'s and back."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gptcore.config import GPTConfig, RotaryScaling
+from gptcore.weights.error import WeightsError
+
+if TYPE_CHECKING:
+    from gptcore.models.gpt import GPTConfig
 
 
-class WeightsError(ValueError):
-    """Weights or a configuration that are missing, damaged, or of another model; names the file and what is wrong."""
-
-
+MODEL_TYPE = "gpt"
+"""Ours, in `gptcore.models.MODELS`."""
 # Hugging Face's GPT-2 holds these as (in, out); nn.Linear holds (out, in).
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _GPT2_SIZES = {
@@ -77,6 +78,11 @@ def from_huggingface(state: dict[str, Tensor], *, tied: bool = True) -> dict[str
             raise WeightsError("lm_head.weight: differs from the token embedding; accepted are tied weights")
         del ours["lm_head.weight"]
     return ours
+
+
+def convert(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """`from_huggingface` for a model whose configuration's fields are `config`."""
+    return from_huggingface(state, tied=config["tied"])
 
 
 def _from_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,8 +163,8 @@ def architecture(config: GPTConfig) -> str:
     return name
 
 
-def config_from_huggingface(values: dict[str, Any]) -> GPTConfig:
-    """The `GPTConfig` of a Hugging Face GPT-2's, Llama's or Mistral's ``config.json``; dropout is 0, as for inference.
+def config_from_huggingface(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `GPTConfig` for a Hugging Face GPT-2's, Llama's or Mistral's ``config.json``.
 
     Raises:
         WeightsError: another model, or an option of it that this one does not compute.
@@ -172,12 +178,12 @@ def config_from_huggingface(values: dict[str, Any]) -> GPTConfig:
             raise WeightsError(f"{name}: got {value!r}; accepted is {accepted[0]!r}")
     if kind == "gpt2":
         sizes = {ours: values[theirs] for ours, theirs in _GPT2_SIZES.items()}
-        return GPTConfig(
+        return {
             **sizes,
-            mlp_width=values.get("n_inner"),
-            tied=values.get("tie_word_embeddings", True),
-            eps=values.get("layer_norm_epsilon", 1e-5),
-        )
+            "mlp_width": values.get("n_inner"),
+            "tied": values.get("tie_word_embeddings", True),
+            "eps": values.get("layer_norm_epsilon", 1e-5),
+        }
     sizes = {ours: values[theirs] for ours, theirs in _LLAMA_SIZES.items()}
     if values.get("head_dim") not in (None, sizes["width"] // sizes["n_head"]):
         raise WeightsError(
@@ -185,25 +191,25 @@ def config_from_huggingface(values: dict[str, Any]) -> GPTConfig:
             f"{sizes['width'] // sizes['n_head']}"
         )
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    return GPTConfig(
+    return {
         **sizes,
         **_LLAMA,
-        n_kv_head=values.get("num_key_value_heads"),
-        rotary_base=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
-        rotary_scaling=_scaling(rope),
-        tied=values.get("tie_word_embeddings", False),
-        eps=values.get("rms_norm_eps", 1e-6),
-    )
+        "n_kv_head": values.get("num_key_value_heads"),
+        "rotary_base": float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
+        "rotary_scaling": _scaling(rope),
+        "tied": values.get("tie_word_embeddings", False),
+        "eps": values.get("rms_norm_eps", 1e-6),
+    }
 
 
-def _scaling(rope: dict[str, Any]) -> RotaryScaling | None:
+def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind != "llama3":
         raise WeightsError(f"rope_type: got {kind!r}; accepted are 'default' and 'llama3'")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return RotaryScaling(*(rope[name] for name in names))
+    factors = {name: rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor")}
+    return factors | {"original_context": rope["original_max_position_embeddings"]}
 
 
 def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:

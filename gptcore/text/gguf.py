@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptcore.weights.gguf_file import fields
+from gptcore.weights.gguf import fields
 
 # GGUF's names for ways to split text before bytes are merged.
 _GPT2, _DIGITS, _LLAMA3 = "GPT-2's", "GPT-2's after each digit by itself", "Llama 3's"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from gptcore import _extras
 from gptcore._files import atomic_writer
-from gptcore.tokenizer import BYTE_SPELLING, check_fingerprint, checked_ids, whole_characters
+from gptcore.text.tokenizer import BYTE_SPELLING, TOKENIZER, check_fingerprint, checked_ids, whole_characters
 
 FORMAT = "gptcore-pretrained-tokenizer"
 _VERSION = 1
@@ -138,7 +138,7 @@ class PretrainedTokenizer:
 
     def save_huggingface(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` as transformers reads them."""
-        with atomic_writer(folder / "tokenizer.json") as file:
+        with atomic_writer(folder / TOKENIZER) as file:
             file.write(self._tokenizer.to_str(pretty=True).encode())
         about = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings, **self.special_tokens_map}
         about.setdefault("eos_token", self._tokenizer.id_to_token(self.eot_token))
@@ -175,10 +175,10 @@ class PretrainedTokenizer:
 
     @classmethod
     def from_gguf(cls, path: Path) -> PretrainedTokenizer:
-        """The tokenizer in a GGUF file; raises as `gptcore.weights.gguf_tokenizer.read`."""
-        from gptcore.weights import gguf_tokenizer
+        """The tokenizer in a GGUF file; raises as `gptcore.text.gguf.read`."""
+        from gptcore.text import gguf
 
-        inner, about = gguf_tokenizer.read(path, _library())
+        inner, about = gguf.read(path, _library())
         return cls(inner, path.stem, **about)
 
 

@@ -1,0 +1,67 @@
+"""Options that several verbs share: which model is loaded and how, and how tokens are sampled."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from gptcore.generate import Sampling
+from gptcore.nn import Kernels
+
+if TYPE_CHECKING:
+    from gptcore.models import GPT
+    from gptcore.text import PretrainedTokenizer, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """What every verb that runs a trained model is told."""
+
+    model: str
+    """Folder of a run or of Hugging Face weights (GPT-2, Llama), a .gguf file, a name that gptcore fetch brought, or the
+    hub's."""
+    tokenizer: str | None = None
+    """gpt2 or a saved tokenizer's path; the model's own if left out."""
+    kernels: Kernels = "auto"
+    """Which kernels run."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the weights. auto takes bf16, half the bytes to read for each token; on a CPU with kernels reference fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU where there is one."""
+    tune_allocator: bool = True
+    """Keep freed memory in the process (see gptkernels.tune_allocator)."""
+
+    def load(self, **changes: Any) -> tuple[GPT, Tokenizer | PretrainedTokenizer]:
+        """The model, on its device, and its tokenizer; `changes` to the model's configuration."""
+        import gptkernels
+        import torch
+
+        from gptcore.models import GPT
+        from gptcore.nn import check_kernels
+        from gptcore.text import get_tokenizer
+        from gptcore.weights import locate
+
+        if self.tune_allocator:
+            gptkernels.tune_allocator()
+        check_kernels(self.kernels)  # those that cannot run are an error before anything is loaded
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        wide = self.dtype == "fp32" or (self.dtype == "auto" and (device, self.kernels) == ("cpu", "reference"))
+        dtype = torch.float32 if wide else torch.bfloat16
+        place = locate(self.model)
+        tokenizer = get_tokenizer(self.tokenizer or place)  # first: one that cannot be had is an error at once
+        model = GPT.from_pretrained(place, dtype=dtype, kernels=self.kernels, **changes).to(device).eval()
+        if tokenizer.base_size > model.config.vocab_size:  # tokens that were added later may lack rows: they never come
+            raise ValueError(
+                f"tokenizer: has {tokenizer.base_size} tokens; accepted are at most the model's {model.config.vocab_size}"
+            )
+        return model, tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Sampling):
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token each time."""
+
+    def options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}

@@ -1,0 +1,42 @@
+"""``gptcore attention-map``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional, UseAppendAction
+
+from gptcore.cli._options import Loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMap(Loading):
+    """Draw which tokens of a text look at which: a heatmap for each layer and head, as a PNG.
+
+    For example:
+
+    gptcore attention-map --model runs/demo "The function returns a list"
+
+    gptcore attention-map --model smollm2-135m-instruct --layers 5 --heads 3 "The cat sat because it was tired"
+    """
+
+    text: Positional[str]
+    """What the model reads; up to 512 tokens, as many as a picture can show."""
+    out: Path = Path("attention.png")
+    """The picture."""
+    layers: UseAppendAction[tuple[int, ...]] = ()
+    """Layer to draw, counted from 0; may be given several times; all if left out."""
+    heads: UseAppendAction[tuple[int, ...]] = ()
+    """Head to draw, counted from 0; may be given several times; all if left out. One layer and one head show the tokens
+    along the sides."""
+
+    def run(self) -> int:
+        from gptcore.evaluate.attention_map import draw_attention
+
+        model, tokenizer = self.load(attention_impl="explicit")
+        chosen = {"layers": self.layers or None, "heads": self.heads or None}
+        weights = draw_attention(model, tokenizer, self.text, self.out, **chosen)
+        layers, heads, tokens, _ = weights.shape
+        print(f"{self.out}: {layers} layers, {heads} heads, {tokens} tokens")
+        return 0

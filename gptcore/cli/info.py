@@ -1,0 +1,53 @@
+"""``gptcore info``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show versions, devices and which kernels run where; of a model what it is made of, what it costs and what it runs on.
+
+    For example:
+
+    gptcore info
+
+    gptcore info smollm2-135m-instruct
+
+    gptcore info gpt2-124m
+    """
+
+    model: Positional[str | None] = None
+    """A preset's name, or whatever gptcore generate takes as a model."""
+
+    def run(self) -> int:
+        from importlib import metadata
+
+        import gptkernels
+        import torch
+
+        import gptcore
+        from gptcore.evaluate.describe import describe
+        from gptcore.models import GPT, PRESETS
+
+        if self.model is not None:
+            if self.model in PRESETS:
+                with torch.device("meta"):
+                    model = GPT(gptcore.GPTConfig.preset(self.model))
+                print(describe(model.to_empty(device="cpu")))
+            else:
+                print(describe(GPT.from_pretrained(self.model)))
+            return 0
+        print(f"gptcore {gptcore.__version__}, Python {sys.version.split()[0]}, PyTorch {torch.__version__}")
+        try:
+            print(f"triton {metadata.version('triton')}")
+        except metadata.PackageNotFoundError:
+            print("triton is not installed")
+        for index in range(torch.cuda.device_count()):
+            print(f"cuda:{index} is {torch.cuda.get_device_name(index)}")
+        print(gptkernels.report())
+        return 0

@@ -1,0 +1,179 @@
+"""What the trainer, generation and the files know of a model: `Model` and `ModelConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from gptcore import weights
+from gptcore.weights import WeightsError
+
+C = TypeVar("C", bound="ModelConfig")
+M = TypeVar("M", bound="Model")
+
+_HOW_IT_RUNS = frozenset({"kernels", "attention_impl", "dropout"})
+"""Fields of a configuration that change how a model runs and not what it is: they are not written to config.json."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes and choices of a model; each model has a frozen dataclass of its own, derived from this one."""
+
+    model_type: ClassVar[str]
+    """The model's name in `gptcore.models.MODELS` and in ``config.json``."""
+
+    context: int
+    """Longest sequence, tokens."""
+
+    @classmethod
+    def presets(cls) -> dict[str, dict[str, Any]]:
+        """Sizes by name: the fields that differ from the defaults."""
+        raise NotImplementedError
+
+    @classmethod
+    def preset(cls: type[C], name: str, **changes: Any) -> C:
+        """A named size, with `changes` to its fields: ``GPTConfig.preset("gpt2-124m", dropout=0.1)``.
+
+        Raises:
+            ValueError: there is no such preset, or no such field.
+        """
+        presets = cls.presets()
+        if name not in presets:
+            raise ValueError(f"preset: got {name!r}; accepted are {', '.join(presets)}")
+        return cls.from_dict(presets[name] | changes)
+
+    @classmethod
+    def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+        """The configuration with these fields; those left out take their defaults.
+
+        Raises:
+            ValueError: a field that there is not, or a value that is not accepted.
+        """
+        accepted = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(accepted)):
+            raise ValueError(f"{unknown[0]}: is no field of {cls.__name__}; accepted are {', '.join(accepted)}")
+        return cls(**values)
+
+    def description(self) -> dict[str, Any]:
+        """The fields that say what the model is, as ``config.json`` holds them; nothing of how it runs."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _HOW_IT_RUNS}
+
+    @classmethod
+    def from_description(cls: type[C], values: dict[str, Any], changes: dict[str, Any] | None = None) -> C:
+        """The configuration that a ``config.json`` describes, with `changes`; how it ran where it was written is ignored."""
+        described = {name: value for name, value in values.items() if name not in _HOW_IT_RUNS}
+        return cls.from_dict(described | (changes or {}))
+
+
+def check_sizes(config: ModelConfig, *names: str) -> None:
+    """Raises ValueError unless these fields are positive integers, or None where that is a field's default."""
+    optional = {field.name for field in dataclasses.fields(config) if field.default is None}
+    for name in names:
+        value = getattr(config, name)
+        if value is None and name in optional:
+            continue
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}: got {value!r}; accepted are positive integers")
+
+
+def check_choices(config: ModelConfig) -> None:
+    """Raises ValueError unless every field of a Literal type holds one of its values."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and (value := getattr(config, name)) not in get_args(hint):
+            raise ValueError(f"{name}: got {value!r}; accepted are {', '.join(map(repr, get_args(hint)))}")
+
+
+class Model(nn.Module):
+    """A model that can be trained, saved and loaded. `forward` is its own.
+
+    A subclass has `config_class`, `blocks`, `flops` and `init_weights`.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    forward_methods: ClassVar[tuple[str, ...]] = ()
+    """Methods beside `forward` that compute with the weights and are called from outside: FSDP gathers the weights for them."""
+    config: Any
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers one after the other: what FSDP shards, activation checkpointing wraps and ``--compile`` compiles."""
+        raise NotImplementedError
+
+    def flops(self, batch_shape: tuple[int, int]) -> int:
+        """Floating-point operations of a training step on a batch of this shape ``(B, T)``, forward and backward."""
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Draws the initial weights in place; what a model made on the meta device needs after ``to_empty``."""
+        raise NotImplementedError
+
+    def num_parameters(self) -> int:
+        """Number of trained values; weights that two layers share count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M], path_or_name: str | Path, *, dtype: torch.dtype | None = None, **changes: Any
+    ) -> M:
+        """Loads weights that `save_pretrained` or Hugging Face wrote, or a GGUF file.
+
+        Args:
+            path_or_name: a folder with ``config.json`` and ``model.safetensors`` (or its shards), a ``.gguf`` file or a
+                folder with one, a name that ``gptcore fetch`` brought, or a model of the Hugging Face hub such as ``"gpt2"``.
+            dtype: of the parameters; None leaves that of the file (float32 from GGUF).
+            changes: fields of the configuration to change, e.g. ``kernels="reference"``.
+
+        Raises:
+            WeightsError: a file that is missing, damaged, or does not describe this model; names the file and what is wrong.
+        """
+        return cls.from_files(weights.load(path_or_name), dtype=dtype, **changes)
+
+    @classmethod
+    def from_files(cls: type[M], found: weights.Pretrained, *, dtype: torch.dtype | None = None, **changes: Any) -> M:
+        """The model that `weights.load` found; arguments and errors as `from_pretrained`."""
+        model_type = cls.config_class.model_type
+        if found.model_type != model_type:
+            raise WeightsError(f"{found.described}: describes a {found.model_type}; accepted is a {model_type}")
+        try:
+            cls.config_class.from_description(found.config)
+        except (TypeError, ValueError) as error:
+            raise WeightsError(f"{found.described}: describes no model this version can load ({error})") from error
+        config = cls.config_class.from_description(found.config, changes)
+        with torch.device("meta"):
+            model = cls(config)
+        weights.check_state(found.state, model.state_dict(), found.source, cls.__name__)
+        model.load_state_dict(found.state, assign=True)
+        return model if dtype is None else model.to(dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` into `folder`; each file appears whole or not at all."""
+        weights.save_folder(folder, self.config, self.state_dict())
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
+    """Raises unless `ids` is ``(batch, tokens)`` of integers below `vocab_size`, or `ignored`.
+
+    Values are checked on the CPU alone: elsewhere the check would wait for the device at every step.
+
+    Raises:
+        TypeError: another dtype than int64 or int32.
+        ValueError: another rank than 2, or an id outside the vocabulary.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: got dtype {ids.dtype}; accepted are int64 and int32")
+    if ids.dim() != 2:
+        raise ValueError(f"{name}: got shape {tuple(ids.shape)}; accepted is (batch, tokens)")
+    # Nothing to look at where there are no values: on other devices, under the compiler and torch.func.
+    valueless = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(ids)  # type: ignore[attr-defined]
+    if valueless or type(ids) is not Tensor or ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    wrong = (ids < 0) | (ids >= vocab_size)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if wrong.any():
+        raise ValueError(f"{name}: got id {int(ids[wrong][0])}; accepted are 0 to {vocab_size - 1} (vocab_size - 1)")

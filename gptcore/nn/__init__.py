@@ -1,0 +1,28 @@
+"""What models are made of, built from sizes: attention, norms, MLP, positions, the key/value cache."""
+
+from gptcore.nn.attention import AttentionArgs, AttentionImpl, SelfAttention
+from gptcore.nn.backend import Kernels, backend_of, check_kernels
+from gptcore.nn.cache import KeyValueCache
+from gptcore.nn.documents import Documents
+from gptcore.nn.linear import Linear
+from gptcore.nn.mlp import MLP, Activation
+from gptcore.nn.norm import Norm, NormKind
+from gptcore.nn.positions import RotaryScaling, rotary_tables
+
+__all__ = [
+    "MLP",
+    "Activation",
+    "AttentionArgs",
+    "AttentionImpl",
+    "Documents",
+    "Kernels",
+    "KeyValueCache",
+    "Linear",
+    "Norm",
+    "NormKind",
+    "RotaryScaling",
+    "SelfAttention",
+    "backend_of",
+    "check_kernels",
+    "rotary_tables",
+]

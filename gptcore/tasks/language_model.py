@@ -1,0 +1,103 @@
+"""Next-word prediction: each token of a text is learnt from those before it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptcore.nn import Documents
+from gptcore.tasks.prepared import PreparedText
+from gptcore.tasks.task import Task, TaskOptions
+from gptcore.text.tokenizer import TOKENIZER
+
+
+@dataclass(frozen=True)
+class LanguageModelOptions(TaskOptions):
+    """Options of next-word prediction."""
+
+    name: ClassVar[str] = "language_model"
+    free: ClassVar[frozenset[str]] = frozenset({"sample_prompt", "sample_tokens"})
+
+    document_mask: bool = False
+    """Keep attention within each document, and count positions from its beginning."""
+    sample_prompt: str = "The function returns"
+    """What the sample at each evaluation continues; its end, where it is longer than the context."""
+    sample_tokens: int = 40
+    """Length of that sample; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if self.sample_tokens < 0:
+            raise ValueError(f"sample_tokens: got {self.sample_tokens}; accepted are 0 and more")
+
+
+class LanguageModelBatch(NamedTuple):
+    """Rows of text, and for each token the one that follows."""
+
+    tokens: Tensor
+    """``(B, T)`` int64 ids."""
+    targets: Tensor
+    """``(B, T)`` int64: the ids that follow."""
+    documents: Documents | None
+    """Which tokens belong together; None: a row is one text."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(B, T)``"""
+        batch, length = self.tokens.shape
+        return batch, length
+
+    def to(self, device: torch.device) -> LanguageModelBatch:
+        """The same with its tensors on `device`."""
+        documents = self.documents and self.documents.to(device)
+        return LanguageModelBatch(self.tokens.to(device), self.targets.to(device), documents)
+
+
+class LanguageModel(Task):
+    """Next-word prediction on a folder that `gptcore prepare` made: the text is its own label."""
+
+    def __init__(self, options: LanguageModelOptions, data: Path, context: int, seed: int = 0) -> None:
+        self.options, self.context, self.seed = options, context, seed
+        self.text = PreparedText(data, context)
+        self.tokenizer = self.text.tokenizer
+        self.digest, self.fingerprint, self.baseline = self.text.digest, self.text.fingerprint, self.text.baseline
+        self.prompt = self.tokenizer.encode(options.sample_prompt) if options.sample_tokens else []
+        if options.sample_tokens and not self.prompt:
+            raise ValueError(
+                f"sample_prompt: got {options.sample_prompt!r}; accepted is a text of one token or more, "
+                "or sample_tokens 0"
+            )
+
+    def model_changes(self) -> dict[str, Any]:
+        return {"vocab_size": self.tokenizer.vocab_size}
+
+    def batch(self, size: int, generator: torch.Generator, rows: slice) -> LanguageModelBatch:
+        return self._batch(*self.text.train.batch(size, self.context, generator, rows))
+
+    def evaluation(self, size: int, limit: int | None) -> Iterator[LanguageModelBatch]:
+        return (self._batch(*window) for window in self.text.val.windows(self.context, size, limit))
+
+    def loss(self, model: Any, batch: LanguageModelBatch) -> tuple[Tensor, Tensor]:
+        total = model(batch.tokens, targets=batch.targets, documents=batch.documents, reduction="sum")
+        return total, torch.full_like(total, batch.targets.numel())
+
+    @torch.no_grad()
+    def sample(self, model: Any) -> str:
+        if not self.options.sample_tokens:
+            return ""
+        device = next(model.parameters()).device
+        ids = torch.tensor([self.prompt[-self.context :]], device=device)
+        ids = model.generate(ids, self.options.sample_tokens, temperature=0.8, top_k=50, seed=self.seed)
+        return self.tokenizer.decode(ids[0].tolist())
+
+    def save(self, folder: Path) -> None:
+        shutil.copyfile(self.text.folder / TOKENIZER, folder / TOKENIZER)
+
+    def _batch(self, tokens: Tensor, targets: Tensor) -> LanguageModelBatch:
+        documents = Documents.of(tokens, self.tokenizer.eot_token) if self.options.document_mask else None
+        return LanguageModelBatch(tokens, targets, documents)

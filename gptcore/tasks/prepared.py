@@ -1,0 +1,52 @@
+"""The text of a folder that `gptcore prepare` made, for the tasks that learn from text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from gptcore.data.prepare import open_split, read_report
+from gptcore.data.token_file import TokenFile
+from gptcore.text.tokenizer import TOKENIZER, get_tokenizer
+
+
+class PreparedText:
+    """Token files, tokenizer and report of a prepared folder.
+
+    Args:
+        folder: what ``gptcore prepare --out`` made.
+        context: tokens of a row.
+
+    Raises:
+        ValueError: a folder whose files do not belong together, or too little text for one row.
+        FileNotFoundError: a file that is missing.
+    """
+
+    def __init__(self, folder: Path, context: int) -> None:
+        self.folder = folder
+        self.report = read_report(folder)
+        self.tokenizer = get_tokenizer(folder / TOKENIZER)
+        self.train, self.val = self._open("train", context), self._open("val", context)
+
+    @property
+    def digest(self) -> str:
+        """Changes with the tokens; see `TokenFile.digest`."""
+        return f"{self.train.digest()}-{self.val.digest()}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the tokenizer."""
+        return self.tokenizer.fingerprint
+
+    @property
+    def baseline(self) -> tuple[str, float]:
+        """The loss of a model that knows only how often each token comes, nats per token."""
+        return "unigram entropy", self.report.unigram_entropy
+
+    def _open(self, split: Literal["train", "val"], context: int) -> TokenFile:
+        """The tokens of a split, which must be the tokenizer's and enough for one row."""
+        tokens = open_split(self.folder, split)
+        if tokens.fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(f"data: {tokens.path} was made with another tokenizer than {self.folder / TOKENIZER}")
+        next(tokens.windows(context))
+        return tokens
