@@ -13,9 +13,13 @@ SOURCES = sorted(p for top in ("kernels", "gptcore", "bench") for p in (ROOT / t
 OPS = sorted(p.parent for p in (ROOT / "kernels/gptkernels").glob("*/api.py"))
 
 
-def imports(file: Path) -> dict[str, bool]:
-    """Modules that `file` imports -> whether at its top level (TYPE_CHECKING blocks do not count)."""
+def imports(file: Path, typing: bool = True) -> dict[str, bool]:
+    """Modules that `file` imports -> whether at its top level; without `typing` those under TYPE_CHECKING are left out."""
     tree = ast.parse(file.read_text())
+    if not typing:
+        tree.body = [
+            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ]
     top = {id(node) for node in tree.body}
     found: dict[str, bool] = {}
     for node in ast.walk(tree):
@@ -27,6 +31,37 @@ def imports(file: Path) -> dict[str, bool]:
         for name in names:
             found[name] = found.get(name, False) or id(node) in top
     return found
+
+
+# What each package of gptcore may import of the others: no circle, and no arrow up.
+ARROWS = {
+    "_extras": set(),
+    "_files": set(),
+    "nn": set(),
+    "assets": {"_files"},
+    "weights": {"_extras", "_files", "nn", "assets"},
+    "text": {"_extras", "_files", "assets", "weights"},
+    "data": {"_extras", "_files", "assets", "text"},
+    "generate": {"nn", "text"},
+    "models": {"nn", "weights", "generate"},
+    "tasks": {"nn", "text", "data", "models"},
+    "train": {"_extras", "_files", "nn", "text", "weights", "models", "tasks"},
+    "evaluate": {"_files", "nn", "text", "models", "tasks"},
+}
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_arrows_point_one_way(package: str):
+    """Imports within functions count; those for type checking alone do not."""
+    found = set()
+    place = ROOT / "gptcore" / package
+    for file in [place.with_suffix(".py")] if place.with_suffix(".py").exists() else sorted(place.rglob("*.py")):
+        for name in imports(file, typing=False):
+            parts = name.split(".")
+            if parts[0] == "gptcore" and len(parts) > 1 and parts[1] != package:
+                found.add(parts[1])
+    earlier = set(list(ARROWS)[: list(ARROWS).index(package)])
+    assert found <= ARROWS[package] <= earlier
 
 
 def test_kernels_is_no_package():
@@ -60,7 +95,7 @@ def test_imports(file: Path):
         allowed = ("gptkernels.nn", "gptkernels.integrations", *(f"gptkernels.{n}" for n in gptkernels.__all__))
         assert all(name.startswith(allowed) for name in private), f"public names only: {private}"
         heavy = {"tyro", "matplotlib", "rustbpe", "transformers", "tiktoken", "rich", "huggingface_hub"}
-        lazy = file.name == "cli.py"  # imported by the command alone, made of tyro
+        lazy = place.startswith("gptcore/cli/")  # imported by the command alone, made of tyro
         assert lazy or not {n for n, at_top in found.items() if at_top and n.split(".")[0] in heavy}, (
             "import where used"
         )

@@ -35,7 +35,7 @@ def config(corpus: Path, out: Path, **changes) -> TrainConfig:
         "dtype": "fp32",
         "kernels": "reference",
     }
-    return TrainConfig(data=corpus, out=out, **(small | changes))
+    return TrainConfig.of(data=corpus, out=out, **(small | changes))
 
 
 def records(out: Path, key: str, file: str = "metrics.jsonl") -> list[float]:

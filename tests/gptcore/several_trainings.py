@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from gptcore.train import train
-from gptcore.train.parallel import ALONE, Replica, processes
+from gptcore.tasks import LanguageModel
+from gptcore.train import step, train
+from gptcore.train.parallel import ALONE, processes
 from gptcore.train.run_folder import locked_folder
-from gptcore.train.state import TrainState
 from tests.gptcore.runs import config
 
 RANK = int(os.environ["RANK"])
@@ -32,16 +32,16 @@ def say(text: object) -> None:
 
 def at_step(number: int, action) -> None:
     """Calls `action` in the second process as it comes to its `number`-th step from now on."""
-    gradients, calls = TrainState.gradients, 0
+    gradients, calls = step.gradients, 0
 
-    def instead(self, *args):
+    def instead(*args):
         nonlocal calls
         calls += 1
         if calls == number and RANK == 1:
             action()
-        return gradients(self, *args)
+        return gradients(*args)
 
-    TrainState.gradients = instead
+    step.gradients = instead
 
 
 def main(corpus: Path, folder: Path) -> None:
@@ -69,10 +69,10 @@ def main(corpus: Path, folder: Path) -> None:
             run("odd", batch_size=3)
         except ValueError as error:
             say(error)
-        gradients = TrainState.gradients
+        gradients = step.gradients
         at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         say(f"stopped {run('stopped', parallel='fsdp').steps}")
-        TrainState.gradients = gradients
+        step.gradients = gradients
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if RANK == 1:  # its shard no longer fits, and the model of the first still does
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -88,8 +88,13 @@ def main(corpus: Path, folder: Path) -> None:
             except BlockingIOError as error:
                 say(error)
             world.barrier()
-        loss = Replica.loss
-        at_step(3, lambda: setattr(Replica, "loss", lambda *args, **options: loss(*args, **options) * torch.nan))
+        loss = LanguageModel.loss
+
+        def not_finite(*args):
+            total, count = loss(*args)
+            return total * torch.nan, count
+
+        at_step(3, lambda: setattr(LanguageModel, "loss", not_finite))
         try:
             run("nan")
         except FloatingPointError as error:

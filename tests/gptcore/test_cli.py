@@ -104,7 +104,7 @@ def test_ctrl_c_is_one_line_and_status_130(capsys, tmp_path: Path, monkeypatch, 
 
     for place in (
         "gptcore.data.prepare.prepare",
-        "gptcore.assets.download.fetch",
+        "gptcore.assets.fetch",
         "gptcore.weights.locate",
         "gptcore.train.train",
     ):

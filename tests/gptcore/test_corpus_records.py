@@ -15,7 +15,7 @@ from gptcore import assets
 from gptcore.cli import main
 from gptcore.data import corpus as corpus_module
 from gptcore.data import prepare as prepare_module
-from gptcore.data import records
+from gptcore.data import readers
 from gptcore.data.corpus import documents, sources_state
 from gptcore.data.prepare import open_split, prepare, read_report
 from gptcore.data.split import survey
@@ -82,7 +82,7 @@ def test_a_document_can_be_read_twice_and_after_the_next(tmp_path: Path, write: 
 
 
 def test_parquet_is_read_over_batches_and_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_ROWS", 3)
+    monkeypatch.setattr(readers, "_ROWS", 3)
     values = [f"text {i}" for i in range(20)]
     path = write_parquet(tmp_path, "text", values)
     assert texts(path) == values
@@ -183,7 +183,7 @@ def test_a_missing_field_says_which_there_are(tmp_path: Path, write: Write) -> N
 
 @WRITERS
 def test_a_record_that_is_too_long(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "RECORD_BYTES", 60)
+    monkeypatch.setattr(readers, "RECORD_BYTES", 60)
     path = write(tmp_path, "text", ["short", "é" * 40, "short"])  # fewer than 60 characters, more bytes
     with pytest.raises(
         ValueError, match=rf"{path.name}, (line|row) 2: .*(80 bytes; a record may have 60|longer than 60)"

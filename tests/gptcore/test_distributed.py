@@ -91,7 +91,7 @@ def test_the_command_under_torchrun(corpus: Path, tmp_path: Path):
     said = torchrun(*command.split())
     assert said.count("validation loss") == 3  # of two evaluations and the end: one process alone prints
     assert "2 processes, fsdp" in said
-    assert newest(tmp_path / "run", fall_back=False).position.step == 2
+    assert newest(tmp_path / "run", fall_back=False).progress.step == 2
 
 
 def test_what_one_process_meets_stops_all(runs: Path):
@@ -109,7 +109,7 @@ def test_what_one_process_meets_stops_all(runs: Path):
         assert "File too large" in full[0]
     assert list((runs / "full").rglob("*.tmp")) == []
     assert newest(runs / "full", fall_back=False) is None
-    assert newest(runs / "stopped", fall_back=False).position.step == 3
+    assert newest(runs / "stopped", fall_back=False).progress.step == 3
     assert newest(runs / "nan", fall_back=False) is None
 
 

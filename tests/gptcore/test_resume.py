@@ -243,7 +243,7 @@ def test_a_file_that_cannot_grow(corpus: Path, part: Path):
 
 def test_the_last_ones_and_the_best_are_kept(corpus: Path, tmp_path: Path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 5.0])
-    monkeypatch.setattr("gptcore.train.state.TrainState.validation_loss", lambda self, limit: next(losses))
+    monkeypatch.setattr("gptcore.train.step.evaluate", lambda state, limit: next(losses))
     train(config(corpus, tmp_path / "run", steps=5, eval_interval=1, keep=2), progress=False)
     steps = [int(p.name[5:]) for p in checkpoints(tmp_path / "run")]
     assert steps == [5, 4, 2]
@@ -252,9 +252,7 @@ def test_the_last_ones_and_the_best_are_kept(corpus: Path, tmp_path: Path, monke
     assert [int(p.name[5:]) for p in checkpoints(tmp_path / "other")] == [5]
 
 
-@pytest.mark.parametrize(
-    "place", ["gptcore.train.state.TrainState.validation_loss", "gptcore.train.loop.record_evaluation"]
-)
+@pytest.mark.parametrize("place", ["gptcore.train.step.evaluate", "gptcore.train.loop.record_evaluation"])
 def test_a_step_is_saved_before_it_is_evaluated(corpus: Path, whole: Path, part: Path, monkeypatch, place: str):
     """Whatever an evaluation meets, its step is there, and going on evaluates it."""
 
@@ -311,19 +309,19 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(corpus: Path, who
 
 
 def test_sigterm_finishes_the_step_and_saves(corpus: Path, whole: Path, tmp_path: Path, monkeypatch):
-    from gptcore.train.state import TrainState
+    from gptcore.train import step
 
-    gradients, calls = TrainState.gradients, 0
+    gradients, calls = step.gradients, 0
 
-    def terminated(self, *args):
+    def terminated(*args):
         nonlocal calls
         calls += 1
         if calls == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return gradients(self, *args)
+        return gradients(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainState, "gradients", terminated)
+        patch.setattr(step, "gradients", terminated)
         result = go_on(corpus, tmp_path / "run", resume="never")
     assert result.interrupted
     assert result.steps == 6

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from gptcore import GPT, GPTConfig
-from gptcore.evaluate.attention_map import cache_bytes_per_token, describe, draw_attention
-from gptcore.generate import _Text, generate_text, pad_left, penalise, stream_text
+from gptcore.evaluate.attention_map import draw_attention
+from gptcore.evaluate.describe import cache_bytes_per_token, describe
+from gptcore.generate import generate_text, pad_left, penalise, stream_text
 from gptcore.generate.chat import Chat, converse, render
+from gptcore.generate.text import _Text
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer
 

@@ -45,7 +45,7 @@ def test_a_file_gives_values_and_the_command_line_comes_first(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("stepz: 3", r"run\.yaml: stepz is no option; accepted are data, out, preset"),
+        ("stepz: 3", r"run\.yaml: stepz is no option; accepted are data, out, model, preset"),
         ("steps: many", r"run\.yaml: steps: got 'many'; accepted is int"),
         ("steps: 1.5", r"steps: got 1\.5; accepted is int"),
         ("steps: true", r"steps: got True; accepted is int"),
@@ -120,12 +120,12 @@ def test_utilisation():
     """GPT-2 124M at 400,000 tokens/s on an H100: 6 N + 6 L C T = 0.80 GFLOP a token, of 989.4 TFLOP/s."""
     with torch.device("meta"):
         model = GPT(GPTConfig.preset("gpt2-124m"))
-    parameters = model.num_parameters(positions=False)
-    flops = model.flops_per_token(1024)
-    assert flops == 6 * parameters + 6 * 12 * 768 * 1024
+    parameters = model.num_parameters() - 1024 * 768  # without the positions
+    flops = 6 * parameters + 6 * 12 * 768 * 1024  # a token
+    assert model.flops((3, 1024)) == 3 * 1024 * flops
     peak = listed_peak("NVIDIA H100 80GB HBM3", torch.bfloat16)
-    assert model_flops_utilization(4e5, flops, peak) == pytest.approx(4e5 * flops / 989.4e12)
-    assert model_flops_utilization(4e5, flops, peak) == pytest.approx(0.324, abs=0.002)
+    assert model_flops_utilization(4e5 * flops, peak) == pytest.approx(4e5 * flops / 989.4e12)
+    assert model_flops_utilization(4e5 * flops, peak) == pytest.approx(0.324, abs=0.002)
 
 
 def test_peaks(monkeypatch):

@@ -15,7 +15,7 @@ from gptcore.cli import main
 from gptcore.train import train
 from gptcore.train.checkpoint import newest
 from gptcore.train.guard import Guard, GuardedStream
-from gptcore.train.metrics import Records, read_records
+from gptcore.train.metrics import MetricsLog, read_records
 from gptcore.train.state import TrainState
 from tests.gptcore.runs import config, records
 
@@ -45,7 +45,7 @@ def run_them(corpus: Path, folder: Path) -> None:
     import torch
     import torch._dynamo  # the optimizer does
 
-    from gptcore.train import loop
+    from gptcore.train import loop, step
 
     figure = matplotlib.figure.Figure()
     figure.add_subplot(title="fonts are found once, not in each fork")
@@ -70,7 +70,7 @@ def run_them(corpus: Path, folder: Path) -> None:
         torch.set_num_threads(1)
         signal.signal(signal.SIGHUP, changes.get("hangup", signal.SIG_DFL))
         if "at_step_6" in changes:
-            gradients, calls = TrainState.gradients, 0
+            gradients, calls = step.gradients, 0
 
             def instead(*arguments):
                 nonlocal calls
@@ -79,7 +79,7 @@ def run_them(corpus: Path, folder: Path) -> None:
                     changes["at_step_6"]()
                 return gradients(*arguments)
 
-            TrainState.gradients = instead
+            step.gradients = instead
         out = folder / name.removesuffix("-resumed")
         main(["train", "--data", str(corpus), "--out", str(out), *OPTIONS.split(), *options])
 
@@ -146,9 +146,9 @@ def test_pictures_and_samples_that_fail(corpus: Path, tmp_path: Path, monkeypatc
         raise RuntimeError("no memory\nat all")
 
     monkeypatch.setattr(TrainState, "sample", fails)
-    monkeypatch.setattr(Records, "plot", fails)
+    monkeypatch.setattr(MetricsLog, "plot", fails)
     assert train(config(corpus, tmp_path / "run"), progress=False).steps == 8
-    assert newest(tmp_path / "run", fall_back=False).position.step == 8
+    assert newest(tmp_path / "run", fall_back=False).progress.step == 8
     what = "failed (RuntimeError: no memory at all); the run goes on without it\n"
     assert capfd.readouterr().err == f"gptcore: warning: the sample {what}gptcore: warning: loss.png {what}"
 
@@ -173,7 +173,7 @@ def test_a_guard_lets_a_second_ctrl_c_through():
 def test_lines_wait_until_the_disk_has_room(tmp_path: Path):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    run = Records(tmp_path, 0, evaluated=True, tensorboard=False, guard=Guard())
+    run = MetricsLog(tmp_path, 0, evaluated=True, tensorboard=False, guard=Guard())
     run.metrics(1, loss=1.0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))  # in the middle of the second line
     try:
