@@ -44,7 +44,7 @@ ARROWS = {
     "data": {"_extras", "_files", "assets", "text"},
     "generate": {"nn", "text"},
     "models": {"nn", "weights", "generate"},
-    "tasks": {"nn", "text", "data", "models"},
+    "tasks": {"nn", "text", "data", "generate"},
     "train": {"_extras", "_files", "nn", "text", "weights", "models", "tasks"},
     "evaluate": {"_files", "nn", "text", "models", "tasks"},
 }

@@ -10,8 +10,10 @@ import tyro
 from gptcore._extras import MissingPackageError
 from gptcore.cli.attention_map import AttentionMap
 from gptcore.cli.chat import Chat
+from gptcore.cli.embed import Embed
 from gptcore.cli.export import Export
 from gptcore.cli.fetch import Fetch
+from gptcore.cli.fill import Fill
 from gptcore.cli.generate import Generate
 from gptcore.cli.info import Info
 from gptcore.cli.prepare import Prepare
@@ -29,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
         "train": Train,
         "generate": Generate,
         "chat": Chat,
+        "fill": Fill,
+        "embed": Embed,
         "export": Export,
         "attention-map": AttentionMap,
     }

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from gptcore.generate import Sampling
 from gptcore.nn import Kernels
 
 if TYPE_CHECKING:
-    from gptcore.models import GPT
+    from gptcore.models import Model
     from gptcore.text import PretrainedTokenizer, Tokenizer
+
+M = TypeVar("M", bound="Model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class Loading:
     """What every verb that runs a trained model is told."""
 
     model: str
-    """Folder of a run or of Hugging Face weights (GPT-2, Llama), a .gguf file, a name that gptcore fetch brought, or the
+    """Folder of a run or of Hugging Face weights (GPT-2, Llama, BERT), a .gguf file, a name that gptcore fetch brought, or the
     hub's."""
     tokenizer: str | None = None
     """gpt2 or a saved tokenizer's path; the model's own if left out."""
@@ -32,12 +34,11 @@ class Loading:
     tune_allocator: bool = True
     """Keep freed memory in the process (see gptkernels.tune_allocator)."""
 
-    def load(self, **changes: Any) -> tuple[GPT, Tokenizer | PretrainedTokenizer]:
-        """The model, on its device, and its tokenizer; `changes` to the model's configuration."""
+    def load(self, kind: type[M], **changes: Any) -> tuple[M, Tokenizer | PretrainedTokenizer]:
+        """The model, which must be of this kind, on its device, and its tokenizer; `changes` to its configuration."""
         import gptkernels
         import torch
 
-        from gptcore.models import GPT
         from gptcore.nn import check_kernels
         from gptcore.text import get_tokenizer
         from gptcore.weights import locate
@@ -50,7 +51,7 @@ class Loading:
         dtype = torch.float32 if wide else torch.bfloat16
         place = locate(self.model)
         tokenizer = get_tokenizer(self.tokenizer or place)  # first: one that cannot be had is an error at once
-        model = GPT.from_pretrained(place, dtype=dtype, kernels=self.kernels, **changes).to(device).eval()
+        model = kind.from_pretrained(place, dtype=dtype, kernels=self.kernels, **changes).to(device).eval()
         if tokenizer.base_size > model.config.vocab_size:  # tokens that were added later may lack rows: they never come
             raise ValueError(
                 f"tokenizer: has {tokenizer.base_size} tokens; accepted are at most the model's {model.config.vocab_size}"

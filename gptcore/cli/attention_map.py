@@ -33,8 +33,9 @@ class AttentionMap(Loading):
 
     def run(self) -> int:
         from gptcore.evaluate.attention_map import draw_attention
+        from gptcore.models import GPT
 
-        model, tokenizer = self.load(attention_impl="explicit")
+        model, tokenizer = self.load(GPT, attention_impl="explicit")
         chosen = {"layers": self.layers or None, "heads": self.heads or None}
         weights = draw_attention(model, tokenizer, self.text, self.out, **chosen)
         layers, heads, tokens, _ = weights.shape

@@ -30,8 +30,9 @@ class Chat(SamplingOptions, Loading):
     def run(self) -> int:
         from gptcore.generate.chat import Chat as Conversation
         from gptcore.generate.chat import converse
+        from gptcore.models import GPT
 
-        model, tokenizer = self.load()
+        model, tokenizer = self.load(GPT)
         chat = Conversation(
             model, tokenizer, system=self.system, max_new_tokens=self.max_new_tokens, **self.options()
         )  # fmt: skip

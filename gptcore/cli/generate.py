@@ -37,10 +37,11 @@ class Generate(SamplingOptions, Loading):
 
     def run(self) -> int:
         from gptcore.generate import generate_text, stream_text
+        from gptcore.models import GPT
 
         if not self.prompts or not all(self.prompts):
             raise ValueError("prompts: got an empty one; accepted are one or more, none empty")
-        model, tokenizer = self.load()
+        model, tokenizer = self.load(GPT)
         options = {"stop": self.stop, **self.options()}
         prompt, *others = self.prompts
         if others:

@@ -36,9 +36,9 @@ class Prepare:
     field: str = "text"
     """Field of a record that holds its text."""
     tokenizer: str = "bpe"
-    """bpe: trained on the corpus; gpt2; or a saved tokenizer's path."""
+    """bpe, or wordpiece (BERT's kind): trained on the corpus; gpt2; or a saved tokenizer's path."""
     vocab_size: int = 4096
-    """Tokens of a trained BPE."""
+    """Tokens of a trained tokenizer."""
     val_fraction: float = 0.1
     """Share of the text's bytes kept for validation: whole documents or, where there are few, the end of the largest."""
     shard_tokens: int = 100_000_000

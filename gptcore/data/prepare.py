@@ -13,11 +13,11 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,9 @@ from gptcore._files import atomic_writer, folder_writer
 from gptcore.data.corpus import documents, source_list, sources_state, unread_files
 from gptcore.data.split import CHANGED, RULE, Advance, Piece, survey
 from gptcore.data.token_file import ShardWriter, TokenFile
+from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import TOKENIZER, Tokenizer, get_tokenizer
-
-if TYPE_CHECKING:
-    from gptcore.text.pretrained import PretrainedTokenizer
+from gptcore.text.wordpiece import train_wordpiece
 
 _FORMAT = "gptcore-corpus"
 _VERSION = 2
@@ -38,6 +37,12 @@ _FILES = re.compile(rf"(train|val)(-\d{{5,}})?\.bin|tokenizer\.json|{re.escape(_
 """What a prepared corpus consists of; version 1 had no shards."""
 _BATCH_CHARACTERS = 1 << 18
 """Encoded by one thread at a time: enough to make starting it cheap."""
+
+_TRAINERS: dict[str, tuple[Callable[[Iterable[str], int], Tokenizer | PretrainedTokenizer], int]] = {
+    "bpe": (Tokenizer.train, 257),
+    "wordpiece": (train_wordpiece, 32),
+}
+"""The tokenizers that are trained on the corpus: what trains them, and the smallest vocabulary."""
 
 _LOST = 0.01
 """The least `PrepareReport.lost_text` that is spoken of."""
@@ -64,7 +69,7 @@ class PrepareReport:
     out_dir: Path
     sources: tuple[str, ...]
     tokenizer: str
-    """``"bpe"``, ``"gpt2"``, or the path of the tokenizer that was asked for."""
+    """``"bpe"``, ``"wordpiece"``, ``"gpt2"``, or the path of the tokenizer that was asked for."""
     vocab_size: int
     """Of the tokenizer; less than was asked for if the corpus has too few pairs to merge."""
     tokenizer_fingerprint: str
@@ -151,8 +156,9 @@ def prepare(
             by name, Hugging Face datasets; see :func:`gptcore.data.corpus.documents`.
         out_dir: the folder to make.
         field: the field of records that holds their text.
-        tokenizer: ``"bpe"`` to train one on the corpus, ``"gpt2"``, or the path of a saved tokenizer.
-        vocab_size: for ``"bpe"``, the number of tokens with end-of-text; otherwise of no effect.
+        tokenizer: ``"bpe"`` or ``"wordpiece"`` (BERT's kind) to train one on the corpus, ``"gpt2"``, or the path of a
+            saved tokenizer.
+        vocab_size: of a tokenizer that is trained, the number of tokens with the special ones; otherwise of no effect.
         val_fraction: the share of the corpus's bytes to keep for validation, greater than 0 and less than 1.
         shard_tokens: tokens in each file of a split but the last; at least 1.
         overwrite: replace a corpus that was prepared in ``out_dir`` with other settings.
@@ -173,11 +179,12 @@ def prepare(
     out_dir = Path(out_dir).expanduser().resolve()
     names = source_list(sources)
     # Loaded now, so that a tokenizer that cannot be had is an error before any work.
-    given = None if str(tokenizer) == "bpe" else get_tokenizer(tokenizer)
-    if given is None and vocab_size < 257:
-        raise ValueError(f"vocab_size must be at least 257; got {vocab_size}")
+    train_tokenizer, smallest = _TRAINERS.get(str(tokenizer), (None, 0))
+    given = None if train_tokenizer else get_tokenizer(tokenizer)
+    if given is None and vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest}; got {vocab_size}")
     settings = {
-        "tokenizer": given.fingerprint if given else "bpe",
+        "tokenizer": given.fingerprint if given else str(tokenizer),
         "vocab_size": None if given else vocab_size,
         "val_fraction": val_fraction,
         "split": RULE,
@@ -199,7 +206,8 @@ def prepare(
 
             if given is None:
                 texts = (piece.text for piece in read("Training the tokenizer") if not piece.in_val)
-                used = Tokenizer.train(texts, vocab_size)
+                assert train_tokenizer is not None
+                used = train_tokenizer(texts, vocab_size)
             else:
                 used = given
             train, val, lost_text = _encode(read("Encoding"), used, temporary, shard_tokens)
@@ -357,8 +365,6 @@ def _lost_text(encoded: Iterable[tuple[Piece, _Ids]], tokenizer: Tokenizer | Pre
 
     Spaces, case, accents and other ways to write a character do not count: there are good tokenizers that change them.
     """
-    from gptcore.text.pretrained import PretrainedTokenizer
-
     before, after = Counter[str](), Counter[str]()
     if isinstance(tokenizer, PretrainedTokenizer):  # ours give back every byte
         for piece, ids in encoded:

@@ -59,7 +59,8 @@ class PretrainedTokenizer:
         self.chat_template = self.chat_templates.get("default")
         self._settings = dict(settings or {})
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        named = [vocabulary.get(token) for token in (*_ENDS, self.special_tokens_map.get("eos_token"))]
+        end = self.special_tokens_map.get("eos_token", self.special_tokens_map.get("sep_token"))
+        named = [vocabulary.get(token) for token in (*_ENDS, end)]
         known = {*vocabulary.values()}  # what a configuration says by default may be no token here
         ends = list(dict.fromkeys(i for i in [*named, *stop] if i in known))
         if not ends:
@@ -83,9 +84,11 @@ class PretrainedTokenizer:
         self._tokenizer.encode_special_tokens = allowed_special != "all"
         return self._tokenizer.encode(whole_characters(text), add_special_tokens=False).ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """`encode`, with what the model wants to see before a text (Llama 3's begin-of-text token)."""
-        self._tokenizer.encode_special_tokens = True
+    def encode_prompt(self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()) -> list[int]:
+        """`encode`, with what the model wants to see around a text (Llama 3's begin-of-text token, BERT's two)."""
+        if allowed_special not in ("all", ()):
+            raise ValueError(f"allowed_special: got {allowed_special!r}; accepted are 'all' and none")
+        self._tokenizer.encode_special_tokens = allowed_special != "all"
         return self._tokenizer.encode(whole_characters(text), add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -101,6 +104,17 @@ class PretrainedTokenizer:
             ValueError: if an id is not in 0 to ``vocab_size - 1``.
         """
         return self._tokenizer.decode(checked_ids(ids, self.vocab_size), skip_special_tokens=skip_special)
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token by transformers' name, such as ``mask_token``.
+
+        Raises:
+            ValueError: the tokenizer has none.
+        """
+        i = self._tokenizer.token_to_id(self.special_tokens_map.get(name, ""))
+        if i is None:
+            raise ValueError(f"tokenizer: {self.name} has no {name}; accepted is one that has, such as BERT's")
+        return i
 
     def special_ids(self, rows: int) -> dict[str, int | list[int]]:
         """What transformers' configurations say of special tokens; generation ends at each in ``eos_token_id``.

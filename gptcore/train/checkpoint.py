@@ -56,7 +56,8 @@ _CHANGEABLE = {
 _CHANGEABLE |= {"steps", "eval_interval", "keep", "keep_best"}
 _CHANGEABLE |= {"accumulate", "tokens_per_step"}  # what they come to is compared
 # What runs of an earlier version, which knew one model and one task, do not say.
-_BEFORE = {"model": "gpt", "task": "language_model"}
+_BEFORE = {"model": "gpt", "task": "language_model", "optimizer": "adamw", "schedule": "cosine"}
+_BEFORE |= {"muon_lr": 0.02, "momentum": 0.95}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class TrainConfig:
 
     gptcore train --data data/books --out runs/small --preset small --find-lr
 
+    gptcore train --model bert --data data/wordpiece --out runs/bert
+
     torchrun --nproc-per-node 2 -m gptcore train --data data/books --out runs/two --parallel fsdp
     """
 
@@ -44,9 +46,10 @@ class TrainConfig:
     out: Path
     """Folder for checkpoints, metrics.jsonl and loss.png; must not hold another run."""
     model: str = "gpt"
-    """Which model: gpt."""
+    """Which model: gpt, or bert (learns masked words; data prepared with --tokenizer wordpiece)."""
     preset: str = "mini"
-    """The model's size: tiny, mini, small, gpt2-124m, -medium, -large, -xl; llama-tiny, -mini, -small; smollm2-135m, -360m."""
+    """The model's size: tiny, mini, small, gpt2-124m, -medium, -large, -xl; llama-tiny, -mini, -small; smollm2-135m, -360m. Of a
+    bert: tiny, mini, small, bert-base, -large."""
     context: int | None = None
     """Tokens in a sequence; the preset's if left out."""
     dropout: float = 0.0
@@ -63,12 +66,20 @@ class TrainConfig:
     """Tokens of one optimizer step, instead of accumulate: a multiple of batch_size times context."""
     steps: int = 900
     """Optimizer steps; the learning rate's schedule ends here."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: for the blocks' matrices steps whose singular values are all about 1, for the rest adamw."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-4
     """Learning rate at the last step."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls: along a cosine from the warmup on, or in a line over the last half of the run."""
     warmup: int = 40
     """Steps over which the learning rate rises."""
+    muon_lr: float = 0.02
+    """Peak learning rate of muon's matrices; it rises and falls as lr does."""
+    momentum: float = 0.95
+    """Muon's decay of the mean gradient."""
     weight_decay: float = 0.1
     """Decay of matrices and embeddings; vectors (biases, norms) are not decayed."""
     beta1: float = 0.9
@@ -116,11 +127,13 @@ class TrainConfig:
         for name in ("warmup", "weight_decay", "clip", "min_lr"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted are 0 and more")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted is 0 <= {name} < 1")
         if not self.min_lr <= self.lr < math.inf or self.lr == 0:
             raise ValueError(f"lr: got {self.lr}; accepted are positive numbers not under min_lr, {self.min_lr}")
+        if not 0 < self.muon_lr < math.inf:
+            raise ValueError(f"muon_lr: got {self.muon_lr}; accepted are positive numbers")
         if not abs(self.seed) < 2**63:  # that of each process comes on top, and PyTorch takes less than 2**64
             raise ValueError(f"seed: got {self.seed}; accepted are integers between -2**63 and 2**63")
         if self.resume != "never" and self.overwrite:
@@ -154,9 +167,13 @@ class TrainConfig:
         return self.tokens_per_step // batch
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of `step` (from 0): linear warmup, then a cosine down to `min_lr` at the last step."""
+        """Learning rate of `step` (from 0): linear warmup, then as `schedule` says down to `min_lr` at the last step."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
+        if self.schedule == "linear":
+            half = max(self.steps // 2, self.warmup)
+            progress = min(max(step - half, 0) / max(self.steps - 1 - half, 1), 1.0)
+            return self.lr + (self.min_lr - self.lr) * progress
         progress = min((step - self.warmup) / max(self.steps - 1 - self.warmup, 1), 1.0)
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 

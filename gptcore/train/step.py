@@ -70,7 +70,7 @@ def gradients(state: TrainState, stopped: Callable[[], bool] = lambda: False) ->
 def update(state: TrainState, lr: float) -> None:
     """The optimizer's step with the gradients that are there, which it uses up."""
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     state.optimizer.step()
     state.optimizer.zero_grad()
 

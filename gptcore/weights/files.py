@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptcore import _extras
 from gptcore._files import atomic_writer
-from gptcore.weights import gpt
+from gptcore.weights import bert, gpt
 from gptcore.weights.error import WeightsError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 GENERATION = "generation_config.json"
 _FORMAT = "gptcore_format"
 """The key by which a config.json of ours is told from one of transformers, which may name the same model; its value is 1."""
-_FORMATS = {"gpt2": gpt, "llama": gpt, "mistral": gpt}
+_FORMATS = {"gpt2": gpt, "llama": gpt, "mistral": gpt, "bert": bert}
 """By transformers' model_type, the module that converts the model's configuration and tensors."""
 _PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
 # What is fetched from the hub: safetensors, never pickles, and what the tokenizer needs.
@@ -135,7 +135,9 @@ def load(path_or_name: str | Path) -> Pretrained:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: describes no model this version can load ({error})") from error
     state, source = _read_state(place)
-    return Pretrained(model_type, config, convert(state, config) if convert else state, path, source)
+    if convert:  # may add to the configuration what only the tensors tell
+        state = convert(state, config)
+    return Pretrained(model_type, config, state, path, source)
 
 
 def _described(values: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:

@@ -35,6 +35,9 @@ def config(corpus: Path, out: Path, **changes) -> TrainConfig:
         "dtype": "fp32",
         "kernels": "reference",
     }
+    if changes.get("model") == "bert":
+        small = small | {"sample_text": ""}
+        del small["sample_tokens"]
     return TrainConfig.of(data=corpus, out=out, **(small | changes))
 
 
