@@ -30,8 +30,8 @@ class Export:
 
         from gptcore import _extras
         from gptcore._files import folder_writer
-        from gptcore.models import GPT
-        from gptcore.text.tokenizer import get_tokenizer
+        from gptcore.models import from_pretrained
+        from gptcore.text import get_tokenizer
         from gptcore.weights import locate, read_generation, save_huggingface
 
         _extras.load("tokenizers", "export")
@@ -40,10 +40,10 @@ class Export:
         dtypes = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         place = locate(self.model)
         tokenizer = get_tokenizer(place)
-        model = GPT.from_pretrained(place, dtype=dtypes[self.dtype])
+        model = from_pretrained(place, dtype=dtypes[self.dtype])
         generation = read_generation(place) | tokenizer.special_ids(model.config.vocab_size)
         with folder_writer(self.out.resolve()) as folder:
             save_huggingface(folder, model.config, model.state_dict(), generation)
             tokenizer.save_huggingface(folder)
-        print(f"{self.out}: {model.num_parameters():,} parameters; load it with AutoModelForCausalLM and AutoTokenizer")
+        print(f"{self.out}: {model.num_parameters():,} parameters; transformers' from_pretrained loads the folder")
         return 0

@@ -32,15 +32,20 @@ class Info:
 
         import gptcore
         from gptcore.evaluate.describe import describe
-        from gptcore.models import GPT, PRESETS
+        from gptcore.models import MODELS, from_pretrained
 
         if self.model is not None:
-            if self.model in PRESETS:
+            kinds = [kind for kind in MODELS.values() if self.model in kind.config_class.presets()]
+            for kind in kinds:  # "tiny" is a size of every model
                 with torch.device("meta"):
-                    model = GPT(gptcore.GPTConfig.preset(self.model))
-                print(describe(model.to_empty(device="cpu")))
-            else:
-                print(describe(GPT.from_pretrained(self.model)))
+                    model = kind(kind.config_class.preset(self.model))
+                print(
+                    *([kind.config_class.model_type] if len(kinds) > 1 else []),
+                    describe(model.to_empty(device="cpu")),
+                    sep="\n",
+                )
+            if not kinds:
+                print(describe(from_pretrained(self.model)))
             return 0
         print(f"gptcore {gptcore.__version__}, Python {sys.version.split()[0]}, PyTorch {torch.__version__}")
         try:

@@ -226,6 +226,14 @@ class BERT(Model):
             x = x * inside[..., None]
         return nn.functional.normalize(x.sum(1), dim=-1)
 
+    def summary(self) -> str:
+        c = self.config
+        return (
+            f"{c.n_layer} layers, width {c.width}, {c.n_head} heads of {c.width // c.n_head}, MLP {c.hidden} (gelu), layer_norm "
+            f"after each sum, context {c.context:,}, vocabulary {c.vocab_size:,}"
+            f"{'' if c.masked_words else ', no head for masked words'}"
+        )
+
     def flops(self, batch_shape: tuple[int, int]) -> int:
         """Floating-point operations of a training step on ``(B, T)`` tokens, as if every token's word were guessed.
 

@@ -188,6 +188,15 @@ class GPT(Model):
         context = self.config.context
         return KeyValueCache(self.config.n_layer, context if capacity is None else min(capacity, context), padding)
 
+    def summary(self) -> str:
+        c = self.config
+        shared = f" over {c.kv_heads} of keys and values" if c.kv_heads != c.n_head else ""
+        return (
+            f"{c.n_layer} layers, width {c.width}, {c.n_head} heads of {c.head_dim}{shared}, MLP {c.hidden} ({c.activation}), "
+            f"{c.norm}, {c.positions} positions, context {c.context:,}, vocabulary {c.vocab_size:,}"
+            f"{'' if c.tied else ', output layer of its own'}"
+        )
+
     def flops(self, batch_shape: tuple[int, int]) -> int:
         """Floating-point operations of a training step on ``(B, T)`` tokens.
 

@@ -108,6 +108,10 @@ class Model(nn.Module):
         """Floating-point operations of a training step on a batch of this shape ``(B, T)``, forward and backward."""
         raise NotImplementedError
 
+    def summary(self) -> str:
+        """The sizes and choices in a line, for people to read."""
+        raise NotImplementedError
+
     def init_weights(self) -> None:
         """Draws the initial weights in place; what a model made on the meta device needs after ``to_empty``."""
         raise NotImplementedError
