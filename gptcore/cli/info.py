@@ -39,11 +39,9 @@ class Info:
             for kind in kinds:  # "tiny" is a size of every model
                 with torch.device("meta"):
                     model = kind(kind.config_class.preset(self.model))
-                print(
-                    *([kind.config_class.model_type] if len(kinds) > 1 else []),
-                    describe(model.to_empty(device="cpu")),
-                    sep="\n",
-                )
+                if len(kinds) > 1:
+                    print(f"{kind.config_class.model_type}:")
+                print(describe(model.to_empty(device="cpu")))
             if not kinds:
                 print(describe(from_pretrained(self.model)))
             return 0

@@ -11,6 +11,7 @@ from gptkernels.testing import assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptcore import GPT, GPTConfig
+from gptcore.models import from_pretrained
 from gptcore.nn import SelfAttention
 from gptcore.weights import WeightsError, from_huggingface, save_huggingface, to_huggingface
 
@@ -103,6 +104,28 @@ def test_save_and_load(tmp_path):
     assert torch.equal(loaded(tokens(2, 9)), make(kernels="reference")(tokens(2, 9)))
     loaded.to(torch.float64)
     assert "lm_head.weight" not in loaded.state_dict()
+
+
+def test_a_folder_says_what_a_model_is_and_not_how_it_ran(tmp_path):
+    """Trained with kernels, dropout and attention of one machine, it loads on any."""
+    model = make(kernels="triton", dropout=0.3, attention_impl="explicit")
+    model.save_pretrained(tmp_path / "new")
+    described = json.loads((tmp_path / "new/config.json").read_text())
+    assert described["model_type"] == "gpt"
+    assert not {"kernels", "dropout", "attention_impl"} & set(described)
+    # As the version before wrote it, which knew one model.
+    model.save_pretrained(tmp_path / "old")
+    (tmp_path / "old/config.json").write_text(json.dumps(dataclasses.asdict(model.config)))
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        loaded = from_pretrained(folder)
+        assert isinstance(loaded, GPT)
+        assert loaded.config == dataclasses.replace(model.config, kernels="auto", dropout=0.0, attention_impl="fused")
+    (tmp_path / "new/config.json").write_text(json.dumps(described | {"model_type": "gru"}))
+    with pytest.raises(WeightsError, match=r"new/config\.json: model_type: got 'gru'; accepted are gpt, bert"):
+        from_pretrained(tmp_path / "new")
+    (tmp_path / "new/config.json").write_text(json.dumps(described | {"gptcore_format": 2}))
+    with pytest.raises(WeightsError, match=r"new/config\.json: .*gptcore_format: got 2; accepted is 1"):
+        from_pretrained(tmp_path / "new")
 
 
 class Counter(TorchDispatchMode):
