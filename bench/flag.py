@@ -1,6 +1,7 @@
 """What the flag buys on this machine: the same short training run by ``--kernels reference`` and by ``auto``.
 
-``python -m bench.flag --data data/python-docs``; each run is a process of its own, so that its peak memory is its own.
+``python -m bench.flag --data data/python-docs``. Each run is a process of its own, so that its peak memory is its own. They
+take turns of a few steps, so that a slow moment of the machine meets both; the medians of the steps are compared.
 """
 
 from __future__ import annotations
@@ -9,39 +10,93 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gptcore.nn import Kernels
 
 KERNELS: tuple[Kernels, ...] = ("reference", "auto")
+WARMUP, TURN = 2, 2
+"""Steps before the first that counts, and steps of a turn."""
 
 
-def _run(data: Path, kernels: Kernels, steps: int, **size: Any) -> dict[str, Any]:
+def _serve(data: Path, kernels: Kernels, steps: int, **size: Any) -> None:
+    """The child: makes a turn's steps for each line of the standard input, and answers each with a line of JSON."""
     import gptkernels
+    import torch
 
-    from gptcore.train import TrainConfig, train
+    from gptcore.train import TrainConfig, step
+    from gptcore.train.hardware import find_device, peak_flops, peak_memory
+    from gptcore.train.parallel import ALONE
+    from gptcore.train.state import TrainState
 
     gptkernels.tune_allocator()
-    with tempfile.TemporaryDirectory() as folder:
-        sizes: dict[str, Any] = size | {"steps": steps, "eval_interval": steps, "eval_windows": 1, "sample_tokens": 0}
-        config = TrainConfig(data=data, out=Path(folder) / "run", kernels=kernels, **sizes)
-        result = train(config, progress=False)
-    about = {"tokens_per_second": result.tokens_per_second, "mfu": result.mfu, "peak": result.peak_memory}
-    return about | {"val_loss": result.val_loss_full}
+    # Nothing is written: `out` is only a name.
+    config = TrainConfig.of(data=data, out=Path("nowhere"), kernels=kernels, steps=steps, sample_tokens=0, **size)
+    device = find_device(config.device)
+    state = TrainState(config, ALONE, device)
+    peak, _ = peak_flops(device, torch.bfloat16 if state.bf16 else torch.float32)
+    done, flops, tokens = 0, 0.0, 0
+    for line in sys.stdin:
+        count, seconds = int(line), []
+        for _ in range(count):
+            start = time.perf_counter()
+            found = step.gradients(state)
+            step.update(state, config.lr_at(done))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            done, flops, tokens = done + 1, found.flops, found.tokens
+        if count:
+            print(json.dumps(seconds), flush=True)
+            continue
+        about = {"flops": flops, "tokens": tokens, "peak_flops": peak, "peak": peak_memory(device)}
+        print(json.dumps(about | {"val_loss": step.evaluate(state, None)}), flush=True)
+        return
 
 
 def compare(data: Path, steps: int, **size: Any) -> dict[str, dict[str, Any]]:
-    """``steps`` steps by each choice of kernels, each in a process of its own; `size`: fields of `TrainConfig`."""
-    rows: dict[str, dict[str, Any]] = {}
-    for kernels in KERNELS:
-        print(f"{steps} steps with --kernels {kernels} ...", file=sys.stderr, flush=True)
-        run = json.dumps({"kernels": kernels, "data": str(data), "steps": steps, **size})
-        command = [sys.executable, "-m", "bench.flag", "--run", run]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows[kernels] = json.loads(done.stdout.splitlines()[-1])
-    return rows
+    """``steps`` steps by each choice of kernels, in turns; `size`: options of `gptcore train`."""
+    children: dict[str, subprocess.Popen[str]] = {}
+    seconds: dict[str, list[float]] = {kernels: [] for kernels in KERNELS}
+
+    def ask(kernels: str, count: int) -> Any:
+        child = children[kernels]
+        assert child.stdin is not None
+        assert child.stdout is not None
+        print(count, file=child.stdin, flush=True)
+        answer = child.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the run with --kernels {kernels} ended with status {child.wait()}")
+        return json.loads(answer)
+
+    try:
+        for kernels in KERNELS:
+            run = json.dumps({"kernels": kernels, "data": str(data), "steps": steps, **size})
+            command = [sys.executable, "-m", "bench.flag", "--run", run]
+            children[kernels] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            ask(kernels, WARMUP)
+        for turn in range(max(steps - WARMUP, 1) // TURN):
+            print(f"\r{(turn + 1) * TURN} steps of each, in turns ...", end="", file=sys.stderr, flush=True)
+            for kernels in KERNELS:
+                seconds[kernels] += ask(kernels, TURN)
+        print(file=sys.stderr)
+        rows = {}
+        for kernels in KERNELS:
+            about, own = ask(kernels, 0), median(seconds[kernels])
+            rows[kernels] = {
+                "tokens_per_second": about["tokens"] / own,
+                "mfu": about["flops"] / own / about["peak_flops"],
+                "peak": about["peak"],
+                "val_loss": about["val_loss"],
+            }
+        return rows
+    finally:
+        for child in children.values():
+            child.kill()
+            child.communicate()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.run:
         run = json.loads(options.run)
-        print(json.dumps(_run(Path(run.pop("data")), **run)))
+        _serve(Path(run.pop("data")), **run)
         return 0
     if options.data is None:
         parser.error("--data: got none; accepted is a folder that gptcore prepare made")
