@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from gptcore import GPT, GPTConfig, _extras
-from gptcore.cli import main
 from gptcore.data.prepare import prepare
 from gptcore.pretrained_tokenizer import PretrainedTokenizer, byte_level_bpe
 from gptcore.tokenizer import END_OF_TEXT, Tokenizer
+from tests.gptcore.runs import main
 
 WITH_A_MODEL = {
     "info": (),

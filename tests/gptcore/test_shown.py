@@ -13,9 +13,9 @@ import torch
 
 from gptcore import GPT, GPTConfig
 from gptcore.chat import converse
-from gptcore.cli import main
 from gptcore.pretrained_tokenizer import PretrainedTokenizer
 from gptcore.tokenizer import Tokenizer
+from tests.gptcore.runs import main
 
 ODD = "[bold] $$x$$ :end: [/] {0} %s \\n na\u00efve \U0001f600"
 
