@@ -1,0 +1,101 @@
+"""Fills Triton's cache with the kernels that tests and benches launch on this GPU, many at a time: ``python -m bench.prewarm``.
+
+A process that launches a kernel for the first time compiles it, one after the other; on a machine that is rented by the
+minute that is most of the time. Here every core compiles, from launches recorded on tensors without data, and each
+kernel is loaded once, with the C code that launches it: one that does not fit the GPU is known before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from gptkernels import compile_report
+from gptkernels.backend import FUSED
+
+
+def recorded(ops: Sequence[str], dtypes: Sequence[str], target: str) -> list[compile_report.Launch]:
+    """What these operations launch, each kernel once: by dtype, then in the order of `ops`."""
+    found: list[compile_report.Launch] = []
+    for dtype in dtypes:
+        found += compile_report.launches((target,), ops, (dtype,))
+    return found
+
+
+def warm(launch: compile_report.Launch, load: bool) -> str:
+    """Compiles one; why it failed, or nothing."""
+    import triton
+
+    try:
+        kernel: Any = triton.compile(launch.source, target=launch.gpu, options=launch.options)
+        if load:
+            kernel._init_handles()  # builds and caches the launcher, then asks the GPU for the kernel's resources
+    except Exception as error:  # that one fails where it is launched
+        what = f"{launch.op} {launch.case} {launch.dtype} {launch.source.fn.fn.__name__}"
+        return f"{what}: {type(error).__name__}: {error}".strip()[:300]
+    return ""
+
+
+def _work(found: Sequence[compile_report.Launch], taken: Any, failed: Any, load: bool) -> None:
+    """One of the processes: takes the next launch until none is left."""
+    while True:
+        with taken:
+            index = taken.value
+            taken.value += 1
+        if index >= len(found):
+            return
+        if why := warm(found[index], load):
+            failed.put(why)
+
+
+def warm_all(found: Sequence[compile_report.Launch], jobs: int, load: bool) -> list[str]:
+    """Compiles all, `jobs` at a time; why some failed.
+
+    Forked processes have what was recorded, which cannot be sent to others; nothing may have touched the GPU before.
+    """
+    context = multiprocessing.get_context("fork")
+    taken, failed = context.Value("i", 0), context.SimpleQueue()
+    workers = [context.Process(target=_work, args=(found, taken, failed, load)) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    why = []
+    while any(worker.is_alive() for worker in workers) or not failed.empty():
+        while not failed.empty():
+            why.append(failed.get())
+        time.sleep(0.05)
+    return why + [f"a process ended with {worker.exitcode}" for worker in workers if worker.exitcode]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.prewarm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python -m bench.prewarm\n  python -m bench.prewarm attention --dtype bf16",
+    )
+    ops = [name for name, backends in FUSED.items() if "triton" in backends]
+    ops.sort(key=lambda name: not name.startswith("attention"))  # what takes longest comes first
+    parser.add_argument("ops", nargs="*", help=f"operations (default: all): {', '.join(ops)}")
+    parser.add_argument("--dtype", action="append", choices=compile_report.DTYPES, help="default: bf16, then fp32")
+    parser.add_argument("--target", choices=compile_report.TARGETS, default="sm_90", help="default: sm_90")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--dry-run", action="store_true", help="compile a few, and load none: where there is no GPU")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    found = recorded(options.ops or ops, options.dtype or ("bf16", "fp32"), options.target)
+    found = found[-3:] if options.dry_run else found
+    print(f"{len(found)} kernels recorded in {time.monotonic() - start:.0f} s", flush=True)
+    failed = warm_all(found, options.jobs or 1, load=not options.dry_run)
+    for why in failed:
+        print(why)
+    print(f"{len(found) - len(failed)} of {len(found)} kernels compiled in {time.monotonic() - start:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
