@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -46,8 +47,9 @@ class Step:
     dry: tuple[str, ...] = ()  # arguments more for a walk without a GPU
 
     def command(self, out: Path, commit: str, seconds: float, dry: bool) -> list[str]:
-        values = {"out": out, "commit": commit, "minutes": f"{max(seconds - 8, 1) / 60:.2f}"}
-        return [sys.executable, *(a.format(**values) for a in self.arguments), *(self.dry if dry else ())]
+        values = {"{out}": str(out), "{commit}": commit, "{minutes}": f"{max(seconds - 8, 1) / 60:.2f}"}
+        arguments = [re.sub("{out}|{commit}|{minutes}", lambda m: values[m[0]], a) for a in self.arguments]
+        return [sys.executable, *arguments, *(self.dry if dry else ())]
 
 
 @dataclass
@@ -72,9 +74,19 @@ def _tests(chosen: str, *files: str, at_a_time: int = 1) -> tuple[str, ...]:
     return ("-m", "pytest", *options, *(f"tests/{file}" for file in files or ("kernels/test_gpu.py",)), "-k", chosen)
 
 
+# What the machine has: what is not there prints nothing.
+MACHINE = """
+import os, platform, shutil, subprocess
+print(platform.python_version(), os.cpu_count(), "cores", shutil.disk_usage("/tmp").free >> 30, "GiB free in /tmp")
+print({name: shutil.which(name) for name in ("git", "make", "gcc", "nvcc", "ncu", "nvdisasm", "nvidia-smi")})
+if shutil.which("nvidia-smi"):
+    asked = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    subprocess.run(["nvidia-smi", f"--query-gpu={asked}", "--format=csv"])
+"""
 DRY = ("--dry-run",)
 STEPS = (
-    Step("versions, ceilings", 45, 5, _figures("--ceilings"), DRY),
+    Step("machine", 20, 2, ("-c", MACHINE)),
+    Step("ceilings", 45, 5, _figures("--ceilings"), DRY),
     Step("compile everything", 90, 10, ("-m", "bench.prewarm"), DRY),
     Step("attention: right?", 60, 15, _tests("real_sizes and bfloat16 and attention and not varlen")),
     Step("other operations: right?", 70, 20, _tests("real_sizes and bfloat16 and (not attention or varlen)", at_a_time=3)),
@@ -152,20 +164,28 @@ class Run:
             command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
-        cut = threading.Event()
-        ends = [threading.Timer(limit + wait, _end, (process, cut, how)) for wait, how in ENDS]
-        for timer in ends:
-            timer.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            say(line)
-            done.last = line.strip() or done.last
-        code = process.wait()
-        for timer in ends:
-            timer.cancel()
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                say(line)
+                done.last = line.strip() or done.last
+
+        # Not in this thread: a process that the step has left behind may keep its output open.
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        try:
+            code = process.wait(limit)
+            done.status = f"exit {code}" if code else "ok"
+        except subprocess.TimeoutExpired:
+            done.status = f"cut after {limit:.0f} s"
+            _end(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        _end(process, signal.SIGKILL)  # with everything that it started
+        reader.join(1.0)
         done.seconds = self.passed() - done.began
         done.compiled = self.kernels() - before
-        done.status = f"cut after {limit:.0f} s" if cut.is_set() else "ok" if code == 0 else f"exit {code}"
         return done
 
     def page(self) -> str:
@@ -176,29 +196,15 @@ class Run:
             lines.append(row[:180])
         steps, figures = "\n".join(lines), ""
         for file in sorted(self.out.glob("*.json")):
-            saved = json.loads(file.read_text())
-            m = saved["machine"]
-            failed = [f"not timed: {name}: {why}"[:180] for name, why in saved["failed"].items()]
-            figures += "\n".join(
-                [
-                    f"{m['gpu']}, PyTorch {m['torch']}, Triton {m['triton']}, CUDA {m['cuda']}, commit {m['commit']}: copy "
-                    f"{m['copy_gb_per_s']:,.0f} GB/s, product {m['product_tflop_per_s']['bf16']:,.0f} TFLOP/s",
-                    *failed,
-                    short_table(saved),
-                ]
-            )
+            figures += short_table(json.loads(file.read_text()))
         room = PAGE - len(steps) - 100
         if len(figures) > room:
             figures = figures[:room].rpartition("\n")[0] + "\n(the rest is in the folder's .json)"
         return f"{figures}\n\n{steps}\n{self.passed():.0f} of {self.seconds:.0f} s\n"
 
 
-ENDS = ((0.0, signal.SIGTERM), (GRACE, signal.SIGKILL))
-
-
-def _end(process: subprocess.Popen[str], cut: threading.Event, how: signal.Signals) -> None:
-    """Ends a step with everything that it started."""
-    cut.set()
+def _end(process: subprocess.Popen[str], how: signal.Signals) -> None:
+    """Sends a signal to every process of a step's group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, how)
 

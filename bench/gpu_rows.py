@@ -304,7 +304,8 @@ def training_rows(plan: Plan) -> Iterator[Row]:
 
     def add(name: str, kernels: Any, *, compiled: bool = False, graphed: bool = False, sdpa: Any = None) -> None:
         torch.manual_seed(0)
-        model = GPT(GPTConfig.preset(preset, kernels=kernels, **changes)).to(plan.device)
+        with plan.device:  # drawn there
+            model = GPT(GPTConfig.preset(preset, kernels=kernels, **changes))
 
         def loss_of(x: Tensor, y: Tensor) -> Tensor:
             return model.loss(x, y)

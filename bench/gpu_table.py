@@ -66,8 +66,12 @@ def table(saved: dict[str, Any]) -> str:
 
 def short_table(saved: dict[str, Any]) -> str:
     """The same for a terminal, a line a row: milliseconds, the best peer, and how many of the goals are met."""
+    m = saved["machine"]
     lines = [
-        f"{'':<56}{'ours':>9}{'predicted':>10}{'rate':>16}{'ceiling':>8}{'goals':>6}  how much faster than the best peer"
+        f"{m['gpu']}, CUDA {m['cuda']}, PyTorch {m['torch']}, Triton {m['triton']}, Python {m['python']}, commit {m['commit']}, "
+        f"{m['date']}: copy {m['copy_gb_per_s']:,.0f} GB/s, product {m['product_tflop_per_s']['bf16']:,.0f} TFLOP/s",
+        *(f"not timed: {name}: {why.splitlines()[0]}"[:180] for name, why in saved["failed"].items()),
+        f"{'':<56}{'ours':>9}{'predicted':>10}{'rate':>16}{'ceiling':>8}{'goals':>6}  how much faster than the best peer",
     ]
     for name, row in saved["rows"].items():
         medians, met = row["medians"], [goal["met"] for goal in row["goals"]]

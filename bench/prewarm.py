@@ -41,34 +41,34 @@ def warm(launch: compile_report.Launch, load: bool) -> str:
     return ""
 
 
-def _work(found: Sequence[compile_report.Launch], taken: Any, failed: Any, load: bool) -> None:
-    """One of the processes: takes the next launch until none is left."""
+def _work(ops: Sequence[str], dtypes: Sequence[str], target: str, load: bool, last: int, taken: Any, done: Any) -> None:
+    """One of the processes: records for itself, then takes the next launch until none is left."""
+    found = recorded(ops, dtypes, target)[-last:]
     while True:
         with taken:
             index = taken.value
             taken.value += 1
         if index >= len(found):
             return
-        if why := warm(found[index], load):
-            failed.put(why)
+        done.put(warm(found[index], load))
 
 
-def warm_all(found: Sequence[compile_report.Launch], jobs: int, load: bool) -> list[str]:
-    """Compiles all, `jobs` at a time; why some failed.
+def warm_all(ops: Sequence[str], dtypes: Sequence[str], target: str, jobs: int, load: bool, last: int = 0) -> list[str]:
+    """What became of each launch, `last` of them (0: all), compiled `jobs` at a time: why it failed, or nothing.
 
-    Forked processes have what was recorded, which cannot be sent to others; nothing may have touched the GPU before.
+    What is recorded cannot be sent to another process, and one forked after recording could not use the GPU.
     """
-    context = multiprocessing.get_context("fork")
-    taken, failed = context.Value("i", 0), context.SimpleQueue()
-    workers = [context.Process(target=_work, args=(found, taken, failed, load)) for _ in range(jobs)]
+    context = multiprocessing.get_context("spawn")
+    taken, done = context.Value("i", 0), context.SimpleQueue()
+    workers = [context.Process(target=_work, args=(ops, dtypes, target, load, last, taken, done)) for _ in range(jobs)]
     for worker in workers:
         worker.start()
-    why = []
-    while any(worker.is_alive() for worker in workers) or not failed.empty():
-        while not failed.empty():
-            why.append(failed.get())
+    results: list[str] = []
+    while any(worker.is_alive() for worker in workers) or not done.empty():
+        while not done.empty():
+            results.append(done.get())
         time.sleep(0.05)
-    return why + [f"a process ended with {worker.exitcode}" for worker in workers if worker.exitcode]
+    return results + [f"a process ended with {worker.exitcode}" for worker in workers if worker.exitcode]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,14 +86,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--dry-run", action="store_true", help="compile a few, and load none: where there is no GPU")
     options = parser.parse_args(arguments)
-    start = time.monotonic()
-    found = recorded(options.ops or ops, options.dtype or ("bf16", "fp32"), options.target)
-    found = found[-3:] if options.dry_run else found
-    print(f"{len(found)} kernels recorded in {time.monotonic() - start:.0f} s", flush=True)
-    failed = warm_all(found, options.jobs or 1, load=not options.dry_run)
+    start, dtypes = time.monotonic(), options.dtype or ("bf16", "fp32")
+    jobs, last = options.jobs or 1, 3 if options.dry_run else 0
+    results = warm_all(options.ops or ops, dtypes, options.target, jobs, not options.dry_run, last)
+    failed = [why for why in results if why]
     for why in failed:
         print(why)
-    print(f"{len(found) - len(failed)} of {len(found)} kernels compiled in {time.monotonic() - start:.0f} s")
+    print(f"{len(results) - len(failed)} of {len(results)} kernels compiled in {time.monotonic() - start:.0f} s")
     return 1 if failed else 0
 
 

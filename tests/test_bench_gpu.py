@@ -190,7 +190,8 @@ def test_gpu_table(result: dict, tmp_path, capsys, monkeypatch: pytest.MonkeyPat
     )
     assert len({line.count("|") for line in lines}) == 1
     brief = short_table(result).splitlines()
-    assert brief[1].split() == [
+    assert brief[1] == "not timed: softmax 4096x1024: AssertionError: out: error 1"
+    assert brief[3].split() == [
         "attention", "B16-H12-T1024-D64-causal", "bf16:", "forward", "0.050", "0.061", "412", "TFLOP/s", "52%", "2/2",
         "1.20x", "sdpa", "cudnn",
     ]  # fmt: skip
@@ -258,17 +259,21 @@ def python(name: str, code: str, cap: float = 20, need: float = 1) -> Step:
 
 
 def test_a_run_goes_on_whatever_becomes_of_a_step(tmp_path: Path, capsys):
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(99)'])"
+    child = "import time; print(1, flush=True); time.sleep({})"
+    children = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{child.format(15)}'], start_new_session=True);"
+        f"subprocess.run([sys.executable, '-c', '{child.format(99)}'])"
+    )
     steps = (
         python("good", "print('{out} {commit}'); print('fine')"),
         python("bad", "raise SystemExit('broken')"),
-        python("slow", child, cap=2),
+        python("slow", children, cap=2),
         python("needs more", "print('never')", need=99, cap=99),
         python("last", "import os; print(os.environ['PYTHONPATH'], os.path.exists('pyproject.toml'))"),
     )
     began = time.monotonic()
     assert first_run.main(["--out", str(tmp_path), "--commit", "abc", "--seconds", "60"], steps) == 1
-    assert time.monotonic() - began < 30  # with the step that was cut went the process that it had started
+    assert time.monotonic() - began < 12  # not held up by what the step that was cut had started
     page = capsys.readouterr().out.split("step  ")[-1]
     said = {line[:34].strip(): (line[59:79].strip(), line[80:]) for line in page.splitlines()[1:6]}
     assert said["good"] == ("ok", "fine")
@@ -297,13 +302,18 @@ def test_the_page_fits_and_ends_with_the_steps(result: dict, tmp_path: Path, cap
     page = (tmp_path / "summary.txt").read_text()
     assert len(page) < 12_000
     assert "(the rest is in the folder's .json)" in page
-    assert "G, PyTorch 2.11.0, Triton 3.6, CUDA 12.8, commit abc: copy 3,000 GB/s, product 798 TFLOP/s" in page
+    assert (
+        "G, CUDA 12.8, PyTorch 2.11.0, Triton 3.6, Python 3.12, commit abc, 2026-12-01: copy 3,000 GB/s, product 798 TFLOP/s"
+        in page
+    )
     assert page.splitlines()[-2].endswith("fine")
 
 
 def test_every_step_of_the_run_finds_its_tests_and_modules():
     for step in first_run.STEPS:
         command = step.command(Path("OUT"), "abc", 60.0, dry=True)
+        if "-m" not in command:
+            continue
         assert not [word for word in command if re.search(r"[{}]", word)], command
         module = command[command.index("-m") + 1]
         if module != "pytest":
