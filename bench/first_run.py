@@ -31,7 +31,7 @@ from typing import TextIO
 from bench.gpu_table import short_table
 
 ROOT = Path(__file__).parents[1]
-PAGE = 11_000  # characters of the summary
+PAGE, FAILURES = 11_000, 20  # characters of the summary, and lines about tests that failed
 GRACE = 5.0  # seconds between being asked to end and being ended
 RESERVE = 4.0  # seconds of the budget that no step gets
 
@@ -47,7 +47,7 @@ class Step:
     dry: tuple[str, ...] = ()  # arguments more for a walk without a GPU
 
     def command(self, out: Path, commit: str, seconds: float, dry: bool) -> list[str]:
-        values = {"{out}": str(out), "{commit}": commit, "{minutes}": f"{max(seconds - 8, 1) / 60:.2f}"}
+        values = {"{out}": str(out), "{commit}": commit, "{minutes}": f"{max(seconds - 12, 1) / 60:.2f}"}
         arguments = [re.sub("{out}|{commit}|{minutes}", lambda m: values[m[0]], a) for a in self.arguments]
         return [sys.executable, *arguments, *(self.dry if dry else ())]
 
@@ -62,6 +62,7 @@ class Done:
     status: str = "skipped"  # "ok", "exit 1", "cut after 60 s", "skipped: 12 s left"
     compiled: int = 0  # kernels that Triton compiled meanwhile: after the second step there should be few
     last: str = ""  # what it printed last
+    failed: list[str] = field(default_factory=list)  # what pytest says of the tests that failed
 
 
 def _figures(*groups: str) -> tuple[str, ...]:
@@ -88,8 +89,8 @@ STEPS = (
     Step("machine", 20, 2, ("-c", MACHINE)),
     Step("ceilings", 45, 5, _figures("--ceilings"), DRY),
     Step("compile everything", 90, 10, ("-m", "bench.prewarm"), DRY),
-    Step("attention: right?", 60, 15, _tests("real_sizes and bfloat16 and attention and not varlen")),
-    Step("other operations: right?", 70, 20, _tests("real_sizes and bfloat16 and (not attention or varlen)", at_a_time=3)),
+    Step("attention: correctness", 60, 15, _tests("real_sizes and bfloat16 and attention and not varlen")),
+    Step("other operations: correctness", 70, 20, _tests("real_sizes and bfloat16 and (not attention or varlen)", at_a_time=3)),
     Step("attention: figures", 95, 25, _figures("attention"), DRY),
     Step("attention: counters", 45, 20, ("-m", "bench.counters", "--out", "{out}"), DRY),
     Step("GPT-2 124M", 140, 30, _figures("training"), DRY),
@@ -103,12 +104,17 @@ STEPS = (
         "past 2^31 elements", 60, 20,
         _tests("2_to_the_31", "kernels/test_gpu.py", "kernels/test_softmax.py", "kernels/test_rotary.py"),
     ),
-    Step("float32: right?", 60, 20, _tests("real_sizes and not bfloat16 and (not attention or varlen)", at_a_time=3)),
-    Step("attention, float32: right?", 60, 20, _tests("real_sizes and not bfloat16 and attention and not varlen")),
+    Step("float32: correctness", 60, 20, _tests("real_sizes and not bfloat16 and (not attention or varlen)", at_a_time=3)),
+    Step("attention, float32: correctness", 60, 20, _tests("real_sizes and not bfloat16 and attention and not varlen")),
     Step("Inductor", 60, 20, _tests("inductor", at_a_time=3)),
     Step("other operations: figures", 60, 20, _figures("others", "--quick"), DRY),
     Step("figures of compiled peers", 300, 30, _figures("norms", "softmax", "losses"), DRY),
 )  # fmt: skip
+# The second command, with a dozen tiles for each of attention's kernels.
+TUNING = (
+    *STEPS[:2],
+    Step("attention: tiles", 560, 60, ("-m", "bench.tune", "--minutes", "{minutes}", "--out", "{out}"), DRY),
+)
 
 
 @dataclass
@@ -170,6 +176,8 @@ class Run:
             for line in process.stdout:
                 say(line)
                 done.last = line.strip() or done.last
+                if line.startswith(("FAILED ", "ERROR ")):
+                    done.failed.append(line.strip())
 
         # Not in this thread: a process that the step has left behind may keep its output open.
         reader = threading.Thread(target=read, daemon=True)
@@ -194,9 +202,13 @@ class Run:
         for d in self.done:
             row = f"{d.name:<34}{d.began:>5.0f} s{d.seconds:>5.0f} s{d.compiled:>9}  {d.status:<20} {d.last}"
             lines.append(row[:180])
-        steps, figures = "\n".join(lines), ""
+        failed = [line[:200] for d in self.done for line in d.failed]
+        if len(failed) > FAILURES:
+            failed[FAILURES:] = [f"and {len(failed) - FAILURES} more: log.txt"]
+        steps, figures = "\n".join([*failed, "", *lines]), ""
         for file in sorted(self.out.glob("*.json")):
-            figures += short_table(json.loads(file.read_text()))
+            if "rows" in (saved := json.loads(file.read_text())):
+                figures += short_table(saved) + "\n"
         room = PAGE - len(steps) - 100
         if len(figures) > room:
             figures = figures[:room].rpartition("\n")[0] + "\n(the rest is in the folder's .json)"
@@ -215,17 +227,20 @@ def main(arguments: list[str] | None = None, steps: Sequence[Step] = STEPS) -> i
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python -m bench.first_run --out /tmp/run --commit abc1234\n"
-        "  python -m bench.first_run --out /tmp/run --steps 1 2 7\n  python -m bench.first_run --out /tmp/dry --dry-run\n\n"
+        "  python -m bench.first_run --out /tmp/run --steps 1 2 7\n  python -m bench.first_run --out /tmp/run --tune\n"
+        "  python -m bench.first_run --out /tmp/dry --dry-run\n\n"
         "steps:\n" + "\n".join(f"  {i}. {s.name}, {s.cap:g} s at most" for i, s in enumerate(steps, 1)),
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--seconds", type=float, default=590.0, help="the whole budget (default: 590)")
     parser.add_argument("--commit", default="unknown", help="what is measured: there may be no git to ask")
+    parser.add_argument("--tune", action="store_true", help="time candidate tiles of attention instead")
     parser.add_argument(
         "--steps", type=int, nargs="+", help="numbers of the steps to take (default: all), in this order"
     )
     parser.add_argument("--dry-run", action="store_true", help="every step without a GPU, at sizes that mean nothing")
     options = parser.parse_args(arguments)
+    steps = TUNING if options.tune else steps
     numbers = options.steps or range(1, len(steps) + 1)
     if wrong := [n for n in numbers if not 1 <= n <= len(steps)]:
         parser.error(f"--steps: got {wrong[0]}; accepted are 1 to {len(steps)}")

@@ -48,14 +48,13 @@ def _passes(groups: Sequence[str], plan: Plan) -> list[tuple[str, bool]]:
     return [*((group, False) for group in groups), *late]
 
 
-def run_groups(groups: Sequence[str], plan: Plan, saved: dict[str, Any], file: Path, minutes: float) -> None:
-    """Each group in a process of its own, until the time is up; saves after each row."""
-    deadline = time.monotonic() + 60 * minutes
+def run_groups(groups: Sequence[str], plan: Plan, saved: dict[str, Any], file: Path, deadline: float) -> None:
+    """Each group in a process of its own, until `deadline` on time's monotonic clock; saves after each row."""
     for group, late in _passes(groups, plan):
         name = f"{group}, with compiled peers" if late else group
         left = deadline - time.monotonic()
         if left < LEAST:
-            saved["failed"][name] = f"the {minutes:g} minutes were over"
+            saved["failed"][name] = "the time was up"
             continue
         saved["failed"].pop(name, None)
         print(f"{name}: {left:.0f} s left", file=sys.stderr, flush=True)
@@ -96,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--child", choices=GROUPS, help=argparse.SUPPRESS)
     parser.add_argument("--late", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
     shown = short_table if options.brief else section
     if unknown := set(options.groups) - set(GROUPS):
         parser.error(f"groups: got {', '.join(sorted(unknown))}; accepted are {', '.join(GROUPS)}")
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.cuda.empty_cache()  # what the ceilings were measured with; the groups have processes of their own
     continue_file(saved, file)
     save(saved, file)
-    run_groups(groups, plan, saved, file, options.minutes)
+    run_groups(groups, plan, saved, file, deadline)
     print(shown(saved))
     print(f"\nsaved as {file}", file=sys.stderr)
     return 0

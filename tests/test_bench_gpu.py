@@ -219,14 +219,14 @@ def test_gpu_results_are_taken_in_as_they_come(result: dict, tmp_path, monkeypat
 
     monkeypatch.setattr(bench.gpu.subprocess, "Popen", start)
     saved = {"machine": {}, "rows": {}, "failed": {}}
-    bench.gpu.run_groups(["attention", "training"], Plan(), saved, tmp_path / "g.json", minutes=1.0)
-    bench.gpu.run_groups(["norms"], Plan(quick=True), saved, tmp_path / "g.json", minutes=0.0)
+    bench.gpu.run_groups(["attention", "training"], Plan(), saved, tmp_path / "g.json", time.monotonic() + 60)
+    bench.gpu.run_groups(["norms"], Plan(quick=True), saved, tmp_path / "g.json", time.monotonic())
     assert commands == [["--child", "attention"], ["--child", "training"], ["--child", "attention", "--late"]]
     kept = json.loads((tmp_path / "g.json").read_text())
     assert kept["rows"] == {"step": row}
     names = ("attention", "training", "attention, with compiled peers")
     assert kept["failed"] == dict.fromkeys(names, "not finished: its process ended with 3")
-    assert saved["failed"]["norms"] == "the 0 minutes were over"
+    assert saved["failed"]["norms"] == "the time was up"
 
 
 def test_gpu_results_of_one_commit_are_one_file(result: dict, tmp_path):
@@ -266,7 +266,7 @@ def test_a_run_goes_on_whatever_becomes_of_a_step(tmp_path: Path, capsys):
     )
     steps = (
         python("good", "print('{out} {commit}'); print('fine')"),
-        python("bad", "raise SystemExit('broken')"),
+        python("bad", "print('FAILED tests/x.py::test_y - no'); raise SystemExit('broken')"),
         python("slow", children, cap=2),
         python("needs more", "print('never')", need=99, cap=99),
         python("last", "import os; print(os.environ['PYTHONPATH'], os.path.exists('pyproject.toml'))"),
@@ -274,7 +274,8 @@ def test_a_run_goes_on_whatever_becomes_of_a_step(tmp_path: Path, capsys):
     began = time.monotonic()
     assert first_run.main(["--out", str(tmp_path), "--commit", "abc", "--seconds", "60"], steps) == 1
     assert time.monotonic() - began < 12  # not held up by what the step that was cut had started
-    page = capsys.readouterr().out.split("step  ")[-1]
+    failures, _, page = capsys.readouterr().out.rpartition("step  ")
+    assert failures.endswith("\nFAILED tests/x.py::test_y - no\n\n")
     said = {line[:34].strip(): (line[59:79].strip(), line[80:]) for line in page.splitlines()[1:6]}
     assert said["good"] == ("ok", "fine")
     assert said["bad"] == ("exit 1", "broken")
