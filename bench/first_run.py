@@ -60,7 +60,7 @@ class Done:
     began: float  # seconds since the start
     seconds: float = 0.0
     status: str = "skipped"  # "ok", "exit 1", "cut after 60 s", "skipped: 12 s left"
-    compiled: int = 0  # kernels that Triton compiled meanwhile: after the second step there should be few
+    compiled: int = 0  # kernels that Triton compiled meanwhile: few, once all are compiled
     last: str = ""  # what it printed last
     failed: list[str] = field(default_factory=list)  # what pytest says of the tests that failed
 
@@ -108,7 +108,7 @@ STEPS = (
     Step("attention, float32: correctness", 60, 20, _tests("real_sizes and not bfloat16 and attention and not varlen")),
     Step("Inductor", 60, 20, _tests("inductor", at_a_time=3)),
     Step("other operations: figures", 60, 20, _figures("others", "--quick"), DRY),
-    Step("figures of compiled peers", 300, 30, _figures("norms", "softmax", "losses"), DRY),
+    Step("figures of compiled peers", 300, 30, _figures("norms", "softmax", "losses", "--late"), DRY),
 )  # fmt: skip
 # The second command, with a dozen tiles for each of attention's kernels.
 TUNING = (
@@ -190,7 +190,8 @@ class Run:
             _end(process, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
-        _end(process, signal.SIGKILL)  # with everything that it started
+        finally:
+            _end(process, signal.SIGKILL)  # with everything that it started
         reader.join(1.0)
         done.seconds = self.passed() - done.began
         done.compiled = self.kernels() - before
@@ -244,6 +245,7 @@ def main(arguments: list[str] | None = None, steps: Sequence[Step] = STEPS) -> i
     numbers = options.steps or range(1, len(steps) + 1)
     if wrong := [n for n in numbers if not 1 <= n <= len(steps)]:
         parser.error(f"--steps: got {wrong[0]}; accepted are 1 to {len(steps)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step, too
     run = Run(options.out.resolve(), options.commit, options.seconds, options.dry_run)
     run.out.mkdir(parents=True, exist_ok=True)
     with (run.out / "log.txt").open("a") as log:

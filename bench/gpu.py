@@ -42,15 +42,17 @@ def machine(plan: Plan, commit: str | None = None) -> dict[str, Any]:
     }
 
 
-def _passes(groups: Sequence[str], plan: Plan) -> list[tuple[str, bool]]:
-    """Every group, then those that have peers to compile once more, with them."""
-    late = [] if plan.quick else [(group, True) for group in groups if group != "training"]
-    return [*((group, False) for group in groups), *late]
+def passes(groups: Sequence[str], plan: Plan, late: bool) -> list[tuple[str, bool]]:
+    """Every group, then those that have peers to compile once more, with them; with `late` only the latter."""
+    again = [] if plan.quick else [(group, True) for group in groups if group != "training"]
+    return again if late else [*((group, False) for group in groups), *again]
 
 
-def run_groups(groups: Sequence[str], plan: Plan, saved: dict[str, Any], file: Path, deadline: float) -> None:
-    """Each group in a process of its own, until `deadline` on time's monotonic clock; saves after each row."""
-    for group, late in _passes(groups, plan):
+def run_groups(
+    groups: Sequence[tuple[str, bool]], plan: Plan, saved: dict[str, Any], file: Path, deadline: float
+) -> None:
+    """Each of `passes` in a process of its own, until `deadline` on time's monotonic clock; saves after each row."""
+    for group, late in groups:
         name = f"{group}, with compiled peers" if late else group
         left = deadline - time.monotonic()
         if left < LEAST:
@@ -88,12 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (default: 9)")
     add_saving_options(parser, "<gpu>.json", RESULTS)
     parser.add_argument("--quick", action="store_true", help="without the peers that take long to compile")
+    parser.add_argument("--late", action="store_true", help="only the rows that have such peers, with them")
     parser.add_argument("--ceilings", action="store_true", help="measure a copy and a matrix product, and nothing else")
     parser.add_argument("--show", type=Path, help="print a saved table and time nothing")
     parser.add_argument("--brief", action="store_true", help="print a line a row instead of the Markdown table")
     parser.add_argument("--dry-run", action="store_true", help="every contender once, tiny and anywhere")
     parser.add_argument("--child", choices=GROUPS, help=argparse.SUPPRESS)
-    parser.add_argument("--late", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
     shown = short_table if options.brief else section
@@ -113,9 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     saved: dict[str, Any] = {"machine": machine(plan, options.commit), "rows": {}, "failed": {}}
     file = options.out / f"{'-'.join(saved['machine']['gpu'].lower().split())}.json"
-    groups = [] if options.ceilings else options.groups or list(GROUPS)
+    groups = passes([] if options.ceilings else options.groups or GROUPS, plan, options.late)
     if options.dry_run and options.out == RESULTS:  # to show, not to keep
-        for group, late in _passes(groups, plan):
+        for group, late in groups:
             for found in measured(group, plan, late):
                 take_in(saved, found)
         print(shown(saved))

@@ -31,7 +31,10 @@ def main() -> None:
         for case in spec.cases:
             with compile_report._recorded(TARGET) as recorded:
                 compile_report._run_without_data(spec, case, torch.bfloat16)
-            with compile_report._recorded(TARGET) as launched, mock.patch.object(_triton, "_device", create=True) as device:
+            with (
+                compile_report._recorded(TARGET) as launched,
+                mock.patch.object(_triton, "_device", create=True) as device,
+            ):
                 device.return_value = TARGET.multiprocessors, TARGET.launcher_arch
                 inputs = spec.make_inputs(case, torch.bfloat16, torch.device("cpu"), 0)
                 with torch.no_grad():

@@ -219,14 +219,22 @@ def test_gpu_results_are_taken_in_as_they_come(result: dict, tmp_path, monkeypat
 
     monkeypatch.setattr(bench.gpu.subprocess, "Popen", start)
     saved = {"machine": {}, "rows": {}, "failed": {}}
-    bench.gpu.run_groups(["attention", "training"], Plan(), saved, tmp_path / "g.json", time.monotonic() + 60)
-    bench.gpu.run_groups(["norms"], Plan(quick=True), saved, tmp_path / "g.json", time.monotonic())
+    groups = bench.gpu.passes(["attention", "training"], Plan(), late=False)
+    bench.gpu.run_groups(groups, Plan(), saved, tmp_path / "g.json", time.monotonic() + 60)
+    bench.gpu.run_groups([("norms", False)], Plan(), saved, tmp_path / "g.json", time.monotonic())
     assert commands == [["--child", "attention"], ["--child", "training"], ["--child", "attention", "--late"]]
     kept = json.loads((tmp_path / "g.json").read_text())
     assert kept["rows"] == {"step": row}
     names = ("attention", "training", "attention, with compiled peers")
     assert kept["failed"] == dict.fromkeys(names, "not finished: its process ended with 3")
     assert saved["failed"]["norms"] == "the time was up"
+
+
+def test_which_rows_are_timed_when():
+    groups = ["training", "norms"]
+    assert bench.gpu.passes(groups, Plan(), late=False) == [("training", False), ("norms", False), ("norms", True)]
+    assert bench.gpu.passes(groups, Plan(quick=True), late=False) == [("training", False), ("norms", False)]
+    assert bench.gpu.passes(groups, Plan(), late=True) == [("norms", True)]
 
 
 def test_gpu_results_of_one_commit_are_one_file(result: dict, tmp_path):
@@ -259,15 +267,16 @@ def python(name: str, code: str, cap: float = 20, need: float = 1) -> Step:
 
 
 def test_a_run_goes_on_whatever_becomes_of_a_step(tmp_path: Path, capsys):
-    child = "import time; print(1, flush=True); time.sleep({})"
-    children = (
-        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{child.format(15)}'], start_new_session=True);"
-        f"subprocess.run([sys.executable, '-c', '{child.format(99)}'])"
+    waiting = "import time; print(1, flush=True); time.sleep(99)"
+    left_behind = "import time; time.sleep(15)"  # in a session of its own, with the step's output open
+    slow = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{left_behind}'], start_new_session=True);"
+        f"subprocess.run([sys.executable, '-c', '{waiting}'])"
     )
     steps = (
         python("good", "print('{out} {commit}'); print('fine')"),
         python("bad", "print('FAILED tests/x.py::test_y - no'); raise SystemExit('broken')"),
-        python("slow", children, cap=2),
+        python("slow", slow, cap=2),
         python("needs more", "print('never')", need=99, cap=99),
         python("last", "import os; print(os.environ['PYTHONPATH'], os.path.exists('pyproject.toml'))"),
     )
