@@ -6,6 +6,7 @@ import gc
 import importlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -365,13 +366,11 @@ def training_rows(plan: Plan) -> Iterator[Row]:
         yield row()
 
 
-def pinned_sdpa(backend: Any) -> Any:
+def pinned_sdpa(backend: Any) -> AbstractContextManager[object]:
     """Within it `scaled_dot_product_attention` runs by this one of its backends; None: by the one that it chooses.
 
     The backward runs by the backend of its forward, wherever it is called.
     """
-    from contextlib import nullcontext
-
     return nullcontext() if backend is None else torch.nn.attention.sdpa_kernel(backend)
 
 
@@ -386,7 +385,12 @@ def captured(step: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay() -> Callable[[], Any]:
+        graph.replay()
+        return step  # held here: a graph works on the weights' addresses, and does not keep them alive
+
+    return replay
 
 
 def memory(plan: Plan) -> dict[str, int]:

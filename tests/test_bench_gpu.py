@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -121,6 +124,23 @@ def test_each_contender_of_the_training_step_is_measured_when_it_is_ready():
     refused = {"eager, sdpa cudnn", "compile, sdpa cudnn", "ours, CUDA graph"}  # there is no GPU
     assert torch.cuda.is_available() or set(rows[-1].refused) == refused
     assert [list(row.contenders) for row in gpu_rows.training_rows(Plan(dry=True, quick=True))] == names[:1]
+
+
+def test_a_captured_step_keeps_its_weights(monkeypatch: pytest.MonkeyPatch):
+    """A CUDA graph holds addresses alone: freed weights would be the next contender's memory, written to at each replay."""
+    for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    weights = torch.zeros(3)
+    known = weakref.ref(weights)
+    replay = gpu_rows.captured(lambda weights=weights: weights.add_(1))
+    del weights
+    gc.collect()
+    assert known() is not None
+    replay()
+    torch.cuda.CUDAGraph.return_value.replay.assert_called_once_with()
+    del replay
+    gc.collect()
+    assert known() is None
 
 
 # What is saved and shown ---------------------------------------------------------------------------------------------
