@@ -48,7 +48,7 @@ bench: $(READY) ## time every op and a training step beside PyTorch's own
 	$(BIN)/python -m pytest bench --benchmark-only -q
 
 bench-cpu: $(READY) ## the native kernels against PyTorch on this CPU: the table of the README, about ten minutes
-	$(BIN)/python -m bench.cpu --save
+	$(BIN)/python -m bench.cpu --out bench/results
 
 gpu-test: ## on a machine with a GPU: the kernels on it, real sizes, past 2^31 elements, under CUDA graphs (about ten minutes)
 	$(GPU_PYTHON) -m pytest -q -m gpu

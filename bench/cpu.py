@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import BF16, FP32, RESULTS, ceilings, in_turns, save, short, versions
+from bench.measure import BF16, FP32, add_saving_options, ceilings, in_turns, save, short, versions
 from gptcore.train.hardware import multiplies_bf16
 
 MAX_SECONDS = 60.0  # of a row: no more rounds than fit
@@ -318,13 +318,13 @@ def _child(*arguments: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "["))]
 
 
-def machine() -> dict[str, Any]:
-    """What a result was measured on."""
+def machine(commit: str | None = None) -> dict[str, Any]:
+    """What a result was measured on; `commit` as `versions` takes it."""
     return {
         "cpu": torch.cpu.get_capabilities().get("cpu_name", "CPU"),
         "instructions": str(gptkernels.report()).split("native kernels: ")[-1].split("\n")[0].split(",")[0],
         "threads": torch.get_num_threads(),
-        **versions(),
+        **versions(commit),
         "copy_gb_per_s": ceilings(FP32)[0] / 1e9,
         "product_gflop_per_s": {short(dtype): ceilings(dtype)[1] / 1e9 for dtype in (BF16, FP32)},
     }
@@ -381,11 +381,11 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.cpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python -m bench.cpu --save\n  python -m bench.cpu norms-bf16 loss\n"
+        epilog="examples:\n  python -m bench.cpu --out bench/results\n  python -m bench.cpu norms-bf16 loss\n"
         "  python -m bench.cpu --show bench/results/amd-epyc.json",
     )
     parser.add_argument("groups", nargs="*", help=f"what to time (default: all): {', '.join(GROUPS)}")
-    parser.add_argument("--save", action="store_true", help="write the figures to bench/results/<cpu>.json")
+    add_saving_options(parser, "<cpu>.json")
     parser.add_argument("--show", type=Path, help="print a saved table and time nothing")
     parser.add_argument("--child", choices=("default", "tuned", "peer", "ours"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -405,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
             for row in GROUPS[group]():
                 print(json.dumps(row.measure()), flush=True)
         return 0
-    saved: dict[str, Any] = {"machine": machine()}
+    saved: dict[str, Any] = {"machine": machine(options.commit)}
     for allocator in ("default", "tuned"):
         rows: dict[str, Any] = {}
         for group in chosen:
@@ -415,10 +415,11 @@ def main(arguments: list[str] | None = None) -> int:
     if "loss" in chosen:
         saved["memory"] = {name: _child("--child", name)[0][0] for name in ("peer", "ours")}
     print(section(saved))
-    if options.save:
+    if options.out:
         name = "-".join(saved["machine"]["cpu"].lower().split()) + "-" + saved["machine"]["instructions"]
-        save(saved, RESULTS / f"{name}.json")
-        print(f"\nsaved as {RESULTS / name}.json", file=sys.stderr)
+        file = options.out / f"{name}.json"
+        save(saved, file)
+        print(f"\nsaved as {file}", file=sys.stderr)
     return 0
 
 

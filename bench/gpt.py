@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench import flag
 from bench.cpu import machine
-from bench.measure import RESULTS, save
+from bench.measure import add_saving_options, save
 from gptcore import GPT, GPTConfig
 from gptcore.train.hardware import model_flops_utilization, multiplies_bf16
 
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="examples:\n"
         "  gptcore fetch smollm2-135m-instruct && python -m bench.gpt\n"
         "  gptcore fetch shakespeare && gptcore prepare shakespeare --tokenizer gpt2 --out data/shakespeare && "
-        "python -m bench.gpt --data data/shakespeare --save\n"
+        "python -m bench.gpt --data data/shakespeare --out bench/results\n"
         "  python -m bench.gpt --models gpt2-124m --new 32",
     )
     default = ["gpt2-124m", "smollm2-135m-instruct"]
@@ -136,12 +136,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each training run (default: 50)")
     parser.add_argument("--preset", default="gpt2-124m", help="size of the model to train (default: gpt2-124m)")
     parser.add_argument("--context", type=int, default=512, help="tokens of a training sequence (default: 512)")
-    parser.add_argument("--save", action="store_true", help="write the figures to bench/results/gpt-<cpu>.json")
+    add_saving_options(parser, "gpt-<cpu>.json")
     options = parser.parse_args(arguments)
-    about = machine()
+    about = machine(options.commit)
     saved: dict[str, Any] = {"kind": "gpt"}
-    file = RESULTS / f"{'-'.join(['gpt', *about['cpu'].lower().split(), about['instructions']])}.json"
-    if options.save and file.exists():  # what is not measured this time stays, with its own date
+    file = (options.out or Path()) / f"{'-'.join(['gpt', *about['cpu'].lower().split(), about['instructions']])}.json"
+    if options.out and file.exists():  # what is not measured this time stays, with its own date
         saved = json.loads(file.read_text())
     if options.data:
         size = {"preset": options.preset, "context": options.context, "batch_size": 1}
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         models = [measure(name, options.prompt, options.new, options.rounds) for name in options.models]
         saved["decoding"] = {"machine": about, "models": models}
     print(section(saved))
-    if options.save:
+    if options.out:
         save(saved, file)
         print(f"\nsaved as {file}", file=sys.stderr)
     return 0

@@ -8,8 +8,7 @@ import pytest
 import torch
 from gptkernels.testing import SPECS, OpSpec
 
-import bench.gpu
-from bench.measure import affordable, in_turns, own_backends, results, save
+from bench.measure import affordable, in_turns, own_backends
 from bench.peers import flex_attention, peers
 from bench.report import main, read, table
 
@@ -84,93 +83,3 @@ def test_turns_are_taken_and_medians_quoted():
     order.clear()
     in_turns(calls, rounds=1000, seconds=0.0, least=2)
     assert len(order) <= 2 * (2 + 2)
-
-
-def test_every_contender_on_a_gpu_has_run_once(capsys):
-    """The same walk that a GPU takes, at sizes that mean nothing; the kernels are held to the error budget on the way."""
-    assert bench.gpu.main(["--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert "not timed" not in shown
-    for spec in SPECS:
-        assert f"| {spec.name} " in shown
-    assert "GPT tiny training step" in shown
-
-
-@pytest.fixture
-def result() -> dict:
-    row = {
-        "name": "attention B16-H12-T1024-D64-causal bf16: forward",
-        "medians": {"ours": 0.00005, "sdpa flash": 0.0001, "sdpa cudnn": 0.00006, "eager": 0.0002},
-        "ours": "ours",
-        "best_peer": "sdpa cudnn",
-        "rate": 412.4,
-        "unit": "TFLOP/s",
-        "share_of_ceiling": 0.52,
-        "refused": {},
-        "goal": {"value": 330, "unit": "TFLOP/s", "met": True},
-    }
-    step = {
-        **row,
-        "name": "step",
-        "ours": "ours, CUDA graph",
-        "goal": {"value": 0.9, "unit": "of ceiling", "met": False},
-    }
-    step["medians"] = {"ours": 0.2, "ours, CUDA graph": 0.1, "sdpa cudnn": 0.15}
-    versions = {"torch": "2.11.0", "python": "3.12", "commit": "abc", "date": "2026-12-01"}
-    machine = {"gpu": "G", "cuda": "12.8", "triton": "3.6", **versions, "copy_gb_per_s": 3000.0}
-    return {
-        "machine": {**machine, "product_tflop_per_s": {"bf16": 798.0}},
-        "rows": {row["name"]: row, "step": step},
-        "memory": {"eager": 5 * 2**30, "ours": 2**30},
-        "failed": {"softmax 4096x1024": "AssertionError: out: error 1"},
-    }
-
-
-def test_gpu_table(result: dict, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
-    lines = bench.gpu.table(result).splitlines()
-    assert lines[2] == (
-        "| attention B16-H12-T1024-D64-causal bf16: forward | 0.050 | 412 TFLOP/s | 52% | 330 TFLOP/s: met | "
-        "0.060 (sdpa cudnn) | 1.20x | sdpa flash 0.100, eager 0.200 |"
-    )
-    assert lines[3].startswith("| step | 100.000 (CUDA graph) | 412 TFLOP/s | 52% | 90% of ceiling: missed | 150.000")
-    assert lines[4].startswith("| linear_cross_entropy's memory beside the gradients | 1,024 MiB | | | a fifth: met |")
-    monkeypatch.setattr(bench.measure, "RESULTS", tmp_path)
-    save(result, tmp_path / "g.json")
-    assert results("gpu") == {"g": result}
-    assert results("cpu") == {}
-    assert bench.gpu.main(["--show", str(tmp_path / "g.json")]) == 0
-    assert "- not timed: softmax 4096x1024: AssertionError: out: error 1" in capsys.readouterr().out
-
-
-def test_gpu_results_are_taken_in_as_they_come(result: dict, tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """A group whose process dies keeps the rows that it had finished, and the file says what became of the rest."""
-    row = result["rows"]["step"]
-    child = f"print('noise'); print({json.dumps(json.dumps(row))}, flush=True); raise SystemExit(3)"
-    popen = bench.gpu.subprocess.Popen
-    monkeypatch.setattr(bench.gpu.subprocess, "Popen", lambda command, **kw: popen([command[0], "-c", child], **kw))
-    saved = {"machine": {}, "rows": {}, "failed": {}}
-    bench.gpu._run_groups(["attention"], saved, tmp_path / "g.json", minutes=1.0)
-    bench.gpu._run_groups(["norms"], saved, tmp_path / "g.json", minutes=0.0)
-    kept = json.loads((tmp_path / "g.json").read_text())
-    assert kept["rows"] == {"step": row}
-    assert kept["failed"] == {"attention": "not finished: its process ended with 3"}
-    assert saved["failed"]["norms"] == "the 0 minutes were over"
-
-
-def test_gpu_results_of_one_commit_are_one_file(result: dict, tmp_path):
-    save(result, tmp_path / "g.json")
-    same, other = ({"machine": {**result["machine"], "commit": c}, "rows": {}, "failed": {}} for c in ("abc", "def"))
-    bench.gpu.continue_file(same, tmp_path / "g.json")
-    bench.gpu.continue_file(other, tmp_path / "g.json")
-    assert same["rows"] == result["rows"]
-    assert same["memory"] == result["memory"]
-    assert other["rows"] == {}
-    bench.gpu.take_in(same, {"name": "softmax 4096x1024 bf16: forward", "medians": {}})
-    assert same["failed"] == {}  # what failed then has been timed now
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_without_a_gpu_nothing_is_timed(capsys):
-    with pytest.raises(SystemExit):
-        bench.gpu.main([])
-    assert "there is no GPU here; --dry-run walks through everything" in capsys.readouterr().err

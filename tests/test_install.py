@@ -1,7 +1,11 @@
-"""What the two commands of README install and leave behind; `make check-install` asks the package index itself."""
+"""What the two commands of README install and leave behind; `make check-install` asks the package index itself.
+
+And what runs where less is installed: on rented GPU machines, whose images hold PyTorch and little else.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -49,3 +53,45 @@ def test_lint_does_not_depend_on_what_other_commands_left(tmp_path: Path):
     ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
     done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Behaves as if it were not installed: neither imported nor found.
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+found = PathFinder.find_spec
+missing = sys.argv.pop(1).split(",")
+PathFinder.find_spec = classmethod(lambda _, name, *rest: None if name.partition(".")[0] in missing else found(name, *rest))
+"""
+NOT_ON_GPU_MACHINES = "tyro,platformdirs,rustbpe,gguf,datasets"
+
+
+def run_without(packages: str, code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` where `packages` are not installed."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}"} | environment
+    command = [sys.executable, "-c", WITHOUT + code, packages, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_test_file_is_collected_without_the_packages_that_gpu_machines_lack():
+    """A GPU is rented by the minute: `pytest -m gpu` must not stop there at an import that its tests do not need."""
+    code = "import pytest\nsys.exit(pytest.main(sys.argv[1:]))"
+    options = ("--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:platformdirs")  # the latter brings a plugin
+    done = run_without(NOT_ON_GPU_MACHINES, code, *options, "-m", "gpu or not gpu", "tests")
+    assert done.returncode == 0, done.stdout + done.stderr
+    collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    files = (ROOT / "tests").rglob("test_*.py")
+    assert {file.relative_to(ROOT).as_posix() for file in files} == collected
+
+
+def test_a_model_runs_without_the_packages_that_gpu_machines_lack():
+    code = """
+import gptcore, torch
+from bench.measure import versions
+model = gptcore.GPT(gptcore.GPTConfig.preset("tiny", vocab_size=61, kernels="reference"))
+model.loss(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long)).backward()
+print(model.generate(torch.zeros(1, 4, dtype=torch.long), 3).shape[1], versions()["commit"])
+"""
+    done = run_without(NOT_ON_GPU_MACHINES, code, PATH="")  # no git either
+    assert done.stdout == "7 unknown\n", done.stderr

@@ -38,6 +38,29 @@ class Inputs:
         return Inputs(tensors, self.options)
 
 
+class Draws:
+    """Random tensors of one seed: on a GPU drawn there, since billions from the CPU take minutes; else the CPU's.
+
+    `device` is where they are; None for any but a GPU: the default device then, so that tensors without data stay so.
+    """
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.device = device if device.type == "cuda" else None
+        self._generator = torch.Generator(self.device or "cpu").manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Of mean 0 and variance 1, float32."""
+        return torch.randn(shape, generator=self._generator, device=self.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """From 0 to 1, float32."""
+        return torch.rand(shape, generator=self._generator, device=self.device)
+
+    def integers(self, below: int, *shape: int) -> Tensor:
+        """From 0 to ``below - 1``, int64."""
+        return torch.randint(below, shape, generator=self._generator, device=self.device)
+
+
 @dataclass(frozen=True)
 class Cost:
     """Work of one call: floating-point operations, and the fewest bytes that must move (inputs read and outputs written once)."""
@@ -52,7 +75,7 @@ class Cost:
 class OpSpec:
     """Everything that tests and benches need to know of one operation.
 
-    `make_inputs(case, dtype, device, seed)` draws the inputs on the CPU, so that every device gets the same numbers.
+    `make_inputs(case, dtype, device, seed)` draws the inputs by `Draws`.
     `reference` takes the same keyword arguments as `function`, without `backend`. `compile_cases` are for compile_report
     alone, where tensors have no data: each variant of the Triton kernels once or twice, at the size that users run.
     """

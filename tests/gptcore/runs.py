@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from gptcore.train import TrainConfig
+
+
+def cli() -> ModuleType:
+    """gptcore.cli; whoever asks is skipped where tyro, which it is made of, is not installed."""
+    pytest.importorskip("tyro")
+    import gptcore.cli
+
+    return gptcore.cli
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    cli().main(list(arguments))
 
 
 def make_corpus(folder: Path) -> Path:
     """A few thousand tokens of arithmetic: quickly learnt, and no download."""
     from gptcore.data.prepare import prepare
 
+    pytest.importorskip("rustbpe")  # what trains the tokenizer
     for part in range(8):
         lines = (f"{a} plus {b} is {a + b}." for a in range(part * 9, part * 9 + 9) for b in range(30))
         (folder / f"{part}.txt").write_text("\n".join(lines))

@@ -11,7 +11,6 @@ from gptkernels.testing import assert_within_budget
 
 from gptcore import GPT
 from gptcore.assets import fetch, find
-from gptcore.cli import main
 from gptcore.data.prepare import prepare
 from gptcore.evaluate.embed import embed, similarity_table
 from gptcore.generate.fill import fill
@@ -20,7 +19,7 @@ from gptcore.tasks import MaskedLM, MaskedLMOptions
 from gptcore.text import get_tokenizer
 from gptcore.train import train
 from gptcore.weights import WeightsError, locate, save_huggingface
-from tests.gptcore.runs import config, records
+from tests.gptcore.runs import config, main, records
 
 pytest.importorskip("tokenizers", reason="needs the tokenizers package")
 SIZES = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptcore.cli import main
+from tests.gptcore.runs import main
 
 
 def gptcore(capsys, *arguments: object) -> tuple[int, str, str]:

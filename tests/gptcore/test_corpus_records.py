@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from gptcore import assets
-from gptcore.cli import main
 from gptcore.data import corpus as corpus_module
 from gptcore.data import prepare as prepare_module
 from gptcore.data import readers
@@ -20,6 +19,7 @@ from gptcore.data.corpus import documents, sources_state
 from gptcore.data.prepare import open_split, prepare, read_report
 from gptcore.data.split import survey
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
+from tests.gptcore.runs import main
 
 TEXTS = ["first\nof two lines\r\n", "naïve 🙂", "", 'a "quoted" text', "last\u2028line"]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gptcore import GPT, GPTConfig
-from gptcore.cli import main
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer, get_tokenizer
+from tests.gptcore.runs import main
 
 TEXT = "the cat sat on the mat and the dog sat on the log, naïve \U0001f600 1999. " * 30
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from gptcore import GPT, GPTConfig, _extras
-from gptcore.cli import main
 from gptcore.data.prepare import prepare
 from gptcore.text.pretrained import PretrainedTokenizer, byte_level_bpe
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
+from tests.gptcore.runs import main
 
 WITH_A_MODEL = {
     "info": (),

@@ -20,6 +20,7 @@ import pytest
 
 from gptcore.assets import CATALOGUE, Entry, fetch, find
 from gptcore.assets import download as fetch_module
+from tests.gptcore.runs import main
 
 FILES = {
     "data/a.txt": b"first text\n",
@@ -319,8 +320,6 @@ def test_the_catalogue_is_in_order() -> None:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    from gptcore.cli import main
-
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))
     return int(stop.value.code or 0), *capsys.readouterr()

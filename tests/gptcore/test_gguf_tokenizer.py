@@ -29,8 +29,7 @@ LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
 
 def write(path: Path, model: str = "gpt2", **values: Any) -> Path:
     """A file without weights; None leaves a field out."""
-    import gguf
-
+    gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
     for name, value in values.items():

@@ -258,8 +258,7 @@ def byte_bpe() -> Any:
 @pytest.fixture(scope="module")
 def gguf_file(byte_bpe, tmp_path_factory) -> tuple[Path, Any]:
     """A Hugging Face Llama with random weights, written by the gguf library as llama.cpp's converter lays it out."""
-    import gguf
-
+    gguf = pytest.importorskip("gguf")
     scaling = RotaryScaling(8.0, 1.0, 4.0, 8192)
     changes = {"vocab_size": byte_bpe.get_vocab_size(), "rotary_scaling": scaling}
     theirs = hugging_face(GPTConfig.preset("llama-tiny", **(SMALL | changes)))

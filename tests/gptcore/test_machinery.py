@@ -207,21 +207,18 @@ def test_targets_alone():
         make("cpu", "reference", attention_impl="explicit")(x, targets=y, return_attention=True)
 
 
-def test_two_processes_train_what_one_trains(tmp_path: Path):
-    """DistributedDataParallel and FSDP2 over gloo: three steps each, then an orderly end, exit code and all."""
+@pytest.mark.parametrize(("size", "device"), [(2, "cpu"), pytest.param(1, "cuda", marks=pytest.mark.gpu)])
+def test_several_processes_train_what_one_trains(size: int, device: str, tmp_path: Path):
+    """DistributedDataParallel and FSDP2 over gloo and NCCL: three steps each, then an orderly end, exit code and all."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     # FSDP warns of PyTorch's own products, whose results are views.
-    command = [
-        sys.executable,
-        "-W",
-        "ignore::UserWarning",
-        "-m",
-        "tests.gptcore.two_processes",
-        str(tmp_path / "store"),
-    ]
+    command = [sys.executable, "-W", "ignore::UserWarning", "-m", "tests.gptcore.processes", str(tmp_path / "store")]
     workers = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
+        subprocess.Popen(
+            [*command, str(rank), str(size), device],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(size)
     ]  # fmt: skip
     try:
         said = [worker.communicate(timeout=240)[0] for worker in workers]
@@ -230,7 +227,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path):
             worker.kill()
     for worker, output in zip(workers, said):
         assert worker.returncode == 0, output
-        assert output.endswith("ddp equal\nfsdp equal\n"), output
+        assert [line for line in output.splitlines() if line.endswith(" equal")] == ["ddp equal", "fsdp equal"], output
 
 
 @pytest.mark.gpu

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptcore.cli import main
 from gptcore.data import prepare as prepare_module
 from gptcore.data.corpus import documents
 from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
 from gptcore.data.token_file import TokenWriter
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
+from tests.gptcore.runs import main
 
 FINGERPRINT = "00112233445566778899aabbccddeeff"
 

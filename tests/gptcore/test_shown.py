@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from gptcore import GPT, GPTConfig
-from gptcore.cli import main
 from gptcore.generate.chat import converse
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer
+from tests.gptcore.runs import main
 
 ODD = "[bold] $$x$$ :end: [/] {0} %s \\n na\u00efve \U0001f600"
 

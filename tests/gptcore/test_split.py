@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from gptcore.cli import main
 from gptcore.data import corpus as corpus_module
 from gptcore.data import prepare as prepare_module
 from gptcore.data import split as split_module
@@ -21,6 +20,7 @@ from gptcore.data.corpus import Document
 from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
 from gptcore.data.split import CUT, TOLERANCE, VAL, survey
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
+from tests.gptcore.runs import main
 
 WHOLE = pytest.mark.filterwarnings("error::UserWarning")  # of a document that is cut
 CUT_IN_TWO = r"the largest document was cut in two"

@@ -15,6 +15,7 @@ from gptcore.generate.chat import Chat, converse, render
 from gptcore.generate.text import _Text
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer
+from tests.gptcore.runs import main
 
 TEXT = "the cat sat on the mat and the dog sat on the log, naïve \U0001f600 1999. " * 30
 TEMPLATE = (
@@ -168,8 +169,6 @@ def test_tokens_that_end_and_begin_inside_characters():
 def test_models_with_more_rows_or_fewer_than_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Padded vocabularies, gaps among the ids, a <pad> that was added and has no row: as transformers decodes them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from gptcore.cli import main
 
     base = sentencepiece().vocab_size
     for rows, added in ((base + 60, ()), (base, ("<pad>",))):

@@ -15,14 +15,13 @@ import torch
 import yaml
 
 from gptcore import GPT, GPTConfig
-from gptcore.cli import Train, main
 from gptcore.train import TrainConfig, find_lr, train
 from gptcore.train.config import read_values
 from gptcore.train.display import Display, chart
 from gptcore.train.hardware import listed_peak, measured_peak, model_flops_utilization, peak_flops
 from gptcore.train.lr_finder import smoothed
 from gptcore.train.parallel import World, checkpoint_activations
-from tests.gptcore.runs import config, contents, records
+from tests.gptcore.runs import cli, config, contents, main, records
 
 
 def gptcore(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -35,11 +34,11 @@ def gptcore(capsys, *arguments: object) -> tuple[int, str, str]:
 def test_a_file_gives_values_and_the_command_line_comes_first(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("data: some/data\nlr: 2e-3\nsteps: 50\ncompile: true\ntokens_per_step: null\nresume: auto\n")
-    options = Train.parse(["--config", str(file), "--out", "some/out", "--steps", "60", "--no-compile"])
-    assert options == Train(
+    options = cli().Train.parse(["--config", str(file), "--out", "some/out", "--steps", "60", "--no-compile"])
+    assert options == cli().Train(
         data=Path("some/data"), out=Path("some/out"), lr=2e-3, steps=60, resume="auto", config=file
     )  # fmt: skip
-    assert Train.parse([f"--config={file}", "--out", "x", "--data", "y"]).data == Path("y")
+    assert cli().Train.parse([f"--config={file}", "--out", "x", "--data", "y"]).data == Path("y")
 
 
 @pytest.mark.parametrize(
@@ -69,10 +68,10 @@ def test_a_bad_file_is_one_line(capsys, tmp_path: Path, monkeypatch, text: str, 
 def test_a_home_folder_in_a_file(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.yaml").write_text("data: ~/data\nout: ~/runs/one\n")
-    options = Train.parse(["--config", "~/run.yaml"])
+    options = cli().Train.parse(["--config", "~/run.yaml"])
     assert (options.data, options.out) == (tmp_path / "data", tmp_path / "runs/one")
-    assert Train.parse(["--data=~/data", "--out", "x"]).data == tmp_path / "data"
-    assert Train.parse(["--config=~/run.yaml", "--out=~/runs/two"]).out == tmp_path / "runs/two"
+    assert cli().Train.parse(["--data=~/data", "--out", "x"]).data == tmp_path / "data"
+    assert cli().Train.parse(["--config=~/run.yaml", "--out=~/runs/two"]).out == tmp_path / "runs/two"
 
 
 def test_a_missing_file_and_missing_options(capsys, tmp_path: Path, monkeypatch):

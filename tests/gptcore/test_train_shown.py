@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.cli import main
 from gptcore.train import train
 from gptcore.train.checkpoint import newest
 from gptcore.train.guard import Guard, GuardedStream
 from gptcore.train.metrics import MetricsLog, read_records
 from gptcore.train.state import TrainState
-from tests.gptcore.runs import config, records
+from tests.gptcore.runs import config, main, records
 
 OPTIONS = (
     "--preset tiny --context 16 --batch-size 2 --steps 8 --warmup 2 --eval-interval 8 --eval-windows 2 --sample-tokens 3"

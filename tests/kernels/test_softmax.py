@@ -154,11 +154,10 @@ def test_any_shape_within_the_error_budget(shape, dim, scale, causal, dtype, see
     check_op(SPEC, Case("drawn", parameters), dtype, backend, device, seed)
 
 
-@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.gpu
-def test_more_than_2_to_the_31_elements(backend: str):
+def test_more_than_2_to_the_31_elements():
     x = torch.randn(70_000, 32_768, device="cuda", dtype=torch.bfloat16)
-    y = softmax(x, backend=backend)
+    y = softmax(x, backend="triton")
     last = x[-2:].float().softmax(-1)
     assert_within_budget("last rows", y[-2:], x[-2:].softmax(-1), last.double())
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels._spec import Case, Cost, Draws, Inputs, OpSpec
 from gptkernels.activation import reference
 from gptkernels.activation.api import gelu, swiglu
 
@@ -26,26 +26,26 @@ def _case(
     return Case(name, parameters | {"layout": layout})
 
 
-def _draw(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+def _draw(case: Case, dtype: torch.dtype, device: torch.device, draws: Draws) -> Tensor:
     *lead, columns = case.parameters["shape"]
     if case.parameters["layout"] == "slice":
-        return (3 * torch.randn(*lead, columns + 5, generator=generator)).to(device, dtype)[..., 2 : 2 + columns]
+        return (3 * draws.normal(*lead, columns + 5)).to(device, dtype)[..., 2 : 2 + columns]
     if case.parameters["layout"] == "transposed":
-        return (3 * torch.randn(columns, *lead, generator=generator)).to(device, dtype).movedim(0, -1)
-    return (3 * torch.randn(*lead, columns, generator=generator)).to(device, dtype)
+        return (3 * draws.normal(columns, *lead)).to(device, dtype).movedim(0, -1)
+    return (3 * draws.normal(*lead, columns)).to(device, dtype)
 
 
 def _gelu_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
+    draws = Draws(device, seed)
     p = case.parameters
-    x = _draw(case, dtype, device, generator)
-    bias = torch.randn(x.shape[-1], generator=generator).to(device, p["bias_dtype"] or dtype) if p["bias"] else None
+    x = _draw(case, dtype, device, draws)
+    bias = draws.normal(x.shape[-1]).to(device, p["bias_dtype"] or dtype) if p["bias"] else None
     return Inputs({"x": x, "bias": bias}, {"approximate": p["approximate"]})
 
 
 def _swiglu_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-    return Inputs({name: _draw(case, dtype, device, generator) for name in ("gate", "up")})
+    draws = Draws(device, seed)
+    return Inputs({name: _draw(case, dtype, device, draws) for name in ("gate", "up")})
 
 
 def _gelu_cost(case: Case, dtype: torch.dtype) -> Cost:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels._spec import Case, Cost, Draws, Inputs, OpSpec
 from gptkernels.cross_entropy import reference
 from gptkernels.cross_entropy.api import cross_entropy
 
@@ -19,20 +19,18 @@ def _case(*shape: int, reduction: str = "mean", ignored: float = 0.0, layout: st
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
+    draws = Draws(device, seed)
     p = case.parameters
     *lead, classes = p["shape"]
     # Logits of a trained model: a spread of a few units, far from zero.
     if p["layout"] == "slice":
-        logits = (4 * torch.randn(*lead, classes + 5, generator=generator) + 20.0).to(device, dtype)[
-            ..., 2 : 2 + classes
-        ]
+        logits = (4 * draws.normal(*lead, classes + 5) + 20.0).to(device, dtype)[..., 2 : 2 + classes]
     elif p["layout"] == "transposed":
-        logits = (4 * torch.randn(classes, *lead, generator=generator) + 20.0).to(device, dtype).movedim(0, -1)
+        logits = (4 * draws.normal(classes, *lead) + 20.0).to(device, dtype).movedim(0, -1)
     else:
-        logits = (4 * torch.randn(*lead, classes, generator=generator) + 20.0).to(device, dtype)
-    target = torch.randint(0, classes, lead, generator=generator)
-    target[torch.rand(lead, generator=generator) < p["ignored"]] = -100
+        logits = (4 * draws.normal(*lead, classes) + 20.0).to(device, dtype)
+    target = draws.integers(classes, *lead)
+    target[draws.uniform(*lead) < p["ignored"]] = -100
     return Inputs({"logits": logits, "target": target.to(device)}, {"reduction": p["reduction"]})
 
 

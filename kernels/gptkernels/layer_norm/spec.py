@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels._spec import Case, Cost, Draws, Inputs, OpSpec
 from gptkernels.layer_norm import reference
 from gptkernels.layer_norm.api import add_layer_norm, layer_norm
 
@@ -39,19 +39,19 @@ def _case(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
+    draws = Draws(device, seed)
     p = case.parameters
     *lead, columns = p["shape"]
     # A mean well off zero shows a variance that was computed as E[x^2] - E[x]^2.
     if p["layout"] == "slice":  # rows inside a wider tensor, as in a packed projection
-        x = (torch.randn(*lead, columns + 5, generator=generator) + 3.0).to(device, dtype)[..., 2 : 2 + columns]
+        x = (draws.normal(*lead, columns + 5) + 3.0).to(device, dtype)[..., 2 : 2 + columns]
     elif p["layout"] == "transposed":
-        x = (torch.randn(columns, *lead, generator=generator) + 3.0).to(device, dtype).movedim(0, -1)
+        x = (draws.normal(columns, *lead) + 3.0).to(device, dtype).movedim(0, -1)
     else:
-        x = (torch.randn(*lead, columns, generator=generator) + 3.0).to(device, dtype)
+        x = (draws.normal(*lead, columns) + 3.0).to(device, dtype)
     parameter_dtype = p["parameter_dtype"] or dtype
-    weight = (1 + 0.5 * torch.randn(columns, generator=generator)).to(device, parameter_dtype)
-    bias = torch.randn(columns, generator=generator).to(device, parameter_dtype)
+    weight = (1 + 0.5 * draws.normal(columns)).to(device, parameter_dtype)
+    bias = draws.normal(columns).to(device, parameter_dtype)
     return Inputs({"x": x, "weight": weight if p["weight"] else None, "bias": bias if p["bias"] else None})
 
 
@@ -59,7 +59,7 @@ def _make_add_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed:
     inputs = _make_inputs(case, dtype, device, seed)
     x = inputs.tensors["x"]
     assert x is not None
-    residual = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1))
+    residual = Draws(device, seed + 1).normal(*x.shape)
     residual = residual.to(device, case.parameters["residual_dtype"] or dtype)
     return Inputs({"x": x, "residual": residual} | inputs.tensors)
 
@@ -103,7 +103,10 @@ SPEC = OpSpec(
         _case(4, 9, 33, layout="slice"),
         _case(6, 40, layout="transposed"),
     ),
-    bench_cases=tuple(_case(4096, columns) for columns in (768, 1024, 2048, 4096, 8192, 32768)),
+    bench_cases=(
+        *(_case(4096, columns) for columns in (768, 1024, 2048, 4096, 8192, 32768)),
+        _case(32768, 1024),
+    ),
     compile_cases=(
         _case(4096, 768),
         _case(4096, 8192),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels._spec import Case, Cost, Draws, Inputs, OpSpec
 from gptkernels.linear import reference
 from gptkernels.linear.api import linear
 
@@ -16,12 +16,12 @@ def _case(rows: tuple[int, ...], depth: int, n: int, *, bias: bool = True, layou
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
+    draws = Draws(device, seed)
     p = case.parameters
     rows, depth, n = p["rows"], p["depth"], p["n"]
-    x = torch.randn(*rows, depth, generator=generator)
-    weight = torch.randn(n, depth, generator=generator) / max(depth, 1) ** 0.5
-    bias = torch.randn(n, generator=generator) if p["bias"] else None
+    x = draws.normal(*rows, depth)
+    weight = draws.normal(n, depth) / max(depth, 1) ** 0.5
+    bias = draws.normal(n) if p["bias"] else None
     x, weight = x.to(device, dtype), weight.to(device, dtype)
     if p["layout"] == "slice":  # of wider tensors, at odd addresses
         x = torch.cat([x, x[..., :1]], dim=-1)[..., :depth]

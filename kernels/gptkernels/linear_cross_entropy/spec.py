@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels._spec import Case, Cost, Draws, Inputs, OpSpec
 from gptkernels.linear_cross_entropy import reference
 from gptkernels.linear_cross_entropy.api import linear_cross_entropy
 
@@ -28,20 +28,20 @@ def _case(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
+    draws = Draws(device, seed)
     p = case.parameters
     tokens, width, classes = p["tokens"], p["width"], p["classes"]
     if p["layout"] == "slice":
-        x = torch.randn(*tokens, width + 5, generator=generator).to(device, dtype)[..., 2 : 2 + width]
+        x = draws.normal(*tokens, width + 5).to(device, dtype)[..., 2 : 2 + width]
     elif p["layout"] == "transposed":
-        x = torch.randn(width, *tokens, generator=generator).to(device, dtype).movedim(0, -1)
+        x = draws.normal(width, *tokens).to(device, dtype).movedim(0, -1)
     else:
-        x = torch.randn(*tokens, width, generator=generator).to(device, dtype)
+        x = draws.normal(*tokens, width).to(device, dtype)
     # Logits with a spread of about two units.
-    weight = (2 * torch.randn(classes, width, generator=generator) / width**0.5).to(device, dtype)
-    bias = torch.randn(classes, generator=generator).to(device, dtype) if p["bias"] else None
-    target = torch.randint(0, classes, tokens, generator=generator)
-    target[torch.rand(tokens, generator=generator) < p["ignored"]] = -100
+    weight = (2 * draws.normal(classes, width) / width**0.5).to(device, dtype)
+    bias = draws.normal(classes).to(device, dtype) if p["bias"] else None
+    target = draws.integers(classes, *tokens)
+    target[draws.uniform(*tokens) < p["ignored"]] = -100
     tensors = {"x": x, "weight": weight, "target": target.to(device), "bias": bias}
     return Inputs(tensors, {"reduction": p["reduction"]})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels._spec import Case, Cost, Draws, Inputs, OpSpec
 from gptkernels.rotary import reference
 from gptkernels.rotary.api import rotary
 
@@ -44,11 +44,11 @@ def _case(
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     p = case.parameters
-    generator = torch.Generator().manual_seed(seed)
+    draws = Draws(device, seed)
     batch, heads, tokens, head_dim, rotated = (p[n] for n in ("batch", "heads", "tokens", "head_dim", "rotated"))
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return draws.normal(*shape).to(device, dtype)
 
     if p["layout"] == "transposed":  # a projection's (B, T, H D), split into heads
         x = draw(batch, tokens, heads, head_dim).transpose(1, 2)
@@ -60,9 +60,9 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int
         assert p["layout"] == "scattered"
         x = draw(batch, heads, head_dim, tokens).transpose(2, 3)
 
-    position = torch.arange(tokens)
+    position = torch.arange(tokens, device=draws.device)
     if p["positions"] == "own":  # each sequence is padded on its left by so many tokens
-        padding = torch.randint(tokens + 1, (batch, 1), generator=generator)
+        padding = draws.integers(tokens + 1, batch, 1)
         position = (position - padding).clamp(min=0)  # (B, T)
     frequencies = 10_000.0 ** -(torch.arange(0, rotated, 2) / rotated)
     angles = position[..., None] * frequencies  # (T, R/2) or (B, T, R/2)

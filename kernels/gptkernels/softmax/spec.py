@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from gptkernels._spec import Case, Cost, Inputs, OpSpec
+from gptkernels._spec import Case, Cost, Draws, Inputs, OpSpec
 from gptkernels.softmax import reference
 from gptkernels.softmax.api import softmax
 
@@ -21,21 +21,21 @@ def _case(*shape: int, dim: int = -1, scale: float = 1.0, causal: bool = False, 
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
+    draws = Draws(device, seed)
     p = case.parameters
     *lead, columns = p["shape"]
     # Scores of a trained model: a spread of a few units, far from zero.
     if p["layout"] == "slice":  # rows inside a wider tensor
-        x = (4 * torch.randn(*lead, columns + 5, generator=generator) + 20.0).to(device, dtype)[..., 2 : 2 + columns]
+        x = (4 * draws.normal(*lead, columns + 5) + 20.0).to(device, dtype)[..., 2 : 2 + columns]
     elif p["layout"] == "transposed":
-        x = (4 * torch.randn(columns, *lead, generator=generator) + 20.0).to(device, dtype).movedim(0, -1)
+        x = (4 * draws.normal(columns, *lead) + 20.0).to(device, dtype).movedim(0, -1)
     elif p["layout"] == "masked":  # some columns, and one whole row, are -inf
-        x = 4 * torch.randn(*lead, columns, generator=generator)
-        x[torch.rand(x.shape, generator=generator) < 0.3] = -math.inf
+        x = 4 * draws.normal(*lead, columns)
+        x[draws.uniform(*x.shape) < 0.3] = -math.inf
         x.reshape(-1, columns)[0] = -math.inf
         x = x.to(device, dtype)
     else:
-        x = (4 * torch.randn(*lead, columns, generator=generator) + 20.0).to(device, dtype)
+        x = (4 * draws.normal(*lead, columns) + 20.0).to(device, dtype)
     return Inputs({"x": x}, {"dim": p["dim"], "scale": p["scale"], "causal": p["causal"]})
 
 
@@ -90,6 +90,7 @@ SPEC = OpSpec(
     ),
     bench_cases=(
         *(_case(4096, columns) for columns in (1024, 4096, 8192, 32768, 50257, 131072)),
+        _case(32768, 1024),
         _case(4, 12, 1024, 1024, scale=0.125, causal=True),
         _case(8, 1024, 1024, dim=1),
         _case(64, 65536, causal=True),

@@ -37,13 +37,13 @@ try:
     from gptkernels.integrations.transformers.switch import NAME, name_as_before, switch_attention
 except ImportError as error:
     raise ImportError(
-        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.18 and "
+        f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.17 to "
         f"5.23 ({error})"
     ) from error
 if "q_length" not in inspect.signature(sdpa_mask).parameters:
     raise ImportError(
         f"gptkernels.integrations.transformers: found transformers {transformers.__version__}, whose masks are made from "
-        "cache positions; accepted are versions that make them from lengths (tested with 5.18 and 5.23)"
+        "cache positions; accepted are versions that make them from lengths (tested with 5.17 to 5.23)"
     )
 
 __all__ = ["accelerate_model"]

@@ -1,7 +1,11 @@
-"""One of two processes that train the same GPT on halves of each batch: run by test_machinery.py."""
+"""One of the processes that train the same GPT on shares of each batch: run by test_machinery.py.
+
+``python -m tests.gptcore.processes STORE RANK SIZE DEVICE``: on "cpu" they talk by gloo, on "cuda" by NCCL.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import sys
 
@@ -14,15 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptcore import GPT, GPTConfig
 
-STEPS, ROWS = 3, 2
-KERNELS = "native" if "native" in gptkernels.available_backends() else "reference"
-CONFIG = GPTConfig(vocab_size=61, context=32, n_layer=2, n_head=2, width=32, kernels=KERNELS)
+STEPS, ROWS = 3, 4
+CONFIG = GPTConfig(vocab_size=61, context=32, n_layer=2, n_head=2, width=32)
 
 
-def make() -> tuple[GPT, torch.Tensor]:
-    """The model, and tokens and targets of each step for both processes, (2, steps, 2 * rows, T)."""
+def make(device: str) -> tuple[GPT, torch.Tensor]:
+    """The model, and tokens and targets of each step for all processes, (2, steps, rows, T)."""
+    kernels = "triton" if device == "cuda" else "native"
+    kernels = kernels if kernels in gptkernels.available_backends() else "reference"
     torch.manual_seed(0)
-    return GPT(CONFIG), torch.randint(0, CONFIG.vocab_size, (2, STEPS, 2 * ROWS, 24))
+    model, tokens = GPT(dataclasses.replace(CONFIG, kernels=kernels)), torch.randint(0, 61, (2, STEPS, ROWS, 24))
+    return model.to(device), tokens.to(device)
 
 
 def train(model: GPT, loss_of, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -34,24 +40,30 @@ def train(model: GPT, loss_of, x: torch.Tensor, y: torch.Tensor) -> None:
         optimizer.zero_grad()
 
 
-def main(store: str, rank: int) -> None:
+def main(store: str, rank: int, size: int, device: str) -> None:
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
-    mine = slice(rank * ROWS, (rank + 1) * ROWS)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=120),
+        device_id=torch.device("cuda", rank) if device == "cuda" else None,
+    )
+    mine = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
 
-    alone, (x, y) = make()
+    alone, (x, y) = make(device)
     train(alone, alone.loss, x, y)
 
-    model, _ = make()
+    model, _ = make(device)
     replicated = DistributedDataParallel(model)
     train(model, lambda tokens, targets: replicated(tokens, targets=targets), x[:, mine], y[:, mine])
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, alone.get_parameter(name), rtol=1e-4, atol=1e-6)
     print("ddp equal", flush=True)
 
-    sharded, _ = make()
-    mesh = init_device_mesh("cpu", (2,))
+    sharded, _ = make(device)
+    mesh = init_device_mesh(device, (size,))
     for part in (*sharded.h, sharded):
         fully_shard(part, mesh=mesh)
     train(sharded, sharded.loss, x[:, mine], y[:, mine])
@@ -64,4 +76,4 @@ def main(store: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
