@@ -1,7 +1,8 @@
-"""README tells the truth: its Python runs, its commands are the demo's, its links lead somewhere."""
+"""README and docs tell the truth: their Python runs, their commands are the demo's, their links lead somewhere."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -10,29 +11,41 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    (file.name, language, code)
+    for file in PAGES
+    for language, code in re.findall(r"^```(\w*)\n(.*?)^```", file.read_text(), re.DOTALL | re.MULTILINE)
+]
 
 
-@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
-def test_python_runs(code: str):
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize(("file", "code"), [(file, code) for file, language, code in BLOCKS if language == "python"])
+def test_python_runs(file: str, code: str):
+    exec(compile(code, file, "exec"), {})
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 600
 
 
 def test_every_command_is_run_by_make_demo():
-    commands = [line.split("#")[0].strip() for language, code in BLOCKS if not language for line in code.splitlines()]
+    commands = [
+        line.split("#")[0].strip() for _, language, code in BLOCKS if not language for line in code.splitlines()
+    ]
     demo = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert len(commands) >= 6
     for command in commands:
         if command.startswith("make "):
             assert command.split()[1] in targets
-        else:
+        elif command != "pip install .":
             assert f".venv/bin/{command}\n" in demo
 
 
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "kernels/README.md"])
-def test_links_lead_somewhere(file: str):
-    path = ROOT / file
+@pytest.mark.parametrize(
+    "path", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "kernels/README.md"], ids=lambda path: path.name
+)
+def test_links_lead_somewhere(path: Path):
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         assert target.startswith("https://") or (path.parent / target).exists(), target
 
@@ -47,6 +60,20 @@ def test_tables_are_made_from_saved_results(kind: str):
 
     section = {"cpu": bench.cpu.section, "gpu": bench.gpu.section, "gpt": bench.gpt.section}[kind]
     saved = [section(result) for result in results(kind).values()]
-    shown = re.findall(rf"<!-- {kind} -->\n(.*?)\n<!-- /{kind} -->", README, re.DOTALL)
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    shown = re.findall(rf"<!-- {kind} -->\n(.*?)\n<!-- /{kind} -->", page, re.DOTALL)
     assert len(shown) == (1 if saved else 0)
     assert set(shown) <= set(saved)
+
+
+def test_the_picture_is_made_from_a_saved_result(tmp_path: Path):
+    from bench.measure import RESULTS
+    from bench.picture import PICTURE, draw, ratios
+
+    saved = json.loads((RESULTS / "amd-epyc-avx2.json").read_text())
+    drawn = PICTURE.read_text()
+    for name, ratio in ratios(saved).items():
+        assert f">{name}<" in drawn
+        assert f">{ratio:.2f}x<" in drawn
+    draw(saved, tmp_path / "again.svg")
+    assert f">{next(iter(ratios(saved)))}<" in (tmp_path / "again.svg").read_text()
