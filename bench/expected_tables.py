@@ -61,7 +61,8 @@ def rows_table() -> str:
                 _rate(spec, case, direction, time),
             ]
 
-    return _markdown("work, bf16 | launches | ms | with full to no overlap | rate, share of ceiling", cells())
+    made = f"Compiled for {expected.saved()['target']} by Triton {expected.saved()['triton']}.\n\n"
+    return made + _markdown("work, bf16 | launches | ms | with full to no overlap | rate, share of ceiling", cells())
 
 
 def attention_table() -> str:

@@ -108,6 +108,9 @@ class _Noted(compile_report._NotRun):
             )
         )
 
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *args: self.run(*grid, *args)
+
 
 class _PyTorchNoted(TorchDispatchMode):
     """Notes PyTorch's own kernels."""
