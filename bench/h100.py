@@ -103,10 +103,14 @@ def in_flight(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card 
     return at_a_time(launch, figures, card) * launch["warps"] * 32 * thread * ahead
 
 
-def read_again(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card = H100) -> int:
-    """Bytes that come from memory a second time: what each loop but one reads again, if the cache has lost it."""
+def read_again(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card = H100) -> float:
+    """Bytes that come from memory a second time: what every loop but one reads again, where the cache does not hold it.
+
+    Between two reads, the cache sees what all programs that run at a time read; loops that walk back meet first what it holds.
+    """
     between = launch["read"] / launch["programs"] * at_a_time(launch, figures, card) * card.multiprocessors
-    return (len(_passes(figures)) - 1) * launch["read"] if _passes(figures) and between > card.cache_bytes else 0
+    lost = max(0.0, 1 - card.cache_bytes / between) if between else 0.0
+    return max(len(_passes(figures)) - 1, 0) * launch["read"] * lost
 
 
 def streaming_seconds(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card = H100) -> float:
