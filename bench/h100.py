@@ -206,28 +206,27 @@ def makespan(programs: Sequence[Sequence[float]], multiprocessors: int) -> float
     """When the last program ends. `programs`: of each the seconds that it takes alone on a multiprocessor, as one of two,
     of three, ... up to as many as one holds; they start in this order, where there is room first."""
     waiting = iter(programs)
-    resident: list[list[tuple[float, Sequence[float]]]] = [[] for _ in range(multiprocessors)]  # (share left, seconds)
+    running: list[list[tuple[float, Sequence[float]]]] = [[] for _ in range(multiprocessors)]  # (share left, seconds)
 
-    def next_end(members: list[tuple[float, Sequence[float]]]) -> float:
-        return min(left * seconds[len(members) - 1] for left, seconds in members)
+    def next_end(index: int) -> float:
+        return min(left * seconds[len(running[index]) - 1] for left, seconds in running[index])
 
-    for _ in range(len(programs[0])):  # one round of all multiprocessors after another
-        for members in resident:
+    for _ in programs[0] if programs else ():  # one round of all multiprocessors after another
+        for members in running:
             members += [(1.0, seconds) for seconds in itertools.islice(waiting, 1)]
-    events = [(next_end(members), index, 0.0) for index, members in enumerate(resident) if members]
+    # The next end on each multiprocessor that is busy, and since when its programs' shares are known.
+    events = [(next_end(index), index, 0.0) for index, members in enumerate(running) if members]
     heapq.heapify(events)
     now = 0.0
-    while events:  # the next end on each multiprocessor that is busy, and when it was last looked at
+    while events:
         now, index, since = heapq.heappop(events)
-        members = [
-            (left - (now - since) / seconds[len(resident[index]) - 1], seconds) for left, seconds in resident[index]
-        ]
-        members = [member for member in members if member[0] > 1e-9]
-        room = len(resident[index]) - len(members)
-        members += [(1.0, seconds) for seconds in itertools.islice(waiting, room)]
-        resident[index] = members
-        if members:
-            heapq.heappush(events, (now + next_end(members), index, now))
+        sharing = len(running[index])
+        left = [(share - (now - since) / seconds[sharing - 1], seconds) for share, seconds in running[index]]
+        running[index] = [member for member in left if member[0] > 1e-9]
+        room = sharing - len(running[index])
+        running[index] += [(1.0, seconds) for seconds in itertools.islice(waiting, room)]
+        if running[index]:
+            heapq.heappush(events, (now + next_end(index), index, now))
     return now
 
 
@@ -247,13 +246,9 @@ def attention_seconds(
     together = range(1, at_a_time(launch, figures, card) + 1)
 
     @cache
-    def alone_and_sharing(
-        plain_tiles: int, masked_tiles: int
-    ) -> tuple[float, ...]:  # which is to get a share of the time
-        return tuple(
-            2 * card.latency + n * (plain_tiles * plain.seconds(n, overlap) + masked_tiles * masked.seconds(n, overlap))
-            for n in together
-        )
+    def alone_and_sharing(whole: int, partial: int) -> tuple[float, ...]:
+        of_tiles = (whole * plain.seconds(n, overlap) + partial * masked.seconds(n, overlap) for n in together)
+        return tuple(2 * card.latency + n * seconds for n, seconds in zip(together, of_tiles))
 
     work = [alone_and_sharing(*tiles) for tiles in programs if any(tiles)]
     memory = (launch.get("read", 0) + launch.get("written", 0)) / card.bandwidth

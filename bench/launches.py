@@ -247,9 +247,8 @@ def _section(instructions: Sequence[_sass.Instruction]) -> dict[str, int]:
             shared += 32 * _width(i.opcode)
         elif i.kind in ("LDSM", "STSM"):  # 8 x 8 matrices of 16 bits: one, two or four
             shared += 128 * int(i.opcode[-1]) if i.opcode[-1] in "24" else 128
-        elif (
-            i.kind == "HGMMA"
-        ):  # of four warps together; A comes from registers or, by a descriptor, from shared memory
+        elif i.kind == "HGMMA":
+            # Of four warps together; the first operand comes from registers or, by a descriptor, from shared memory.
             m, n, k = map(int, i.opcode.split(".")[1].split("x"))
             flops += 2 * m * n * k // 4
             from_shared = i.operands.split(",")[1].strip().startswith("gdesc")

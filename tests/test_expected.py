@@ -61,6 +61,7 @@ def test_programs_run_in_waves():
     alone = [(1.0,)]
     assert h100.makespan(alone * 132, 132) == 1.0
     assert h100.makespan(alone * 133, 132) == 2.0
+    assert h100.makespan([], 132) == 0.0
     assert h100.makespan([(3.0,), (1.0,), (1.0,), (1.0,)], 2) == 3.0  # the long one first
     assert h100.makespan([(1.0,), (1.0,), (1.0,), (3.0,)], 2) == 4.0
     two = [(1.0, 1.5)]  # two that share a multiprocessor take 1.5 together
