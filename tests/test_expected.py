@@ -66,6 +66,7 @@ def test_programs_run_in_waves():
     assert h100.makespan([(1.0,), (1.0,), (1.0,), (3.0,)], 2) == 4.0
     two = [(1.0, 1.5)]  # two that share a multiprocessor take 1.5 together
     assert h100.makespan(two * 264, 132) == 1.5
+    assert h100.makespan(two * 528, 132) == pytest.approx(3.0)
     assert h100.makespan(two * 265, 132) == pytest.approx(2.5)  # the last one has a multiprocessor to itself
     assert h100.makespan([(1.0, 2.0), (2.0, 4.0)], 1) == pytest.approx(3.0)  # half of it shared for 2 s, then alone
 
@@ -76,6 +77,7 @@ def test_programs_that_a_multiprocessor_holds():
 
     assert held(8, 121, 0) == held(8, 128, 0) == 2
     assert held(8, 129, 0) == 1
+    assert held(8, 81, 0) == 2  # 2,592 of a warp are rounded up to 2,816: three would need 67,584
     assert held(16, 32, 0) == 4  # 2,048 threads
     assert held(4, 32, 100 * 1024) == 2
     assert held(1, 16, 0) == 32
