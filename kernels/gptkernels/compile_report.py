@@ -13,9 +13,7 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +27,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from gptkernels import _sass
 from gptkernels._spec import Case, OpSpec
 from gptkernels.backend import interpreting
 
@@ -217,26 +216,6 @@ def _run_without_data(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
         torch.autograd.grad(outs, list(leaves.differentiable().values()), grads, allow_unused=True)
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int]:
-    """``(registers, instructions on local memory)`` by the tools that the triton wheel carries."""
-    import triton.backends.nvidia as nvidia
-
-    tools = Path(nvidia.__path__[0]) / "bin"
-
-    def output(*command: str | Path) -> str:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", output(tools / "cuobjdump", "-res-usage", file))
-        assert usage is not None
-        registers, stack = map(int, usage.groups())
-        # Disassembling takes as long as compiling: only where there is local memory to be used.
-        spills = len(re.findall(r"\b(?:STL|LDL)\b", output(tools / "nvdisasm", "-c", file))) if stack else 0
-    return registers, spills
-
-
 def _amd_metadata(name: str, assembly: str) -> int:
     value = re.search(rf"\.{name}:\s*(\d+)", assembly)
     assert value is not None, name
@@ -257,8 +236,9 @@ def _compile(launch: Launch) -> Compiled:
         return Compiled(*names, error=f"{type(error).__name__}: {message[-1]}"[:200])
     dot_rows = [int(rows) for rows in _DOT.findall(kernel.asm["ttir"])]
     if launch.target.backend == "cuda":
-        assembly = kernel.asm["ptx"]
-        registers, spills = _read_cubin(kernel.asm["cubin"])
+        assembly, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
+        registers, stack = _sass.resources(cubin)
+        spills = _sass.disassemble(cubin).spills if stack else 0
     else:
         assembly = kernel.asm["amdgcn"]
         registers, spills = _amd_metadata("vgpr_count", assembly), _amd_metadata("vgpr_spill_count", assembly)
