@@ -1,4 +1,4 @@
-"""What the Triton launchers share: the mended interpreter, the device guard, the device's size, tiles, and column sums.
+"""What the Triton launchers share: the mended interpreter, launches, the device guard and size, tiles, and column sums.
 
 Beside the operations' own ``triton.py`` this is the only module that imports triton.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import JITFunction, driver
 
 from gptkernels.backend import interpreting
 
@@ -26,49 +28,116 @@ if interpreting():
     _interpreter.mend()
 
 
+planned = lru_cache(maxsize=1024)
+"""Decorates what works out launches from sizes, strides, dtypes and options alone: done once for each combination."""
+
+# Triton's releases whose compiled kernels are known to be launched as `Launch` does.
+_DIRECT = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"], ["3", "9"])
+_run = JITFunction.run  # tools that look on, or compile otherwise, put something else in its place
+_ROCM = torch.version.hip is not None
+
+
+class Launch:
+    """A kernel, its grid, and all it is told but its tensors: called with the tensors, None for each that it has no use for.
+
+    Triton binds and inspects every argument at every launch, some forty here. Of one `Launch` the numbers and constants
+    never change: what Triton can tell apart is the device, the tensors' dtypes, and whether their addresses are multiples
+    of 16. The first launch with each is Triton's own; where all addresses are such multiples, later ones go straight to
+    what it compiled, with the hooks of profilers. The interpreter and unknown releases of Triton are left alone.
+
+    Args:
+        kernel: its parameters are tensors, then `numbers`, then constants.
+        grid: one to three sizes.
+        numbers: integers and floats, as Triton specialises them.
+        constants: by name, and Triton's options (``num_warps``).
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...] = (), **constants: Any) -> None:
+        self._kernel, self._grid, self._numbers = kernel, (*grid, 1, 1)[:3], numbers
+        self._constants = constants | FP_FUSION
+        self._rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
+        self._direct = _DIRECT and isinstance(kernel, JITFunction)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        key = None
+        if self._direct and JITFunction.run is _run and not self._kernel.pre_run_hooks:
+            active: Any = driver.active
+            addresses, seen = 0, [active.get_current_device(), knobs.compilation.instrumentation_mode]
+            for x in tensors:
+                if x is None:
+                    seen.append(None)
+                    continue
+                addresses |= x.data_ptr()
+                seen.append(x.dtype)
+                if _ROCM:  # Triton's AMD compiler also asks whether 32-bit offsets reach all of it
+                    seen.append(x.untyped_storage().nbytes() < 2**31)
+            if addresses % 16 == 0:
+                key = tuple(seen)
+                if (compiled := self._compiled.get(key)) is not None:
+                    compiled[self._grid](*tensors, *self._rest)
+                    return
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+        if key is not None:
+            self._compiled[key] = compiled
+
+
+_HERE = nullcontext()
+
+
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Makes `x`'s GPU the current one: Triton launches on the current device, whatever its arguments live on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
+
+
+class Hardware(NamedTuple):
+    """What launchers configure themselves for."""
+
+    multiprocessors: int
+    arch: str  # sm_90, sm_80, ...; hip; interpreter
 
 
 @cache
-def _properties(index: int) -> tuple[int, str]:
+def _properties(index: int) -> Hardware:
     properties = torch.cuda.get_device_properties(index)
     arch = "hip" if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return properties.multi_processor_count, arch
+    return Hardware(properties.multi_processor_count, arch)
 
 
-# The device that meta tensors stand for, in `compiling_for`.
-_compile_target: tuple[int, str] | None = None
+# In the interpreter a handful of rows already spans several programs.
+_INTERPRETER = Hardware(2, "interpreter")
+# What tensors without data stand for, in `compiling_for`.
+_compile_target: Hardware | None = None
 
 
 @contextmanager
 def compiling_for(arch: str, multiprocessors: int = 132) -> Iterator[None]:
-    """Launchers given tensors without data configure themselves for `arch` (see compile_report)."""
+    """Launchers given tensors that are on no GPU configure themselves for `arch` (see compile_report)."""
     global _compile_target
-    _compile_target = (multiprocessors, arch)
+    _compile_target = Hardware(multiprocessors, arch)
     try:
         yield
     finally:
         _compile_target = None
 
 
-def _device(x: Tensor) -> tuple[int, str]:
+def hardware(x: Tensor) -> Hardware:
+    """The GPU that `x` is on, or the interpreter."""
     if x.is_cuda:
         return _properties(x.device.index)
-    if x.is_meta and _compile_target:
-        return _compile_target
-    return 2, "interpreter"
+    return _compile_target or _INTERPRETER
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Multiprocessors of `x`'s GPU; 2 in the interpreter, so that a handful of rows already spans several programs."""
-    return _device(x)[0]
+    """Multiprocessors of `x`'s GPU; 2 in the interpreter."""
+    return hardware(x).multiprocessors
 
 
 def architecture(x: Tensor) -> str:
     """``sm_90``, ``sm_80``, ... or ``hip``; ``interpreter`` on the CPU."""
-    return _device(x)[1]
+    return hardware(x).arch
 
 
 def cdiv(n: int, by: int) -> int:

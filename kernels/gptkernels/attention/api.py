@@ -310,7 +310,8 @@ def _textbook(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...
 def empty_like_heads(x: Tensor) -> Tensor:
     """Uninitialised, of x's shape (B, H, T, D), laid out (B, T, H, D): merging the heads again is then a view."""
     batch, heads, tokens, head_dim = x.shape
-    return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    width = heads * head_dim
+    return x.new_empty_strided((batch, heads, tokens, head_dim), (tokens * width, head_dim, width, 1))
 
 
 def _fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
