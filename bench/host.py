@@ -58,10 +58,10 @@ class _Driver:
     def get_current_target(self) -> Any:
         return self._target
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> Any:
+        return self  # what is launched here is never taken for a real device's
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: Any) -> int:
         return 0
 
 
@@ -129,14 +129,11 @@ class Timed:
 
 def measured(ops: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
     """Medians in microseconds, by operation and case and then by what is called."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with stand_in():
         timed = {f"{op} {case}": Timed(op, case) for op in ops for case in CASES[op]}
         for _ in range(rounds):
             for one in timed.values():
                 one.turn()
-    torch.set_num_threads(threads)
     return {name: {what: statistics.median(took) for what, took in one.took.items()} for name, one in timed.items()}
 
 
@@ -170,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is 1: unset it, the interpreter has a launch code of its own")
     import triton
 
+    torch.set_num_threads(1)  # those that wait for work take processor time, too
     machine = {"processor": platform.processor() or platform.machine(), "triton": triton.__version__, **versions()}
     saved = {"kind": "host", "machine": machine, "rows": measured(options.ops or list(CASES), options.rounds)}
     print(table(saved))

@@ -149,17 +149,35 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@planned
+def _rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """``(rows, columns, stride between rows)``; None where no one stride describes all rows, or columns are not adjacent."""
+    *leading, columns = shape
+    if columns > 1 and strides[-1] != 1:
+        return None
+    rows, stride = 1, columns
+    for size, step in zip(reversed(leading), reversed(strides[:-1])):
+        if size == 1:
+            continue
+        if rows == 1:
+            stride = step
+        elif step != rows * stride:
+            return None
+        rows *= size
+    return rows, columns, stride
+
+
 def rows_and_stride(x: Tensor) -> tuple[Tensor, int, int, int]:
     """`x` as rows of its last dimension: ``(tensor, rows, columns, stride between rows)``.
 
-    Read in place where one stride describes all rows and columns are adjacent (a slice of a wider tensor, say),
-    copied otherwise. `x` is not empty.
+    Read in place where one stride describes all rows and columns are adjacent (a slice of a wider tensor, say): the tensor
+    is then `x` itself, whatever its dimensions, else a contiguous copy. `x` is not empty.
     """
-    columns = x.shape[-1]
-    flat = x.reshape(-1, columns)  # a view wherever one stride describes the rows
-    if columns > 1 and flat.stride(1) != 1:
-        flat = flat.contiguous()
-    return flat, flat.shape[0], columns, flat.stride(0)
+    found = _rows(x.shape, x.stride())
+    if found is None:
+        x = x.contiguous()
+        found = x.numel() // x.shape[-1], x.shape[-1], x.shape[-1]
+    return x, *found
 
 
 def whole_rows(x: Tensor, columns: int, per_thread: int) -> dict[str, int]:
@@ -219,12 +237,15 @@ def _sum_partials_kernel(PARTIAL, FIRST, SECOND, P, N, ROWS: tl.constexpr, BLOCK
         tl.store(SECOND + cols, tl.sum(total, axis=0), mask=inside)
 
 
+@planned
+def _sum_launch(parts: int, count: int, columns: int) -> Launch:
+    tall = min(128, next_power_of_2(count))
+    block = 4096 // tall
+    grid = cdiv(columns, block), parts
+    return Launch(_sum_partials_kernel, grid, (count, columns), ROWS=tall, BLOCK=block, num_warps=8)
+
+
 def sum_partials(partial: Tensor, totals: list[Tensor]) -> None:
     """``totals[i] = partial[i].sum(0)`` for one or two totals: partial float32 ``(len(totals), P, N)``, fixed order."""
-    if not totals:
-        return
-    parts, count, columns = partial.shape
-    tall = min(128, next_power_of_2(count))
-    constants: dict[str, Any] = {"ROWS": tall, "BLOCK": 4096 // tall, "num_warps": 8} | FP_FUSION
-    grid = cdiv(columns, constants["BLOCK"]), parts
-    _sum_partials_kernel[grid](partial, totals[0], totals[-1], count, columns, **constants)
+    if totals:
+        _sum_launch(*partial.shape)(partial, totals[0], totals[-1])
