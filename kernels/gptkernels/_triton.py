@@ -180,6 +180,11 @@ def rows_and_stride(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x, *found
 
 
+def warp_size(x: Tensor) -> int:
+    """Threads of a warp on `x`'s device."""
+    return 64 if architecture(x) == "hip" else 32
+
+
 def whole_rows(x: Tensor, columns: int, per_thread: int) -> dict[str, int]:
     """ROWS, BLOCK and num_warps of a kernel that holds rows of `columns` whole, `per_thread` elements a thread, on `x`'s device.
 
@@ -190,6 +195,26 @@ def whole_rows(x: Tensor, columns: int, per_thread: int) -> dict[str, int]:
     # A program has at most 1,024 threads, and AMD's warps have 64. More than 16 warps leave a thread 64 registers.
     warps = 32 if block > 16384 and architecture(x) != "hip" else 16
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(warps, rows * block // (32 * per_thread)))}
+
+
+# A row that is read twice is in cache the second time. Two rows a multiprocessor overlap one's reads with the other's
+# writes; rows of more bytes than this come one at a time, or those in flight outgrow the second-level cache.
+_SHARED_BYTES = 131072
+
+
+def long_rows(read: list[Tensor], columns: int, strides: list[int], *, twice: bool = True) -> dict[str, int]:
+    """DEPTH, LANES and num_warps of a kernel that takes a row too long for registers in tiles of (DEPTH, LANES).
+
+    A program reads `columns` columns of each tensor, whose rows are `strides` apart, once or `twice`. LANES is such
+    that a column of the tile belongs to one thread, whatever the loads.
+    """
+    itemsize = max(t.element_size() for t in read)
+    row_bytes = columns * sum(t.element_size() for t in read)
+    threads = (512 if row_bytes <= _SHARED_BYTES else 1024) if twice else 256
+    # Per thread 16 elements in loads of 16 bytes; of rows that allow no wide loads 8, whose addresses fill the registers.
+    aligned = all(size % 16 == 0 for size in (columns, *strides))
+    lanes, elements = (16 // itemsize, 16) if aligned else (2, 8)
+    return {"DEPTH": elements // lanes, "LANES": threads * lanes, "num_warps": threads // warp_size(read[0])}
 
 
 def row_tile(rows: int, columns: int) -> dict[str, int]:

@@ -11,14 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels._triton import FP_FUSION, architecture, multiprocessors, next_power_of_2, on_device, rows_and_stride
+from gptkernels._triton import (
+    FP_FUSION,
+    long_rows,
+    multiprocessors,
+    next_power_of_2,
+    on_device,
+    rows_and_stride,
+    warp_size,
+)
 
 # The longest row that one program keeps in registers: 32,768 float32 over 1,024 threads are 32 registers a thread.
 MAX_BLOCK = 32768
 MAX_THREADS = 1024
-# A long row with a gradient is read twice, the second time from cache. Two rows a multiprocessor overlap one's reads with
-# the other's writes; rows of more bytes than this come one at a time, or those in flight outgrow the second-level cache.
-SHARED_BYTES = 131072
 # What one program of the scaling kernel takes at a time.
 SCALE_BLOCK = 4096
 
@@ -114,25 +119,12 @@ def _scale_kernel(X, FACTOR, SIZE, BLOCK: tl.constexpr):
             tl.store(X + offsets, (x * factor).to(X.dtype.element_ty), mask=offsets < SIZE)
 
 
-def _warp(x: Tensor) -> int:
-    """Threads of a warp on `x`'s device."""
-    return 64 if architecture(x) == "hip" else 32
-
-
 def _short(columns: int, warp: int) -> tuple[int, dict[str, int]]:
     """Rows a program and constants of the whole-row kernel: short rows share a program, about 16 elements a thread."""
     block = next_power_of_2(columns)
     per_program = max(1, min(256, 2048 // block))
     threads = min(MAX_THREADS, block * per_program // 16)
     return per_program, {"ROWS": per_program, "BLOCK": block, "num_warps": max(1, threads // warp)}
-
-
-def _long(row_bytes: int, itemsize: int, aligned: bool, gradient: bool, warp: int) -> dict[str, int]:
-    """Constants of the long-row kernel: LANES so that a column of the tile belongs to one thread, whatever the loads."""
-    threads = (512 if row_bytes <= SHARED_BYTES else MAX_THREADS) if gradient else 256
-    # Per thread 16 elements in loads of 16 bytes; of rows that allow no wide loads 8, whose addresses fill the registers.
-    lanes, elements = (16 // itemsize, 16) if aligned else (2, 8)
-    return {"DEPTH": elements // lanes, "LANES": threads * lanes, "num_warps": threads // warp}
 
 
 def rows_cross_entropy(
@@ -155,14 +147,13 @@ def rows_cross_entropy(
     gradient = grad_logits is not None
     with on_device(logits):
         if columns <= MAX_BLOCK:
-            per_program, constants = _short(columns, _warp(logits))
+            per_program, constants = _short(columns, warp_size(logits))
             _rows_kernel[(triton.cdiv(rows, per_program),)](
                 logits, target, row_weight, losses, grad_logits, rows, columns, padded, *strides, ignore_index,
                 GRADIENT=gradient, **constants, **FP_FUSION,
             )  # fmt: skip
         else:
-            itemsize, aligned = logits.element_size(), all(size % 16 == 0 for size in (padded, *strides))
-            constants = _long(columns * itemsize, itemsize, aligned, gradient, _warp(logits))
+            constants = long_rows([logits], padded, list(strides), twice=gradient)
             _long_kernel[(rows,)](
                 logits, target, row_weight, losses, grad_logits, columns, padded, *strides, ignore_index,
                 GRADIENT=gradient, **constants, **FP_FUSION,
