@@ -5,7 +5,7 @@ Beside the operations' own ``triton.py`` this is the only module that imports tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -98,6 +98,10 @@ class Hardware(NamedTuple):
     multiprocessors: int
     arch: str  # sm_90, sm_80, ...; hip; interpreter
 
+    @property
+    def warp_size(self) -> int:
+        return 64 if self.arch == "hip" else 32
+
 
 @cache
 def _properties(index: int) -> Hardware:
@@ -130,16 +134,6 @@ def hardware(x: Tensor) -> Hardware:
     return _compile_target or _INTERPRETER
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Multiprocessors of `x`'s GPU; 2 in the interpreter."""
-    return hardware(x).multiprocessors
-
-
-def architecture(x: Tensor) -> str:
-    """``sm_90``, ``sm_80``, ... or ``hip``; ``interpreter`` on the CPU."""
-    return hardware(x).arch
-
-
 def cdiv(n: int, by: int) -> int:
     """``ceil(n / by)``; triton.cdiv is for constants of kernels too, and typed so."""
     return -(-n // by)
@@ -155,7 +149,7 @@ def _rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, i
     *leading, columns = shape
     if columns > 1 and strides[-1] != 1:
         return None
-    rows, stride = 1, columns
+    rows, stride = 1, strides[-2] if leading else columns
     for size, step in zip(reversed(leading), reversed(strides[:-1])):
         if size == 1:
             continue
@@ -180,20 +174,15 @@ def rows_and_stride(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x, *found
 
 
-def warp_size(x: Tensor) -> int:
-    """Threads of a warp on `x`'s device."""
-    return 64 if architecture(x) == "hip" else 32
-
-
-def whole_rows(x: Tensor, columns: int, per_thread: int) -> dict[str, int]:
-    """ROWS, BLOCK and num_warps of a kernel that holds rows of `columns` whole, `per_thread` elements a thread, on `x`'s device.
+def whole_rows(device: Hardware, columns: int, per_thread: int) -> dict[str, int]:
+    """ROWS, BLOCK and num_warps of a kernel that holds rows of `columns` whole, `per_thread` elements a thread.
 
     Short rows share a program, so that it reads 2,048 elements or more.
     """
     block = next_power_of_2(columns)
     rows = max(1, min(32, 2048 // block))
     # A program has at most 1,024 threads, and AMD's warps have 64. More than 16 warps leave a thread 64 registers.
-    warps = 32 if block > 16384 and architecture(x) != "hip" else 16
+    warps = 32 if block > 16384 and device.arch != "hip" else 16
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(warps, rows * block // (32 * per_thread)))}
 
 
@@ -202,19 +191,20 @@ def whole_rows(x: Tensor, columns: int, per_thread: int) -> dict[str, int]:
 _SHARED_BYTES = 131072
 
 
-def long_rows(read: list[Tensor], columns: int, strides: list[int], *, twice: bool = True) -> dict[str, int]:
+def long_rows(
+    device: Hardware, read: Sequence[int], columns: int, strides: Sequence[int], *, twice: bool = True
+) -> dict[str, int]:
     """DEPTH, LANES and num_warps of a kernel that takes a row too long for registers in tiles of (DEPTH, LANES).
 
-    A program reads `columns` columns of each tensor, whose rows are `strides` apart, once or `twice`. LANES is such
-    that a column of the tile belongs to one thread, whatever the loads.
+    A program reads `columns` columns of some tensors, `read` bytes an element, whose rows are `strides` apart, once or
+    `twice`. LANES is such that a column of the tile belongs to one thread, whatever the loads.
     """
-    itemsize = max(t.element_size() for t in read)
-    row_bytes = columns * sum(t.element_size() for t in read)
+    itemsize, row_bytes = max(read), columns * sum(read)
     threads = (512 if row_bytes <= _SHARED_BYTES else 1024) if twice else 256
     # Per thread 16 elements in loads of 16 bytes; of rows that allow no wide loads 8, whose addresses fill the registers.
     aligned = all(size % 16 == 0 for size in (columns, *strides))
     lanes, elements = (16 // itemsize, 16) if aligned else (2, 8)
-    return {"DEPTH": elements // lanes, "LANES": threads * lanes, "num_warps": threads // warp_size(read[0])}
+    return {"DEPTH": elements // lanes, "LANES": threads * lanes, "num_warps": threads // device.warp_size}
 
 
 def row_tile(rows: int, columns: int) -> dict[str, int]:
@@ -229,18 +219,19 @@ _SHARED_KIB = {"sm_80": 160, "sm_90": 224, "sm_100": 224, "hip": 60}
 
 
 def share_rows(
-    tile: dict[str, int], rows: int, columns: int, read: list[Tensor]
+    device: Hardware, tile: dict[str, int], rows: int, columns: int, read: Sequence[int]
 ) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and constants of a kernel that walks a share of `rows`, adding columns up: ``(shares, blocks of columns)``.
 
     16 warps a multiprocessor: few enough that their partial sums cost little to write and add. Memory is kept busy by
-    loading two steps of `read` ahead (STAGES), where shared memory has the room.
+    loading two steps ahead of the tensors that it goes through, `read` bytes an element (STAGES), where shared memory
+    has the room.
     """
     blocks, steps = cdiv(columns, tile["BLOCK"]), cdiv(rows, tile["ROWS"])
-    programs = max(1, 16 * multiprocessors(read[0]) // (tile["num_warps"] * blocks))
+    programs = max(1, 16 * device.multiprocessors // (tile["num_warps"] * blocks))
     shares = cdiv(steps, cdiv(steps, programs))  # even ones
-    ahead = 2 * tile["ROWS"] * tile["BLOCK"] * sum(t.element_size() for t in read)
-    room = _SHARED_KIB.get(architecture(read[0]), 96) * 1024
+    ahead = 2 * tile["ROWS"] * tile["BLOCK"] * sum(read)
+    room = _SHARED_KIB.get(device.arch, 96) * 1024
     return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1}
 
 

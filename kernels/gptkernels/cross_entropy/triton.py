@@ -12,13 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from gptkernels._triton import (
-    FP_FUSION,
+    Hardware,
+    Launch,
+    cdiv,
+    hardware,
     long_rows,
-    multiprocessors,
     next_power_of_2,
     on_device,
+    planned,
     rows_and_stride,
-    warp_size,
 )
 
 # The longest row that one program keeps in registers: 32,768 float32 over 1,024 threads are 32 registers a thread.
@@ -127,6 +129,20 @@ def _short(columns: int, warp: int) -> tuple[int, dict[str, int]]:
     return per_program, {"ROWS": per_program, "BLOCK": block, "num_warps": max(1, threads // warp)}
 
 
+@planned
+def _rows_launch(
+    device: Hardware, itemsize: int, rows: int, columns: int, padded: int, stride: int, stride_grad: int,
+    ignore_index: int, gradient: bool,
+) -> Launch:  # fmt: skip
+    if columns <= MAX_BLOCK:
+        per_program, constants = _short(columns, device.warp_size)
+        grid, kernel, sizes = cdiv(rows, per_program), _rows_kernel, (rows, columns)
+    else:
+        constants = long_rows(device, [itemsize], padded, [stride, stride_grad], twice=gradient)
+        grid, kernel, sizes = rows, _long_kernel, (columns,)
+    return Launch(kernel, (grid,), (*sizes, padded, stride, stride_grad, ignore_index), GRADIENT=gradient, **constants)
+
+
 def rows_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -138,34 +154,26 @@ def rows_cross_entropy(
 ) -> None:
     """The launcher of both losses: writes `losses` and, where given, `grad_logits`, which may be `logits` itself.
 
-    `logits` and `grad_logits` are (M, V) with adjacent columns, the rest is (M,) and contiguous. Of every row, the
-    first `padded` columns may be read and written: where those are a multiple of 16 and V is not, accesses stay wide.
+    `logits` and `grad_logits` are rows of V (those to be written can be read in place), the rest is one number a row and
+    contiguous. Of every row, the first `padded` columns may be read and written: where those are a multiple of 16 and V is
+    not, accesses stay wide.
     """
-    rows, columns = logits.shape
-    padded = padded or columns
-    strides = logits.stride(0), logits.stride(0) if grad_logits is None else grad_logits.stride(0)
-    gradient = grad_logits is not None
+    given = logits
+    logits, rows, columns, stride = rows_and_stride(logits)
+    stride_grad = stride if grad_logits is None or grad_logits is given else rows_and_stride(grad_logits)[3]
+    launch = _rows_launch(
+        hardware(logits), logits.dtype.itemsize, rows, columns, padded or columns, stride, stride_grad, ignore_index,
+        grad_logits is not None,
+    )  # fmt: skip
     with on_device(logits):
-        if columns <= MAX_BLOCK:
-            per_program, constants = _short(columns, warp_size(logits))
-            _rows_kernel[(triton.cdiv(rows, per_program),)](
-                logits, target, row_weight, losses, grad_logits, rows, columns, padded, *strides, ignore_index,
-                GRADIENT=gradient, **constants, **FP_FUSION,
-            )  # fmt: skip
-        else:
-            constants = long_rows([logits], padded, list(strides), twice=gradient)
-            _long_kernel[(rows,)](
-                logits, target, row_weight, losses, grad_logits, columns, padded, *strides, ignore_index,
-                GRADIENT=gradient, **constants, **FP_FUSION,
-            )  # fmt: skip
+        launch(logits, target, row_weight, losses, grad_logits)
 
 
 def cross_entropy_forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The losses, float32, of target's shape."""
     losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     if target.numel():
-        rows = rows_and_stride(logits)[0]
-        rows_cross_entropy(rows, target.contiguous(), ignore_index, losses)
+        rows_cross_entropy(logits, target.contiguous(), ignore_index, losses)
     return losses
 
 
@@ -176,16 +184,19 @@ def cross_entropy_backward(
     losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if target.numel():
-        rows, _, columns, _ = rows_and_stride(logits)
         weights = row_weight.to(torch.float32).contiguous()
-        rows_cross_entropy(rows, target.contiguous(), ignore_index, losses, weights, grad_logits.view(-1, columns))
+        rows_cross_entropy(logits, target.contiguous(), ignore_index, losses, weights, grad_logits)
     return losses, grad_logits
+
+
+@planned
+def _scale_launch(device: Hardware, size: int) -> Launch:
+    programs = min(cdiv(size, SCALE_BLOCK), 8 * device.multiprocessors)
+    return Launch(_scale_kernel, (programs,), (size,), BLOCK=SCALE_BLOCK, num_warps=8)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
     """``x *= factor`` for a contiguous `x` and one number on its device; free where the number is 1."""
-    if x.numel() == 0:
-        return
-    programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), 8 * multiprocessors(x))
-    with on_device(x):
-        _scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8, **FP_FUSION)
+    if x.numel():
+        with on_device(x):
+            _scale_launch(hardware(x), x.numel())(x, factor)

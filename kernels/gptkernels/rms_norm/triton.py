@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels._triton import FP_FUSION, on_device, row_tile, rows_and_stride, share_rows, sum_partials, whole_rows
+from gptkernels._triton import (
+    FP_FUSION,
+    hardware,
+    on_device,
+    row_tile,
+    rows_and_stride,
+    share_rows,
+    sum_partials,
+    whole_rows,
+)
 
 # The longest row that one program holds in registers: forward 32 float32 a thread; backward 16 of each of x, dy, weight
 # and dw.
@@ -182,7 +191,7 @@ def _forward(
     mixed = residual is not None and residual.dtype != x.dtype
     with on_device(x):
         if columns <= FORWARD_BLOCK >> mixed:
-            constants = whole_rows(x, columns, 16)
+            constants = whole_rows(hardware(x), columns, 16)
             _forward_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
                 *tensors, rows, columns, stride, stride_residual, eps, **flags, **constants, **FP_FUSION
             )
@@ -225,9 +234,9 @@ def add_rms_norm_backward(
         grad_summed, _, _, stride_dsummed = rows_and_stride(grad_summed)
     weight = weight if weight is None else weight.contiguous()
     whole = columns <= BACKWARD_BLOCK >> (grad_out.dtype != summed.dtype)
-    tile = whole_rows(summed, columns, 8) if whole else row_tile(rows, columns)
-    read = [t for t in (summed, grad_out, grad_summed) if t is not None]
-    grid, constants = share_rows(tile, rows, columns, read)
+    tile = whole_rows(hardware(summed), columns, 8) if whole else row_tile(rows, columns)
+    read = [t.element_size() for t in (summed, grad_out, grad_summed) if t is not None]
+    grid, constants = share_rows(hardware(summed), tile, rows, columns, read)
     c1 = torch.empty(0 if whole else rows, dtype=torch.float32, device=device)
     partial = torch.empty((int(need_weight), grid[0], columns), dtype=torch.float32, device=device)
     with on_device(summed):

@@ -12,7 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels._triton import FP_FUSION, long_rows, next_power_of_2, on_device, rows_and_stride, whole_rows
+from gptkernels._triton import (
+    Hardware,
+    Launch,
+    cdiv,
+    hardware,
+    long_rows,
+    next_power_of_2,
+    on_device,
+    planned,
+    rows_and_stride,
+    whole_rows,
+)
+
+LOG2_E = math.log2(math.e)
 
 # The longest row that one program holds in registers: 32 float32 a thread of 1,024; backward y and dy, 16 of each.
 FORWARD_BLOCK = 32768
@@ -218,14 +231,57 @@ def _backward_strided_kernel(DY, Y, DX, N, INNER, scale, BLOCK: tl.constexpr, WI
         tl.store(DX + offsets, (scale * y * (dy - dot[None, :])).to(DX.dtype.element_ty), mask=inside)
 
 
-def _strided_launch(x: Tensor, dim: int) -> tuple[tuple[int], int, int, dict[str, int]]:
-    """``(grid, N, INNER, constants)`` of the kernels for a dimension that is not the last."""
-    columns, inner = x.shape[dim], math.prod(x.shape[dim + 1 :])
+def _strided(shape: tuple[int, ...], dim: int) -> tuple[tuple[int], tuple[int, int], dict[str, int]]:
+    """``(grid, (N, INNER), constants)`` of the kernels for a dimension that is not the last."""
+    columns, inner = shape[dim], math.prod(shape[dim + 1 :])
     width = min(STRIDED_WIDTH, next_power_of_2(inner))
     block = min(STRIDED_BLOCK * STRIDED_WIDTH // width, next_power_of_2(columns))
     # A grid's first dimension alone may exceed 65,535.
-    grid = (math.prod(x.shape[:dim]) * triton.cdiv(inner, width),)
-    return grid, columns, inner, {"BLOCK": block, "WIDTH": width, "num_warps": 4}
+    grid = (math.prod(shape[:dim]) * cdiv(inner, width),)
+    return grid, (columns, inner), {"BLOCK": block, "WIDTH": width, "num_warps": 4}
+
+
+@planned
+def _forward_strided_launch(shape: tuple[int, ...], dim: int, scale_log2: float) -> Launch:
+    grid, sizes, constants = _strided(shape, dim)
+    return Launch(_forward_strided_kernel, grid, (*sizes, scale_log2), **constants)
+
+
+@planned
+def _backward_strided_launch(shape: tuple[int, ...], dim: int, scale: float) -> Launch:
+    grid, sizes, constants = _strided(shape, dim)
+    return Launch(_backward_strided_kernel, grid, (*sizes, scale), **constants)
+
+
+@planned
+def _forward_launch(
+    device: Hardware, itemsize: int, rows: int, columns: int, queries: int, stride: int, scale_log2: float, causal: bool
+) -> Launch:
+    if columns <= FORWARD_BLOCK:
+        constants = whole_rows(device, columns, 16)
+        grid, kernel, sizes = cdiv(rows, constants["ROWS"]), _forward_kernel, (rows, columns)
+    else:
+        constants = long_rows(device, [itemsize], columns, [stride])
+        grid, kernel, sizes = rows, _forward_long_kernel, (columns,)
+    return Launch(kernel, (grid,), (*sizes, queries, stride, scale_log2), CAUSAL=causal, **constants)
+
+
+@planned
+def _backward_launch(
+    device: Hardware, itemsize: int, rows: int, columns: int, queries: int, stride_dy: int, scale: float, causal: bool
+) -> Launch:
+    if columns <= BACKWARD_BLOCK:
+        constants = whole_rows(device, columns, 16)
+        grid, kernel, sizes = cdiv(rows, constants["ROWS"]), _backward_kernel, (rows, columns)
+    else:
+        constants = long_rows(device, [itemsize, itemsize], columns, [stride_dy])
+        grid, kernel, sizes = rows, _backward_long_kernel, (columns,)
+    return Launch(kernel, (grid,), (*sizes, queries, stride_dy, scale), CAUSAL=causal, **constants)
+
+
+def _is_strided(x: Tensor, dim: int) -> bool:
+    """Whether neighbours along `dim` are apart in a contiguous tensor of `x`'s shape."""
+    return dim != x.dim() - 1 and math.prod(x.shape[dim + 1 :]) > 1
 
 
 def softmax_forward(x: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
@@ -234,24 +290,15 @@ def softmax_forward(x: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
     if x.numel() == 0:
         return out
     dim %= x.dim()
-    scale_log2 = scale * math.log2(math.e)
+    scale_log2 = scale * LOG2_E
     with on_device(x):
-        if math.prod(x.shape[dim + 1 :]) > 1:
-            grid, columns, inner, constants = _strided_launch(x, dim)
-            _forward_strided_kernel[grid](x.contiguous(), out, columns, inner, scale_log2, **constants, **FP_FUSION)
+        if _is_strided(x, dim):
+            _forward_strided_launch(x.shape, dim, scale_log2)(x.contiguous(), out)
             return out
         queries = x.shape[-2] if causal else 1
         x, rows, columns, stride = rows_and_stride(x.flatten(dim))
-        if columns <= FORWARD_BLOCK:
-            constants = whole_rows(x, columns, 16)
-            _forward_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
-                x, out, rows, columns, queries, stride, scale_log2, CAUSAL=causal, **constants, **FP_FUSION
-            )
-        else:
-            constants = long_rows([x], columns, [stride])
-            _forward_long_kernel[(rows,)](
-                x, out, columns, queries, stride, scale_log2, CAUSAL=causal, **constants, **FP_FUSION
-            )
+        launch = _forward_launch(hardware(x), x.dtype.itemsize, rows, columns, queries, stride, scale_log2, causal)
+        launch(x, out)
     return out
 
 
@@ -263,22 +310,11 @@ def softmax_backward(grad_out: Tensor, out: Tensor, dim: int, scale: float, caus
     dim %= out.dim()
     with on_device(out):
         out = out.contiguous()
-        if math.prod(out.shape[dim + 1 :]) > 1:
-            grid, columns, inner, constants = _strided_launch(out, dim)
-            _backward_strided_kernel[grid](
-                grad_out.contiguous(), out, grad_x, columns, inner, scale, **constants, **FP_FUSION
-            )
+        if _is_strided(out, dim):
+            _backward_strided_launch(out.shape, dim, scale)(grad_out.contiguous(), out, grad_x)
             return grad_x
         queries = out.shape[-2] if causal else 1
         grad_out, rows, columns, stride = rows_and_stride(grad_out.flatten(dim))
-        if columns <= BACKWARD_BLOCK:
-            constants = whole_rows(out, columns, 16)
-            _backward_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
-                grad_out, out, grad_x, rows, columns, queries, stride, scale, CAUSAL=causal, **constants, **FP_FUSION
-            )
-        else:
-            constants = long_rows([grad_out, out], columns, [stride])
-            _backward_long_kernel[(rows,)](
-                grad_out, out, grad_x, columns, queries, stride, scale, CAUSAL=causal, **constants, **FP_FUSION
-            )
+        launch = _backward_launch(hardware(out), out.dtype.itemsize, rows, columns, queries, stride, scale, causal)
+        launch(grad_out, out, grad_x)
     return grad_x
