@@ -18,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -65,9 +65,17 @@ class _Driver:
         return 0
 
 
+def _nothing(*args: Any) -> None:
+    pass
+
+
 @contextmanager
-def stand_in() -> Iterator[None]:
-    """Within it, Triton kernels are launched on CPU tensors as on an H100, and nothing is compiled or run."""
+def stand_in(run: Callable[..., None] = _nothing) -> Iterator[None]:
+    """Within it, Triton kernels are launched on CPU tensors as on an H100, and nothing is compiled.
+
+    `run` is called in place of each kernel, with what Triton hands to its driver: the grid's three sizes, the stream, the
+    compiled kernel (in place of the driver's handle of it), its metadata, hooks' data, two hooks, the arguments.
+    """
     import triton
     from gptkernels import _triton, backend
     from triton.backends.compiler import GPUTarget
@@ -77,14 +85,11 @@ def stand_in() -> Iterator[None]:
         return None
 
     class NotRun(CompiledKernel):
-        """As compiled and loaded; its code does nothing."""
+        """As compiled and loaded."""
 
         def __init__(self, source: Any, **_: Any) -> None:
-            self.src, self.name, self.module, self._run = source, source.fn.__name__, self, self.nothing
-            self.function = self.packed_metadata = None
-
-        def nothing(self, *args: Any) -> None:
-            pass
+            self.src, self.name, self.module, self._run = source, source.fn.__name__, self, run
+            self.function, self.packed_metadata = self, None
 
         def __del__(self) -> None:  # there is nothing to unload
             pass
