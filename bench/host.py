@@ -6,16 +6,15 @@ Triton's own launch code all run as on an H100; in place of compiled code there 
 figures: the driver's call itself, CUDA's allocator (the CPU's is used), asking for the current device and stream, and, of a
 backward on a GPU, the wait for autograd's own thread. Losses run their few PyTorch operations and products on the CPU.
 
-Operations are timed in turns, 20 calls at a time, and medians are printed in microseconds of the processor's time (what else
-runs on the machine disturbs that little): *forward* without gradients, as in a step of decoding; *recorded* for autograd;
-*backward*, of the 20 calls together, as a model's is.
+Operations are timed in turns, 20 calls at a time, and the fastest turn is printed in microseconds of the processor's time a
+call, for whatever else runs on the machine only adds to it: *forward* without gradients, as in a step of decoding;
+*recorded* for autograd; *backward*, of the 20 calls together, as a model's is.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -133,13 +132,13 @@ class Timed:
 
 
 def measured(ops: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Medians in microseconds, by operation and case and then by what is called."""
+    """Microseconds of the fastest turn, by operation and case and then by what is called."""
     with stand_in():
         timed = {f"{op} {case}": Timed(op, case) for op in ops for case in CASES[op]}
         for _ in range(rounds):
             for one in timed.values():
                 one.turn()
-    return {name: {what: statistics.median(took) for what, took in one.took.items()} for name, one in timed.items()}
+    return {name: {what: min(took) for what, took in one.took.items()} for name, one in timed.items()}
 
 
 def table(saved: dict[str, Any]) -> str:

@@ -134,6 +134,11 @@ def hardware(x: Tensor) -> Hardware:
     return _compile_target or _INTERPRETER
 
 
+def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised and contiguous, of `x`'s shape and device."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)  # a third of torch.empty's host time
+
+
 def cdiv(n: int, by: int) -> int:
     """``ceil(n / by)``; triton.cdiv is for constants of kernels too, and typed so."""
     return -(-n // by)

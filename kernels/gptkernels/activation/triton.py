@@ -18,6 +18,7 @@ from gptkernels._triton import (
     Hardware,
     Launch,
     cdiv,
+    contiguous_like,
     hardware,
     next_power_of_2,
     on_device,
@@ -217,7 +218,7 @@ def _swiglu_backward_launch(sizes: tuple[int, ...]) -> Launch:
 
 def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """``gelu(x + bias)`` in x's dtype, contiguous."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = contiguous_like(x)
     if x.numel() == 0:
         return out
     bias = bias if bias is None else bias.contiguous()
@@ -231,7 +232,7 @@ def gelu_backward(
     grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """``(grad_x, grad_bias)``: the last float32 of shape ``(N,)``, or empty where not needed."""
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_x = contiguous_like(x)
     grad_bias = torch.empty(x.shape[-1] if need_bias else 0, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return grad_x, grad_bias.zero_()
@@ -254,7 +255,7 @@ def gelu_backward(
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """``gate * logistic(gate) * up`` in their dtype, contiguous."""
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = contiguous_like(gate)
     if gate.numel() == 0:
         return out
     (gate, up), sizes = _as_rows(gate, up)
@@ -265,7 +266,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """``(grad_gate, grad_up)`` in their dtype, contiguous."""
-    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grad_gate = contiguous_like(gate)
     grad_up = torch.empty_like(grad_gate)
     if gate.numel() == 0:
         return grad_gate, grad_up

@@ -230,7 +230,7 @@ def attention_forward(
     """
     out = empty_like_heads(query)
     numbers = 2 if query.dtype == torch.float32 else 1
-    statistics = torch.empty((numbers, *query.shape[:3]), dtype=torch.float32, device=query.device)
+    statistics = query.new_empty((numbers, *query.shape[:3]), dtype=torch.float32)
     query, key, value = _readable(query), _readable(key), _readable(value)
     p = _problem(
         query, key, key_lengths, key_mask, cu_queries, max_queries, max_keys, is_causal, window, scale, dropout_p

@@ -15,6 +15,7 @@ from gptkernels._triton import (
     Hardware,
     Launch,
     cdiv,
+    contiguous_like,
     hardware,
     long_rows,
     next_power_of_2,
@@ -171,7 +172,7 @@ def rows_cross_entropy(
 
 def cross_entropy_forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The losses, float32, of target's shape."""
-    losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+    losses = contiguous_like(target, torch.float32)
     if target.numel():
         rows_cross_entropy(logits, target.contiguous(), ignore_index, losses)
     return losses
@@ -181,8 +182,8 @@ def cross_entropy_backward(
     logits: Tensor, target: Tensor, row_weight: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """``(losses, grad_logits)``: the gradient of the losses' sum weighted by `row_weight`, like logits and contiguous."""
-    losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    losses = contiguous_like(target, torch.float32)
+    grad_logits = contiguous_like(logits)
     if target.numel():
         weights = row_weight.to(torch.float32).contiguous()
         rows_cross_entropy(logits, target.contiguous(), ignore_index, losses, weights, grad_logits)

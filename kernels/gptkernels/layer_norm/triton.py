@@ -12,8 +12,13 @@ from torch import Tensor
 
 from gptkernels._triton import (
     FP_FUSION,
+    Hardware,
+    Launch,
+    cdiv,
+    contiguous_like,
     hardware,
     on_device,
+    planned,
     row_tile,
     rows_and_stride,
     share_rows,
@@ -211,12 +216,28 @@ def add_layer_norm_forward(
     return out, summed, mean, rstd
 
 
+@planned
+def _forward_launch(
+    device: Hardware, rows: int, columns: int, stride: int, stride_residual: int, eps: float,
+    has_residual: bool, has_weight: bool, has_bias: bool, mixed: bool,
+) -> Launch:  # fmt: skip
+    """`mixed`: the residual stream's dtype is not the branch's."""
+    flags = {"HAS_RESIDUAL": has_residual, "HAS_WEIGHT": has_weight, "HAS_BIAS": has_bias}
+    strides = (stride, stride_residual, eps)
+    if columns > FORWARD_BLOCK >> mixed:
+        return Launch(_forward_long_kernel, (rows,), (columns, *strides), **flags, BLOCK=LOOP_BLOCK, num_warps=8)
+    constants = whole_rows(device, columns, 16)
+    return Launch(
+        _forward_kernel, (cdiv(rows, constants["ROWS"]),), (rows, columns, *strides), **flags, **constants
+    )  # fmt: skip
+
+
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    summed = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    out = contiguous_like(x)
+    summed = None if residual is None else contiguous_like(residual)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return out, summed, mean.zero_(), rstd.zero_()
@@ -226,19 +247,12 @@ def _forward(
         residual, _, _, stride_residual = rows_and_stride(residual)
     weight = weight if weight is None else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    tensors = (x, residual, weight, bias, out, summed, mean, rstd)
-    flags = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     mixed = residual is not None and residual.dtype != x.dtype
+    launch = _forward_launch(
+        hardware(x), rows, columns, stride, stride_residual, eps, residual is not None, weight is not None, bias is not None, mixed
+    )  # fmt: skip
     with on_device(x):
-        if columns <= FORWARD_BLOCK >> mixed:
-            constants = whole_rows(hardware(x), columns, 16)
-            _forward_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
-                *tensors, rows, columns, stride, stride_residual, eps, **flags, **constants, **FP_FUSION
-            )
-        else:
-            _forward_long_kernel[(rows,)](
-                *tensors, columns, stride, stride_residual, eps, **flags, BLOCK=LOOP_BLOCK, num_warps=8, **FP_FUSION
-            )
+        launch(x, residual, weight, bias, out, summed, mean, rstd)
     return out, summed, mean, rstd
 
 

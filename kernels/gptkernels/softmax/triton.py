@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +15,7 @@ from gptkernels._triton import (
     Hardware,
     Launch,
     cdiv,
+    contiguous_like,
     hardware,
     long_rows,
     next_power_of_2,
@@ -286,7 +286,7 @@ def _is_strided(x: Tensor, dim: int) -> bool:
 
 def softmax_forward(x: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
     """Softmax of ``scale * x`` over `dim`: contiguous, like x."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = contiguous_like(x)
     if x.numel() == 0:
         return out
     dim %= x.dim()
@@ -304,7 +304,7 @@ def softmax_forward(x: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
 
 def softmax_backward(grad_out: Tensor, out: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
     """The gradient of `softmax_forward`'s input from its output: contiguous, like out."""
-    grad_x = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    grad_x = contiguous_like(out)
     if out.numel() == 0:
         return grad_x
     dim %= out.dim()
