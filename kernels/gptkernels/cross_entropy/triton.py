@@ -17,6 +17,7 @@ from gptkernels._triton import (
     multiprocessors,
     next_power_of_2,
     on_device,
+    rereading_threads,
     rows_and_stride,
     warp_size,
 )
@@ -63,13 +64,28 @@ def _rows_kernel(
 @triton.jit
 def _long_kernel(
     X, TARGET, WEIGHT, LOSS, DX, N, PADDED, stride_x, stride_dx, ignored,
-    GRADIENT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+    GRADIENT: tl.constexpr, PIECE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One long row: maximum and sum online in one read; with GRADIENT a second read, of what the first left in cache.
 
     Each of LANES columns of a tile keeps a maximum and a sum of its own, so that the loop waits for no other thread.
+    PIECE: 0, or the elements of 16 bytes where rows start anywhere. The loops then take the whole pieces that lie in the
+    row, from column `head` on, and the edges before and behind them are taken by themselves.
     """
     row = tl.program_id(0).to(tl.int64)
+    head = 0
+    size = N  # columns of the loops that count
+    touched = PADDED
+    BODY = X + row * stride_x
+    if PIECE > 0:
+        start_piece = tl.cdiv(row * stride_x, PIECE)
+        head = (start_piece * PIECE - row * stride_x).to(tl.int32)
+        size = (N - head) // PIECE * PIECE
+        touched = size
+        BODY = X + start_piece * PIECE
+        edge = tl.arange(0, 2 * PIECE)
+        edge_cols = tl.where(edge < PIECE, edge, head + size + edge - PIECE)
+        edge_end = tl.where(edge < PIECE, head, N)
     X += row * stride_x
     target = tl.load(TARGET + row)
     counted = target != ignored
@@ -77,33 +93,46 @@ def _long_kernel(
     target = target.to(tl.int32)
     chosen = tl.load(X + target, mask=counted & known, other=float("nan")).to(tl.float32)
     tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    read = tl.where(counted, PADDED, 0)  # of an ignored row nothing
+    read = tl.where(counted, touched, 0)  # of an ignored row nothing
     m = tl.full((LANES,), LOWEST, tl.float32)  # not -inf, which would be subtracted from itself
     total = tl.zeros((LANES,), tl.float32)
     for start in range(0, read, DEPTH * LANES):
         cols = start + tile
-        x = tl.load(X + cols, mask=cols < read, other=0.0).to(tl.float32)
-        x = tl.where(cols < N, x, float("-inf"))
+        x = tl.load(BODY + cols, mask=cols < read, other=0.0).to(tl.float32)
+        x = tl.where(cols < size, x, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, axis=0))
         e = tl.exp2((x - m_new[None, :]) * LOG2E)
         total = total * tl.exp2((m - m_new) * LOG2E) + tl.sum(e, axis=0)
         m = m_new
     top = tl.max(m, axis=0)
+    if PIECE > 0:
+        is_edge = edge_cols < tl.where(counted, edge_end, 0)
+        x_edge = tl.load(X + edge_cols, mask=is_edge, other=float("-inf")).to(tl.float32)
+        top = tl.maximum(top, tl.max(x_edge, axis=0))
     total = tl.sum(total * tl.exp2((m - top) * LOG2E), axis=0)
+    if PIECE > 0:
+        total += tl.sum(tl.exp2((x_edge - top) * LOG2E), axis=0)
     tl.store(LOSS + row, tl.where(counted, tl.log(total) + (top - chosen), 0.0))
     if GRADIENT:
+        BODY_DX = DX + row * stride_dx + head
+        if PIECE > 0:
+            BODY_DX = DX + tl.cdiv(row * stride_dx, PIECE) * PIECE
         DX += row * stride_dx
         weight = tl.where(known, tl.load(WEIGHT + row), float("nan"))
         factor = 1.0 / total
         # From the end: what was read last is what the caches still hold. The gradient is not to drive it out.
-        blocks = tl.cdiv(PADDED, DEPTH * LANES)
+        blocks = tl.cdiv(touched, DEPTH * LANES)
         for block in range(blocks):
             cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
-            x = tl.load(X + cols, mask=cols < read, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            x = tl.load(BODY + cols, mask=cols < read, other=0.0, eviction_policy="evict_first").to(tl.float32)
             p = tl.exp2((x - top) * LOG2E) * factor
-            dx = weight * tl.where(cols == target, p - 1.0, p)
-            dx = tl.where(counted & (cols < N), dx, 0.0)
-            tl.store(DX + cols, dx.to(DX.dtype.element_ty), mask=cols < PADDED, eviction_policy="evict_first")
+            dx = weight * tl.where(cols == target - head, p - 1.0, p)
+            dx = tl.where(counted & (cols < size), dx, 0.0)
+            tl.store(BODY_DX + cols, dx.to(DX.dtype.element_ty), mask=cols < touched, eviction_policy="evict_first")
+        if PIECE > 0:
+            p = tl.exp2((x_edge - top) * LOG2E) * factor
+            dx = weight * tl.where(edge_cols == target, p - 1.0, p)
+            tl.store(DX + edge_cols, tl.where(counted, dx, 0.0).to(DX.dtype.element_ty), mask=edge_cols < edge_end)
 
 
 @triton.jit
@@ -125,6 +154,15 @@ def _short(columns: int, warp: int) -> tuple[int, dict[str, int]]:
     per_program = max(1, min(256, 2048 // block))
     threads = min(MAX_THREADS, block * per_program // 16)
     return per_program, {"ROWS": per_program, "BLOCK": block, "num_warps": max(1, threads // warp)}
+
+
+def _piece(logits: Tensor, grad_logits: Tensor | None, padded: int) -> int:
+    """PIECE of the long-row kernel: where rows do not all start at 16 bytes, but those of both tensors alike."""
+    tensors = [logits] if grad_logits is None else [logits, grad_logits]
+    piece = 16 // logits.element_size()
+    wide = all(size % 16 == 0 for t in tensors for size in (padded, t.stride(0)))
+    alike = padded == logits.shape[1] and len({t.stride(0) % piece for t in tensors}) == 1
+    return piece if alike and not wide and all(t.data_ptr() % 16 == 0 for t in tensors) else 0
 
 
 def rows_cross_entropy(
@@ -153,10 +191,12 @@ def rows_cross_entropy(
                 GRADIENT=gradient, **constants, **FP_FUSION,
             )  # fmt: skip
         else:
-            constants = long_rows([logits], padded, list(strides), twice=gradient)
+            threads = rereading_threads(columns * logits.element_size()) if gradient else 256
+            piece = _piece(logits, grad_logits, padded)
+            constants = long_rows([logits], () if piece else (padded, *strides), threads)
             _long_kernel[(rows,)](
                 logits, target, row_weight, losses, grad_logits, columns, padded, *strides, ignore_index,
-                GRADIENT=gradient, **constants, **FP_FUSION,
+                GRADIENT=gradient, PIECE=piece, **constants, **FP_FUSION,
             )  # fmt: skip
 
 

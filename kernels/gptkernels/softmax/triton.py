@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels._triton import FP_FUSION, long_rows, next_power_of_2, on_device, rows_and_stride, whole_rows
+from gptkernels._triton import (
+    FP_FUSION,
+    long_rows,
+    next_power_of_2,
+    on_device,
+    rereading_threads,
+    rows_and_stride,
+    whole_rows,
+)
 
 # The longest row that one program holds in registers: 32 float32 a thread of 1,024; backward y and dy, 16 of each.
 FORWARD_BLOCK = 32768
@@ -248,7 +256,7 @@ def softmax_forward(x: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
                 x, out, rows, columns, queries, stride, scale_log2, CAUSAL=causal, **constants, **FP_FUSION
             )
         else:
-            constants = long_rows([x], columns, [stride])
+            constants = long_rows([x], (columns, stride), rereading_threads(columns * x.element_size()))
             _forward_long_kernel[(rows,)](
                 x, out, columns, queries, stride, scale_log2, CAUSAL=causal, **constants, **FP_FUSION
             )
@@ -277,7 +285,8 @@ def softmax_backward(grad_out: Tensor, out: Tensor, dim: int, scale: float, caus
                 grad_out, out, grad_x, rows, columns, queries, stride, scale, CAUSAL=causal, **constants, **FP_FUSION
             )
         else:
-            constants = long_rows([grad_out, out], columns, [stride])
+            row_bytes = columns * (grad_out.element_size() + out.element_size())
+            constants = long_rows([grad_out, out], (columns, stride), rereading_threads(row_bytes))
             _backward_long_kernel[(rows,)](
                 grad_out, out, grad_x, columns, queries, stride, scale, CAUSAL=causal, **constants, **FP_FUSION
             )
