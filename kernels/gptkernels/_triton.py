@@ -179,16 +179,16 @@ def rows_and_stride(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x, *found
 
 
-def whole_rows(device: Hardware, columns: int, per_thread: int) -> dict[str, int]:
+def whole_rows(device: Hardware, columns: int, per_thread: int, warps: int = 4) -> dict[str, int]:
     """ROWS, BLOCK and num_warps of a kernel that holds rows of `columns` whole, `per_thread` elements a thread.
 
-    Short rows share a program, so that it reads 2,048 elements or more.
+    Short rows share a program, so that it has `warps` warps.
     """
     block = next_power_of_2(columns)
-    rows = max(1, min(32, 2048 // block))
+    rows = max(1, min(32, 32 * warps * per_thread // block))
     # A program has at most 1,024 threads, and AMD's warps have 64. More than 16 warps leave a thread 64 registers.
-    warps = 32 if block > 16384 and device.arch != "hip" else 16
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(warps, rows * block // (32 * per_thread)))}
+    most = 32 if block > 16384 and device.arch != "hip" else 16
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(most, rows * block // (32 * per_thread)))}
 
 
 # A row that is read twice is in cache the second time. Two rows a multiprocessor overlap one's reads with the other's
@@ -196,18 +196,19 @@ def whole_rows(device: Hardware, columns: int, per_thread: int) -> dict[str, int
 _SHARED_BYTES = 131072
 
 
-def long_rows(
-    device: Hardware, read: Sequence[int], columns: int, strides: Sequence[int], *, twice: bool = True
-) -> dict[str, int]:
+def rereading_threads(row_bytes: int) -> int:
+    """Threads of a program that reads a row of so many bytes twice."""
+    return 512 if row_bytes <= _SHARED_BYTES else 1024
+
+
+def long_rows(device: Hardware, itemsize: int, sizes: Sequence[int], threads: int) -> dict[str, int]:
     """DEPTH, LANES and num_warps of a kernel that takes a row too long for registers in tiles of (DEPTH, LANES).
 
-    A program reads `columns` columns of some tensors, `read` bytes an element, whose rows are `strides` apart, once or
-    `twice`. LANES is such that a column of the tile belongs to one thread, whatever the loads.
+    `itemsize`: bytes of the widest tensor's elements; `sizes`: how many columns of the tensors are read, and how far their
+    rows are apart. LANES is such that a column of the tile belongs to one thread, whatever the loads.
     """
-    itemsize, row_bytes = max(read), columns * sum(read)
-    threads = (512 if row_bytes <= _SHARED_BYTES else 1024) if twice else 256
     # Per thread 16 elements in loads of 16 bytes; of rows that allow no wide loads 8, whose addresses fill the registers.
-    aligned = all(size % 16 == 0 for size in (columns, *strides))
+    aligned = all(size % 16 == 0 for size in sizes)
     lanes, elements = (16 // itemsize, 16) if aligned else (2, 8)
     return {"DEPTH": elements // lanes, "LANES": threads * lanes, "num_warps": threads // device.warp_size}
 
@@ -217,6 +218,12 @@ def row_tile(rows: int, columns: int) -> dict[str, int]:
     tall = min(16, next_power_of_2(rows))
     block = min(4096 // tall, next_power_of_2(columns))
     return {"ROWS": tall, "BLOCK": block, "num_warps": max(1, tall * block // 512)}
+
+
+def _registers(device: Hardware) -> dict[str, int]:
+    """The registers of a thread where 16 warps have a multiprocessor of NVIDIA's: left to itself, ptxas may spill some to
+    need fewer."""
+    return {"maxnreg": 65536 // 512} if device.arch.startswith("sm_") else {}
 
 
 # Shared memory that a program may fill, KiB, less a little for reductions; of other architectures the least.
@@ -237,7 +244,28 @@ def share_rows(
     shares = cdiv(steps, cdiv(steps, programs))  # even ones
     ahead = 2 * tile["ROWS"] * tile["BLOCK"] * sum(read)
     room = _SHARED_KIB.get(device.arch, 96) * 1024
-    return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1}
+    return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1} | _registers(device)
+
+
+# Of a program of a team: its threads, and the columns of its block.
+_TEAM_THREADS = 512
+_TEAM_BLOCK = 1024
+
+
+def team_rows(
+    device: Hardware, rows: int, columns: int, itemsize: int, strides: Sequence[int]
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and constants of a kernel whose programs take long rows in teams: ``(members of a team, teams)``.
+
+    A team has a member for every block of columns, and takes as many rows at a time. One program a multiprocessor: the
+    rows that are being worked on shall stay in the second-level cache.
+    """
+    members = cdiv(columns, _TEAM_BLOCK)
+    teams = max(1, min(device.multiprocessors // members, cdiv(rows, members)))
+    # Rows of a block: two loads of 16 bytes a thread.
+    tall = _TEAM_THREADS * 32 // itemsize // _TEAM_BLOCK
+    constants = long_rows(device, itemsize, (columns, *strides), _TEAM_THREADS)
+    return (members, teams), {**constants, "ROWS": tall, "BLOCK": _TEAM_BLOCK} | _registers(device)
 
 
 @triton.jit

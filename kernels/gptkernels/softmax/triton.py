@@ -21,6 +21,7 @@ from gptkernels._triton import (
     next_power_of_2,
     on_device,
     planned,
+    rereading_threads,
     rows_and_stride,
     whole_rows,
 )
@@ -261,7 +262,7 @@ def _forward_launch(
         constants = whole_rows(device, columns, 16)
         grid, kernel, sizes = cdiv(rows, constants["ROWS"]), _forward_kernel, (rows, columns)
     else:
-        constants = long_rows(device, [itemsize], columns, [stride])
+        constants = long_rows(device, itemsize, (columns, stride), rereading_threads(columns * itemsize))
         grid, kernel, sizes = rows, _forward_long_kernel, (columns,)
     return Launch(kernel, (grid,), (*sizes, queries, stride, scale_log2), CAUSAL=causal, **constants)
 
@@ -274,7 +275,7 @@ def _backward_launch(
         constants = whole_rows(device, columns, 16)
         grid, kernel, sizes = cdiv(rows, constants["ROWS"]), _backward_kernel, (rows, columns)
     else:
-        constants = long_rows(device, [itemsize, itemsize], columns, [stride_dy])
+        constants = long_rows(device, itemsize, (columns, stride_dy), rereading_threads(2 * columns * itemsize))
         grid, kernel, sizes = rows, _backward_long_kernel, (columns,)
     return Launch(kernel, (grid,), (*sizes, queries, stride_dy, scale), CAUSAL=causal, **constants)
 
