@@ -59,6 +59,7 @@ class _Problem:
         self.max_keys = max_keys if self.packed else self.keys
         self.block_d = _block_d(self.head_dim)
         self.has_dropout = dropout.threshold(dropout_p) > 0
+        self.has_window = window is not None
         self.masks = tuple(x if x is None else x.contiguous() for x in (key_lengths, key_mask))
         self.sequence = tuple(x if x is None else x.contiguous() for x in (cu_queries, cu_keys))
         self.tensors = (*self.masks, *self.sequence, dropout_seed if self.has_dropout else None)
@@ -70,7 +71,7 @@ class _Problem:
             "IS_CAUSAL": is_causal,
             "HAS_LENGTHS": key_lengths is not None,
             "HAS_MASK": key_mask is not None,
-            "HAS_WINDOW": window is not None,
+            "HAS_WINDOW": self.has_window,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": self.block_d,
         }
@@ -125,13 +126,13 @@ def attention_forward(
     if few and not p.packed and not p.has_dropout:
         _decode(p, query, key, value, scale, out, statistics)
         return out, statistics
-    t = tile("forward", architecture(query), query.dtype.itemsize, p.block_d, p.has_dropout)
+    t = tile("forward", architecture(query), query.dtype.itemsize, p.block_d, p.has_dropout, p.has_window)
     with on_device(query):
         _forward_kernel[(triton.cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,)](
             query, key, value, out, shifts, sums, *p.tensors, scale * LOG2_E, *p.options, *p.sizes, p.max_queries,
             *p.strides(query, key, value, out), *p.statistics_strides,
             **p.flags, HAS_DROPOUT=p.has_dropout, PACKED=p.packed, EVEN_Q=p.even(t.block_m),
-            BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=t.num_warps, num_stages=t.num_stages, **FP_FUSION,
+            BLOCK_M=t.block_m, BLOCK_N=t.block_n, **t.options, **FP_FUSION,
         )  # fmt: skip
     return out, statistics
 
@@ -158,7 +159,7 @@ def _decode(
         _decode_kernel[(splits, kv_heads)](
             query, key, value, partial, maxima, sums, *p.masks, scale * LOG2_E, p.options[-1], *p.sizes, chunk,
             *p.strides(query, key, value), **p.flags, BLOCK_M=max(t.block_m, next_power_of_2(rows)), BLOCK_N=t.block_n,
-            num_warps=t.num_warps, num_stages=t.num_stages, **FP_FUSION,
+            **t.options, **FP_FUSION,
         )  # fmt: skip
         _combine_kernel[(p.sequences * p.heads * p.queries,)](
             partial, maxima, sums, out, *_shifts_and_sums(statistics), *p.sizes[:3], splits, *out.stride()[:3],
@@ -196,8 +197,8 @@ def attention_backward(
     query, key, value, grad_out = _readable(query), _readable(key), _readable(value), _readable(grad_out)
     grad_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
     arch, itemsize = architecture(query), query.dtype.itemsize
-    dkdv = tile("dkdv", arch, itemsize, p.block_d, p.has_dropout).at_most(next_power_of_2(p.max_queries))
-    dq = tile("dq", arch, itemsize, p.block_d, p.has_dropout)
+    dkdv = tile("dkdv", arch, itemsize, p.block_d, p.has_dropout, p.has_window).at_most(next_power_of_2(p.max_queries))
+    dq = tile("dq", arch, itemsize, p.block_d, p.has_dropout, p.has_window)
     shifts, sums = _shifts_and_sums(statistics)
     whole = sums is not None and whole_rows(next_power_of_2(p.max_keys), p.block_d)
     if whole:
@@ -216,11 +217,11 @@ def attention_backward(
         _dkdv_kernel[(triton.cdiv(p.max_keys, dkdv.block_n) * p.sequences * p.kv_heads,)](
             *inputs, grad_key, grad_value, *p.tensors, *numbers, p.max_keys, *strides, *p.strides(grad_key, grad_value),
             **flags, EVEN_Q=p.even(dkdv.block_m), EVEN_K=not p.packed and p.keys % dkdv.block_n == 0,
-            BLOCK_M=dkdv.block_m, BLOCK_N=dkdv.block_n, num_warps=dkdv.num_warps, num_stages=dkdv.num_stages, **FP_FUSION,
+            BLOCK_M=dkdv.block_m, BLOCK_N=dkdv.block_n, **dkdv.options, **FP_FUSION,
         )  # fmt: skip
         _dq_kernel[(triton.cdiv(p.max_queries, dq.block_m) * p.sequences * p.heads,)](
             *inputs, grad_query, *p.tensors, *numbers, p.max_queries, *strides, *p.strides(grad_query),
             **flags, EVEN_Q=p.even(dq.block_m),
-            BLOCK_M=dq.block_m, BLOCK_N=dq.block_n, num_warps=dq.num_warps, num_stages=dq.num_stages, **FP_FUSION,
+            BLOCK_M=dq.block_m, BLOCK_N=dq.block_n, **dq.options, **FP_FUSION,
         )  # fmt: skip
     return grad_query, grad_key, grad_value
