@@ -108,6 +108,10 @@ class _Problem(NamedTuple):
         return dropout.threshold(self.dropout_p) > 0
 
     @property
+    def has_window(self) -> bool:
+        return self.window is not None
+
+    @property
     def options(self) -> tuple[float, int, int]:
         return dropout.rescale(self.dropout_p), dropout.threshold(self.dropout_p), self.window or 0
 
@@ -126,7 +130,7 @@ class _Problem(NamedTuple):
             "IS_CAUSAL": self.is_causal,
             "HAS_LENGTHS": self.has_lengths,
             "HAS_MASK": self.has_mask,
-            "HAS_WINDOW": self.window is not None,
+            "HAS_WINDOW": self.has_window,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": self.block_d,
         }
@@ -176,12 +180,12 @@ def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides
     few = p.queries <= DECODE_QUERIES and p.queries * p.heads // p.kv_heads <= DECODE_ROWS
     if few and not p.packed and not p.has_dropout:
         return _split(p, choose("decode", p.hardware.arch, p.itemsize, p.block_d), *strides)
-    t = choose("forward", p.hardware.arch, p.itemsize, p.block_d, p.has_dropout)
+    t = choose("forward", p.hardware.arch, p.itemsize, p.block_d, p.has_dropout, p.has_window)
     return Launch(
         _forward_kernel, (cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,),
         (p.scale * LOG2_E, *p.options, *p.sizes, p.max_queries, *p.strides(*strides), *p.statistics_strides),
         **p.flags, HAS_DROPOUT=p.has_dropout, PACKED=p.packed, EVEN_Q=p.even(t.block_m),
-        BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=t.num_warps, num_stages=t.num_stages,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, **t.options,
     )  # fmt: skip
 
 
@@ -197,7 +201,7 @@ def _split(p: _Problem, t: Tile, *strides: _Strides) -> _Split:
             _decode_kernel, (splits, kv_heads),
             (p.scale * LOG2_E, p.options[-1], *p.sizes, chunk, *p.strides(*strides[:3])),
             **p.flags, BLOCK_M=max(t.block_m, next_power_of_2(rows)), BLOCK_N=t.block_n,
-            num_warps=t.num_warps, num_stages=t.num_stages,
+            **t.options,
         ),
         Launch(
             _combine_kernel, (p.sequences * p.heads * p.queries,), (*p.sizes[:3], splits, *strides[3][:3]),
@@ -271,8 +275,10 @@ def _backward_launches(
     if p.empty:
         return None
     arch, inputs, (out, grad_query, *grads_key_value) = p.hardware.arch, strides[:4], strides[4:]
-    dkdv = choose("dkdv", arch, p.itemsize, p.block_d, p.has_dropout).at_most(next_power_of_2(p.max_queries))
-    dq = choose("dq", arch, p.itemsize, p.block_d, p.has_dropout)
+    dkdv = choose("dkdv", arch, p.itemsize, p.block_d, p.has_dropout, p.has_window).at_most(
+        next_power_of_2(p.max_queries)
+    )
+    dq = choose("dq", arch, p.itemsize, p.block_d, p.has_dropout, p.has_window)
     whole = whole_rows(next_power_of_2(p.max_keys), p.block_d) if p.itemsize == 4 else None
     if whole:
         dkdv, dq = whole
@@ -290,13 +296,13 @@ def _backward_launches(
             _dkdv_kernel, (cdiv(p.max_keys, dkdv.block_n) * p.sequences * p.kv_heads,),
             (*numbers, p.max_keys, *given, *p.strides(*grads_key_value)),
             **flags, EVEN_Q=p.even(dkdv.block_m), EVEN_K=not p.packed and p.keys % dkdv.block_n == 0,
-            BLOCK_M=dkdv.block_m, BLOCK_N=dkdv.block_n, num_warps=dkdv.num_warps, num_stages=dkdv.num_stages,
+            BLOCK_M=dkdv.block_m, BLOCK_N=dkdv.block_n, **dkdv.options,
         ),
         Launch(
             _dq_kernel, (cdiv(p.max_queries, dq.block_m) * p.sequences * p.heads,),
             (*numbers, p.max_queries, *given, *p.strides(grad_query)),
             **flags, EVEN_Q=p.even(dq.block_m),
-            BLOCK_M=dq.block_m, BLOCK_N=dq.block_n, num_warps=dq.num_warps, num_stages=dq.num_stages,
+            BLOCK_M=dq.block_m, BLOCK_N=dq.block_n, **dq.options,
         ),
         bool(whole),
     )  # fmt: skip
