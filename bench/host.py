@@ -4,7 +4,8 @@
 a stand-in for Triton's driver: argument checks, the choice of the backend, autograd, PyTorch's dispatcher, the launcher and
 Triton's own launch code all run as on an H100; in place of compiled code there is a kernel that does nothing. Not in the
 figures: the driver's call itself, CUDA's allocator (the CPU's is used), asking for the current device and stream, and, of a
-backward on a GPU, the wait for autograd's own thread. Losses run their few PyTorch operations and products on the CPU.
+backward on a GPU, the wait for autograd's own thread. In the figures are a loss's PyTorch operations and products, which run
+on the CPU here, and the check of packed attention's lengths, which is made on the CPU alone.
 
 Operations are timed in turns, 20 calls at a time, and the fastest turn is printed in microseconds of the processor's time a
 call, for whatever else runs on the machine only adds to it: *forward* without gradients, as in a step of decoding;

@@ -61,6 +61,10 @@ with watching():
     found["other dtype"], found["and again"] = launched(launch, x.half(), y), launched(launch, x.half(), y)
     found["no tensor"], found["the other none"] = launched(launch, x, None), launched(launch, None, x)
     found["other numbers"] = launched(Launch(_kernel, (5,), (49, 0.25), FLAG=False, BLOCK=16), x, y)
+    with mock.patch.object(_triton, "_ROCM", True):
+        small, large = torch.zeros(64), torch.empty(2**29)[:64]
+        found["within 2 GiB"] = [launched(launch, small, y)["ordinary"] for _ in range(2)]
+        found["of 2 GiB"] = [launched(launch, large, y)["ordinary"] for _ in range(2)]
     seen = []
     instrumented = lambda self, *args, **kwargs: seen.append(self.__name__) or plain(self, *args, **kwargs)
     with mock.patch.object(JITFunction, "run", instrumented):
@@ -162,6 +166,10 @@ def test_other_dtypes_other_tensors_left_out_and_other_devices_find_other_kernel
     assert single["and again"]["ordinary"] == single["once more"]["ordinary"] == 0
     assert single["no tensor"]["multiples of 16"] == [0, 2]
     assert single["the other none"]["multiples of 16"] == [1, 2]
+
+
+def test_on_amd_a_tensor_of_more_memory_than_32_bit_offsets_reach_finds_another_kernel(single: Any):
+    assert single["within 2 GiB"] == single["of 2 GiB"] == [1, 0]
 
 
 def test_other_numbers_are_handed_on_and_seen(single: Any):
