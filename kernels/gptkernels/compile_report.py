@@ -299,6 +299,7 @@ def launches(
     *,
     main: bool = False,
     every_case: bool = False,
+    cases: Sequence[Case] = (),
 ) -> list[Launch]:
     """What the operations launch on each target: the specs' bench and compile cases, each distinct launch once.
 
@@ -308,6 +309,7 @@ def launches(
         dtypes: "bf16", "fp16", "fp32".
         main: the compile cases alone where a spec has some.
         every_case: also the small odd shapes that the tests run.
+        cases: these instead of the specs', of one operation.
 
     Raises:
         ValueError: an unknown target, operation or dtype.
@@ -326,9 +328,9 @@ def launches(
     for target in map(TARGETS.__getitem__, targets):
         with _recorded(target) as recorded:
             for op in ops or specs:
-                cases = () if main and specs[op].compile_cases else specs[op].bench_cases
-                cases += specs[op].compile_cases + (specs[op].cases if every_case else ())
-                for dtype, case in itertools.product(dtypes, cases):
+                own = () if main and specs[op].compile_cases else specs[op].bench_cases
+                own += specs[op].compile_cases + (specs[op].cases if every_case else ())
+                for dtype, case in itertools.product(dtypes, cases or own):
                     _run_without_data(specs[op], case, DTYPES[dtype])
                     found += [Launch(op, case.name, dtype, target, *arguments) for arguments in recorded]
                     recorded.clear()
