@@ -47,7 +47,7 @@ _Strides = tuple[int, ...]
 
 
 class _Problem(NamedTuple):
-    """What every launch depends on beside its tensors' strides: sizes, masks and options; then in the kernels' form."""
+    """What every launch depends on beside strides and dtypes; its properties say it in the kernels' form."""
 
     hardware: Hardware
     itemsize: int
@@ -171,9 +171,9 @@ class _Split(NamedTuple):
 
 @planned
 def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides) -> Launch | _Split | None:
-    """None where there is nothing to compute. `strides` are those of query, key, value and out; `choose` is `tile`.
+    """None where there is nothing to compute. `strides` are those of query, key, value and out.
 
-    It is an argument so that who puts another in its place (to try tiles) gets the launches of that one.
+    `choose` is `tile`: an argument, so that another choice (bench.tune tries many) finds launches of its own.
     """
     if p.empty:
         return None
