@@ -59,7 +59,8 @@ class _Problem:
         self.max_keys = max_keys if self.packed else self.keys
         self.block_d = _block_d(self.head_dim)
         self.has_dropout = dropout.threshold(dropout_p) > 0
-        self.has_window = window is not None
+        others = (window, key_lengths, key_mask, cu_queries)
+        self.is_plain = not self.has_dropout and all(x is None for x in others)
         self.masks = tuple(x if x is None else x.contiguous() for x in (key_lengths, key_mask))
         self.sequence = tuple(x if x is None else x.contiguous() for x in (cu_queries, cu_keys))
         self.tensors = (*self.masks, *self.sequence, dropout_seed if self.has_dropout else None)
@@ -71,7 +72,7 @@ class _Problem:
             "IS_CAUSAL": is_causal,
             "HAS_LENGTHS": key_lengths is not None,
             "HAS_MASK": key_mask is not None,
-            "HAS_WINDOW": self.has_window,
+            "HAS_WINDOW": window is not None,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": self.block_d,
         }
@@ -126,7 +127,7 @@ def attention_forward(
     if few and not p.packed and not p.has_dropout:
         _decode(p, query, key, value, scale, out, statistics)
         return out, statistics
-    t = tile("forward", architecture(query), query.dtype.itemsize, p.block_d, p.has_dropout, p.has_window)
+    t = tile("forward", architecture(query), query.dtype.itemsize, p.block_d, p.has_dropout, p.is_plain)
     with on_device(query):
         _forward_kernel[(triton.cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,)](
             query, key, value, out, shifts, sums, *p.tensors, scale * LOG2_E, *p.options, *p.sizes, p.max_queries,
@@ -197,8 +198,8 @@ def attention_backward(
     query, key, value, grad_out = _readable(query), _readable(key), _readable(value), _readable(grad_out)
     grad_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
     arch, itemsize = architecture(query), query.dtype.itemsize
-    dkdv = tile("dkdv", arch, itemsize, p.block_d, p.has_dropout, p.has_window).at_most(next_power_of_2(p.max_queries))
-    dq = tile("dq", arch, itemsize, p.block_d, p.has_dropout, p.has_window)
+    dkdv = tile("dkdv", arch, itemsize, p.block_d, p.has_dropout, p.is_plain).at_most(next_power_of_2(p.max_queries))
+    dq = tile("dq", arch, itemsize, p.block_d, p.has_dropout, p.is_plain)
     shifts, sums = _shifts_and_sums(statistics)
     whole = sums is not None and whole_rows(next_power_of_2(p.max_keys), p.block_d)
     if whole:
