@@ -4,9 +4,8 @@ For the forward, dK with dV, and dQ, in bfloat16 and causal, a dozen tiles each 
 are compiled, on every core: those that spill, make each product wait for the one before it, or do not fit are dropped, and
 so are those whose numbers are outside the float64 error budget. The others are timed in turns, at 1,024 to 8,192 tokens;
 what is known is saved after each length of each kernel. A backward kernel's figure is the time of the whole backward, the
-other kernels in the shipped tiles. Printed last are the rows of `gptkernels/attention/tiles.py` as the fastest tiles make
-them; what test_compile.py holds of other cases (dropout, windows, packed batches) and under other Tritons is to be checked
-with them.
+other kernels in the shipped tiles. Printed last are the fastest tiles as `gptkernels/attention/tiles.py` lists them for
+plain attention (no dropout, window, mask, lengths or packed batch); test_compile.py has to pass with them under every Triton.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def _name(key: Key, candidate: Tile) -> str:
 
 
 def shipped_tile(direction: str, head_dim: int, target: str) -> Tile:
-    return tile(direction, compile_report.TARGETS[target].launcher_arch, BF16.itemsize, head_dim)
+    return tile(direction, compile_report.TARGETS[target].launcher_arch, BF16.itemsize, head_dim, is_plain=True)
 
 
 def compile_check(
@@ -163,13 +162,10 @@ def chosen(medians: Medians, shipped: Tile) -> Tile:
 
 
 def table(results: Mapping[Key, Medians], target: str) -> str:
-    """A row of tiles.py for each head_dim: forward, dK/dV, dQ, and the forward of few queries, which is not tuned here."""
-    lines = []
-    for head_dim in sorted({head_dim for _, head_dim in results}):
-        shipped = {direction: shipped_tile(direction, head_dim, target) for direction in (*KERNELS, "decode")}
-        row = [chosen(results.get((direction, head_dim), {}), known) for direction, known in shipped.items()]
-        lines.append(f"    {head_dim}: ({', '.join(map(described, row))}),")
-    return "\n".join(lines)
+    """The entries of tiles.py's `_PLAIN`."""
+    arch = compile_report.TARGETS[target].launcher_arch
+    best = {key: chosen(medians, shipped_tile(*key, target)) for key, medians in results.items()}
+    return "\n".join(f'    ("{arch}", "{key[0]}", {key[1]}): {described(found)},' for key, found in best.items())
 
 
 def times(direction: str, head_dim: int, medians: Medians, shipped: Tile) -> str:

@@ -36,10 +36,9 @@ def test_the_shipped_tile_stays_unless_another_is_clearly_faster():
 
 
 def test_the_table_is_written_as_tiles_py_has_it():
-    medians = {("dq", 64): {B: {1024: 1.0}, C: {1024: 2.0}}}
-    line = table(medians, "sm_90")
-    shipped = [described(tile(direction, "sm_90", 2, 64)) for direction in ("forward", "dkdv", "decode")]
-    assert line == f"    64: ({shipped[0]}, {shipped[1]}, {described(B)}, {shipped[2]}),"
+    medians = {("dq", 64): {B: {1024: 1.0}, C: {1024: 2.0}}, ("dkdv", 128): {}}
+    shipped = tile("dkdv", "sm_90", 2, 128, is_plain=True)
+    assert eval(f"{{{table(medians, 'sm_90')}}}") == {("sm_90", "dq", 64): B, ("sm_90", "dkdv", 128): shipped}
     assert eval(described(A)) == A
     assert eval(described(B)) == B
 
@@ -86,7 +85,7 @@ def test_dry_run(tmp_path: Path):
     command = [sys.executable, "-m", "bench.tune", "--dry-run", *choice]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shipped = described(tile("forward", "sm_90", 2, 64))
+    shipped = described(tile("forward", "sm_90", 2, 64, is_plain=True))
     head, *rest = done.stdout.splitlines()
     assert head == "forward d64, to be timed at 1024, 2048, 4096, 8192 tokens:"
     assert rest[0] == f"  {shipped}"

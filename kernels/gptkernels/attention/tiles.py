@@ -39,8 +39,8 @@ class Tile:
 _Row = tuple[Tile, Tile, Tile, Tile]
 _Table = dict[int, _Row]
 _HOPPER: _Table = {  # 227 kB of shared memory
-    64: (Tile(128, 64, 8, 3, 128), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3, 128), Tile(16, 128, 4, 3)),
-    128: (Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 64, 4, 3)),
+    64: (Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 128, 4, 3)),
+    128: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 64, 4, 3)),
     256: (Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 64, 8, 2), Tile(16, 32, 4, 3)),
 }
 _BLACKWELL: _Table = {  # 227 kB too; accumulators wait in tensor memory, and their way through registers costs
@@ -65,21 +65,20 @@ _HIP: _Table = {  # 64 kB of local data share, 64-thread waves
 }
 _FLOAT32: _Table = {  # IEEE products, on the general units and within 99 kB: small tiles everywhere
     64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
-    128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
+    128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2)),
     256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 4, 2)),
 }
-# With dropout, whose random numbers take registers of their own, or a window, whose edge has a loop of its own: by table,
-# direction and its row.
+# Beside those, by table, direction and row: where queries see all keys, or all up to their own, of one length and without
+# dropout. What else a kernel may have to do takes registers that these do not have; bench/tune.py finds them.
+_PLAIN = {
+    ("sm_90", "forward", 64): Tile(128, 64, 8, 3, 128),
+    ("sm_90", "dq", 64): Tile(128, 64, 8, 3, 128),
+    ("sm_90", "forward", 128): Tile(128, 128, 8, 2),
+}
+# And with dropout, whose random numbers take registers of their own.
 _DROPOUT = {
     ("sm_80", "forward", 128): Tile(128, 32, 8, 3),
-    ("sm_90", "forward", 64): Tile(128, 64, 8, 3),
-    ("sm_90", "dq", 64): Tile(128, 64, 8, 2),
-    ("sm_90", "forward", 128): Tile(128, 64, 8, 3),
     ("sm_90", "dkdv", 128): Tile(16, 128, 8, 2),
-    ("float32", "dq", 128): Tile(16, 32, 8, 2),
-}
-_WINDOW = {
-    ("sm_90", "dq", 64): Tile(128, 64, 8, 2),
 }
 _DIRECTIONS = ("forward", "dkdv", "dq", "decode")
 _TABLES = {
@@ -95,13 +94,16 @@ _INTERPRETER = Tile(32, 16, 1, 1)
 
 
 def tile(
-    direction: str, arch: str, itemsize: int, block_d: int, has_dropout: bool = False, has_window: bool = False
+    direction: str, arch: str, itemsize: int, block_d: int, has_dropout: bool = False, is_plain: bool = False
 ) -> Tile:
-    """The launch configuration of a direction on `arch` for elements of `itemsize` bytes."""
+    """The launch configuration of a direction on `arch` for elements of `itemsize` bytes.
+
+    `is_plain`: there is no dropout, window, mask or length of keys, and the batch is not packed.
+    """
     if arch == "interpreter":
         return _INTERPRETER
     name, row = "float32" if itemsize == 4 else arch, max(64, block_d)
-    for wanted, table in ((has_dropout, _DROPOUT), (has_window, _WINDOW)):
+    for wanted, table in ((has_dropout, _DROPOUT), (is_plain, _PLAIN)):
         if wanted and (name, direction, row) in table:
             return table[name, direction, row]
     return _TABLES.get(name, _CONSUMER)[row][_DIRECTIONS.index(direction)]

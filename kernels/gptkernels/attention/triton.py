@@ -108,8 +108,10 @@ class _Problem(NamedTuple):
         return dropout.threshold(self.dropout_p) > 0
 
     @property
-    def has_window(self) -> bool:
-        return self.window is not None
+    def is_plain(self) -> bool:
+        """As `tiles.tile` has it."""
+        others = self.has_dropout or self.has_lengths or self.has_mask or self.packed
+        return self.window is None and not others
 
     @property
     def options(self) -> tuple[float, int, int]:
@@ -130,7 +132,7 @@ class _Problem(NamedTuple):
             "IS_CAUSAL": self.is_causal,
             "HAS_LENGTHS": self.has_lengths,
             "HAS_MASK": self.has_mask,
-            "HAS_WINDOW": self.has_window,
+            "HAS_WINDOW": self.window is not None,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": self.block_d,
         }
@@ -180,7 +182,7 @@ def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides
     few = p.queries <= DECODE_QUERIES and p.queries * p.heads // p.kv_heads <= DECODE_ROWS
     if few and not p.packed and not p.has_dropout:
         return _split(p, choose("decode", p.hardware.arch, p.itemsize, p.block_d), *strides)
-    t = choose("forward", p.hardware.arch, p.itemsize, p.block_d, p.has_dropout, p.has_window)
+    t = choose("forward", p.hardware.arch, p.itemsize, p.block_d, p.has_dropout, p.is_plain)
     return Launch(
         _forward_kernel, (cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,),
         (p.scale * LOG2_E, *p.options, *p.sizes, p.max_queries, *p.strides(*strides), *p.statistics_strides),
@@ -275,10 +277,10 @@ def _backward_launches(
     if p.empty:
         return None
     arch, inputs, (out, grad_query, *grads_key_value) = p.hardware.arch, strides[:4], strides[4:]
-    dkdv = choose("dkdv", arch, p.itemsize, p.block_d, p.has_dropout, p.has_window).at_most(
+    dkdv = choose("dkdv", arch, p.itemsize, p.block_d, p.has_dropout, p.is_plain).at_most(
         next_power_of_2(p.max_queries)
     )
-    dq = choose("dq", arch, p.itemsize, p.block_d, p.has_dropout, p.has_window)
+    dq = choose("dq", arch, p.itemsize, p.block_d, p.has_dropout, p.is_plain)
     whole = whole_rows(next_power_of_2(p.max_keys), p.block_d) if p.itemsize == 4 else None
     if whole:
         dkdv, dq = whole
