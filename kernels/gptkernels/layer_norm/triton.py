@@ -10,15 +10,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels._triton import FP_FUSION, on_device, rows_and_stride, share_rows, sum_partials, team_rows, whole_rows
+from gptkernels._triton import (
+    FP_FUSION,
+    on_device,
+    rereading_threads,
+    rows_and_stride,
+    share_rows,
+    sum_partials,
+    team_rows,
+    warp_size,
+    whole_rows,
+)
 
 # The longest row that one program holds in registers: forward 32 float32 a thread; backward 16 of each of x, dy, weight,
 # dw and db.
 # Half of it where a 16-bit branch meets a float32 stream: their layouts differ, and a thread needs more.
 FORWARD_BLOCK = 32768
 BACKWARD_BLOCK = 8192
-# Columns that one program of the long-row kernels takes at a time.
-LOOP_BLOCK = 4096
+# What is read once is to leave the caches first, what is read again last.
+ONCE, AGAIN = tl.constexpr("evict_first"), tl.constexpr("evict_last")
 
 
 @triton.jit
@@ -73,11 +83,11 @@ def _forward_long_kernel(
     for start in range(0, N, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < N
-        x = tl.load(X + cols, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(X + cols, mask=inside, other=0.0, eviction_policy=ONCE if HAS_RESIDUAL else AGAIN).to(tl.float32)
         if HAS_RESIDUAL:
-            residual = tl.load(RESIDUAL + cols, mask=inside, other=0.0).to(tl.float32)
+            residual = tl.load(RESIDUAL + cols, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
             summed = (x + residual).to(SUMMED.dtype.element_ty)
-            tl.store(SUMMED + cols, summed, mask=inside)
+            tl.store(SUMMED + cols, summed, mask=inside, eviction_policy=AGAIN)
             x = summed.to(tl.float32)
         count = tl.minimum(N - start, BLOCK).to(tl.float32)
         block_mean = tl.sum(x, axis=0) / count
@@ -90,15 +100,18 @@ def _forward_long_kernel(
     if HAS_RESIDUAL:
         tl.debug_barrier()  # the sums below may be another thread's
         X = SUMMED
-    for start in range(0, N, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+    # From the end: what was read last is what the caches still hold. The result is not to drive it out.
+    blocks = tl.cdiv(N, BLOCK)
+    for block in range(blocks):
+        cols = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
         inside = cols < N
-        out = (tl.load(X + cols, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+        x = tl.load(X + cols, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
+        out = (x - mean) * rstd
         if HAS_WEIGHT:
             out = out * tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             out = out + tl.load(B + cols, mask=inside, other=0.0).to(tl.float32)
-        tl.store(OUT + cols, out.to(OUT.dtype.element_ty), mask=inside)
+        tl.store(OUT + cols, out.to(OUT.dtype.element_ty), mask=inside, eviction_policy=ONCE)
     tl.store(MEAN + row, mean)
     tl.store(RSTD + row, rstd)
 
@@ -174,7 +187,7 @@ def _backward_long_kernel(
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     # Whoever reads x and dy last lets them go.
-    AGAIN: tl.constexpr = "evict_last" if NEED_DW or NEED_DB else "evict_first"
+    SECOND: tl.constexpr = AGAIN if NEED_DW or NEED_DB else ONCE
     for step in range(tl.cdiv(tl.cdiv(M, members), teams)):
         first = (tl.program_id(1) + step * teams).to(tl.int64) * members
         row = first + member
@@ -186,8 +199,8 @@ def _backward_long_kernel(
         for start in range(0, read, DEPTH * LANES):
             cols = start + tile
             inside = cols < read
-            x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0, eviction_policy="evict_last")
-            wdy = tl.load(DY + row * stride_dy + cols, mask=inside, other=0.0, eviction_policy="evict_last")
+            x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0, eviction_policy=AGAIN)
+            wdy = tl.load(DY + row * stride_dy + cols, mask=inside, other=0.0, eviction_policy=AGAIN)
             wdy = wdy.to(tl.float32)
             if HAS_WEIGHT:
                 wdy *= tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
@@ -200,30 +213,30 @@ def _backward_long_kernel(
         for block in range(blocks):
             cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
             inside = cols < read
-            x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0, eviction_policy=AGAIN)
-            wdy = tl.load(DY + row * stride_dy + cols, mask=inside, other=0.0, eviction_policy=AGAIN).to(tl.float32)
+            x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0, eviction_policy=SECOND)
+            wdy = tl.load(DY + row * stride_dy + cols, mask=inside, other=0.0, eviction_policy=SECOND).to(tl.float32)
             if HAS_WEIGHT:
                 wdy *= tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
             dx = wdy * rstd + ((x.to(tl.float32) - mean) * slope + shift)
             if HAS_DSUMMED:
                 dsummed = DSUMMED + row * stride_dsummed + cols
-                dx += tl.load(dsummed, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                dx += tl.load(dsummed, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
             offsets = row * N + cols
-            tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+            tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=inside, eviction_policy=ONCE)
             if HAS_DBRANCH:
                 branch = dx.to(DBRANCH.dtype.element_ty)
-                tl.store(DBRANCH + offsets, branch, mask=inside, eviction_policy="evict_first")
+                tl.store(DBRANCH + offsets, branch, mask=inside, eviction_policy=ONCE)
         if NEED_DW or NEED_DB:
-            for start in tl.range(0, members, ROWS):
+            for start in range(0, members, ROWS):
                 index = start + tl.arange(0, ROWS)
                 rows = first + index
                 row_inside = (index < members) & (rows < M)
                 inside = row_inside[:, None] & (own < N)[None, :]
                 dy = DY + rows[:, None] * stride_dy + own[None, :]
-                dy = tl.load(dy, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                dy = tl.load(dy, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
                 if NEED_DW:
                     x = X + rows[:, None] * stride_x + own[None, :]
-                    x = tl.load(x, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                    x = tl.load(x, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
                     mean_ = tl.load(MEAN + rows, mask=row_inside, other=0.0)
                     rstd_ = tl.load(RSTD + rows, mask=row_inside, other=0.0)
                     dw += dy * (x - mean_[:, None]) * rstd_[:, None]
@@ -278,8 +291,10 @@ def _forward(
                 *tensors, rows, columns, stride, stride_residual, eps, **flags, **constants, **FP_FUSION
             )
         else:
+            threads = rereading_threads(columns * (x if residual is None else residual).element_size())
+            constants = {"BLOCK": 16 * threads, "num_warps": threads // warp_size(x)}
             _forward_long_kernel[(rows,)](
-                *tensors, columns, stride, stride_residual, eps, **flags, BLOCK=LOOP_BLOCK, num_warps=8, **FP_FUSION
+                *tensors, columns, stride, stride_residual, eps, **flags, **constants, **FP_FUSION
             )
     return out, summed, mean, rstd
 
