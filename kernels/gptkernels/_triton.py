@@ -139,10 +139,10 @@ def row_tile(rows: int, columns: int) -> dict[str, int]:
     return {"ROWS": tall, "BLOCK": block, "num_warps": max(1, tall * block // 512)}
 
 
-def _registers(x: Tensor) -> dict[str, int]:
-    """The registers of a thread where 16 warps have a multiprocessor of NVIDIA's: left to itself, ptxas may spill some to
+def registers(x: Tensor, threads: int) -> dict[str, int]:
+    """The registers of a thread where `threads` have a multiprocessor of NVIDIA's: left to itself, ptxas may spill a few to
     need fewer."""
-    return {"maxnreg": 65536 // 512} if architecture(x).startswith("sm_") else {}
+    return {"maxnreg": 65536 // threads} if architecture(x).startswith("sm_") else {}
 
 
 # Shared memory that a program may fill, KiB, less a little for reductions; of other architectures the least.
@@ -162,7 +162,7 @@ def share_rows(
     shares = cdiv(steps, cdiv(steps, programs))  # even ones
     ahead = 2 * tile["ROWS"] * tile["BLOCK"] * sum(t.element_size() for t in read)
     room = _SHARED_KIB.get(architecture(read[0]), 96) * 1024
-    return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1} | _registers(read[0])
+    return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1} | registers(read[0], 512)
 
 
 # Of a program of a team: its threads, and the columns of its block.
@@ -183,7 +183,7 @@ def team_rows(
     # Rows of a block: two loads of 16 bytes a thread.
     tall = _TEAM_THREADS * 32 // max(t.element_size() for t in read) // _TEAM_BLOCK
     constants = long_rows(read, (columns, *strides), _TEAM_THREADS)
-    return (members, teams), {**constants, "ROWS": tall, "BLOCK": _TEAM_BLOCK} | _registers(read[0])
+    return (members, teams), {**constants, "ROWS": tall, "BLOCK": _TEAM_BLOCK} | registers(read[0], 512)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from torch import Tensor
 from gptkernels._triton import (
     FP_FUSION,
     on_device,
+    registers,
     rereading_threads,
     rows_and_stride,
     share_rows,
@@ -292,7 +293,7 @@ def _forward(
             )
         else:
             threads = rereading_threads(columns * (x if residual is None else residual).element_size())
-            constants = {"BLOCK": 16 * threads, "num_warps": threads // warp_size(x)}
+            constants = {"BLOCK": 16 * threads, "num_warps": threads // warp_size(x)} | registers(x, 1024)
             _forward_long_kernel[(rows,)](
                 *tensors, columns, stride, stride_residual, eps, **flags, **constants, **FP_FUSION
             )
