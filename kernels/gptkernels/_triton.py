@@ -220,10 +220,10 @@ def row_tile(rows: int, columns: int) -> dict[str, int]:
     return {"ROWS": tall, "BLOCK": block, "num_warps": max(1, tall * block // 512)}
 
 
-def _registers(device: Hardware) -> dict[str, int]:
-    """The registers of a thread where 16 warps have a multiprocessor of NVIDIA's: left to itself, ptxas may spill some to
+def registers(device: Hardware, threads: int) -> dict[str, int]:
+    """The registers of a thread where `threads` have a multiprocessor of NVIDIA's: left to itself, ptxas may spill a few to
     need fewer."""
-    return {"maxnreg": 65536 // 512} if device.arch.startswith("sm_") else {}
+    return {"maxnreg": 65536 // threads} if device.arch.startswith("sm_") else {}
 
 
 # Shared memory that a program may fill, KiB, less a little for reductions; of other architectures the least.
@@ -244,7 +244,7 @@ def share_rows(
     shares = cdiv(steps, cdiv(steps, programs))  # even ones
     ahead = 2 * tile["ROWS"] * tile["BLOCK"] * sum(read)
     room = _SHARED_KIB.get(device.arch, 96) * 1024
-    return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1} | _registers(device)
+    return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1} | registers(device, 512)
 
 
 # Of a program of a team: its threads, and the columns of its block.
@@ -265,7 +265,7 @@ def team_rows(
     # Rows of a block: two loads of 16 bytes a thread.
     tall = _TEAM_THREADS * 32 // itemsize // _TEAM_BLOCK
     constants = long_rows(device, itemsize, (columns, *strides), _TEAM_THREADS)
-    return (members, teams), {**constants, "ROWS": tall, "BLOCK": _TEAM_BLOCK} | _registers(device)
+    return (members, teams), {**constants, "ROWS": tall, "BLOCK": _TEAM_BLOCK} | registers(device, 512)
 
 
 @triton.jit

@@ -97,6 +97,7 @@ SPEC = OpSpec(
         _case(20, 8193),
         _case(5, 20011),
         _case(3, 20011, weight=False, bias=False),
+        _case(2, 33001),
         _case(9, 65, weight=False, bias=False),
         _case(9, 65, weight=False),
         _case(9, 65, bias=False),

@@ -18,6 +18,8 @@ from gptkernels._triton import (
     hardware,
     on_device,
     planned,
+    registers,
+    rereading_threads,
     rows_and_stride,
     share_rows,
     sum_partials,
@@ -30,8 +32,8 @@ from gptkernels._triton import (
 # Half of it where a 16-bit branch meets a float32 stream: their layouts differ, and a thread needs more.
 FORWARD_BLOCK = 32768
 BACKWARD_BLOCK = 8192
-# Columns that one program of the long-row kernels takes at a time.
-LOOP_BLOCK = 4096
+# What is read once is to leave the caches first, what is read again last.
+ONCE, AGAIN = tl.constexpr("evict_first"), tl.constexpr("evict_last")
 
 
 @triton.jit
@@ -86,11 +88,11 @@ def _forward_long_kernel(
     for start in range(0, N, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < N
-        x = tl.load(X + cols, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(X + cols, mask=inside, other=0.0, eviction_policy=ONCE if HAS_RESIDUAL else AGAIN).to(tl.float32)
         if HAS_RESIDUAL:
-            residual = tl.load(RESIDUAL + cols, mask=inside, other=0.0).to(tl.float32)
+            residual = tl.load(RESIDUAL + cols, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
             summed = (x + residual).to(SUMMED.dtype.element_ty)
-            tl.store(SUMMED + cols, summed, mask=inside)
+            tl.store(SUMMED + cols, summed, mask=inside, eviction_policy=AGAIN)
             x = summed.to(tl.float32)
         count = tl.minimum(N - start, BLOCK).to(tl.float32)
         block_mean = tl.sum(x, axis=0) / count
@@ -103,15 +105,18 @@ def _forward_long_kernel(
     if HAS_RESIDUAL:
         tl.debug_barrier()  # the sums below may be another thread's
         X = SUMMED
-    for start in range(0, N, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+    # From the end: what was read last is what the caches still hold. The result is not to drive it out.
+    blocks = tl.cdiv(N, BLOCK)
+    for block in range(blocks):
+        cols = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
         inside = cols < N
-        out = (tl.load(X + cols, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+        x = tl.load(X + cols, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
+        out = (x - mean) * rstd
         if HAS_WEIGHT:
             out = out * tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             out = out + tl.load(B + cols, mask=inside, other=0.0).to(tl.float32)
-        tl.store(OUT + cols, out.to(OUT.dtype.element_ty), mask=inside)
+        tl.store(OUT + cols, out.to(OUT.dtype.element_ty), mask=inside, eviction_policy=ONCE)
     tl.store(MEAN + row, mean)
     tl.store(RSTD + row, rstd)
 
@@ -187,7 +192,7 @@ def _backward_long_kernel(
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     # Whoever reads x and dy last lets them go.
-    AGAIN: tl.constexpr = "evict_last" if NEED_DW or NEED_DB else "evict_first"
+    SECOND: tl.constexpr = AGAIN if NEED_DW or NEED_DB else ONCE
     for step in range(tl.cdiv(tl.cdiv(M, members), teams)):
         first = (tl.program_id(1) + step * teams).to(tl.int64) * members
         row = first + member
@@ -199,8 +204,8 @@ def _backward_long_kernel(
         for start in range(0, read, DEPTH * LANES):
             cols = start + tile
             inside = cols < read
-            x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0, eviction_policy="evict_last")
-            wdy = tl.load(DY + row * stride_dy + cols, mask=inside, other=0.0, eviction_policy="evict_last")
+            x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0, eviction_policy=AGAIN)
+            wdy = tl.load(DY + row * stride_dy + cols, mask=inside, other=0.0, eviction_policy=AGAIN)
             wdy = wdy.to(tl.float32)
             if HAS_WEIGHT:
                 wdy *= tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
@@ -213,30 +218,30 @@ def _backward_long_kernel(
         for block in range(blocks):
             cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
             inside = cols < read
-            x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0, eviction_policy=AGAIN)
-            wdy = tl.load(DY + row * stride_dy + cols, mask=inside, other=0.0, eviction_policy=AGAIN).to(tl.float32)
+            x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0, eviction_policy=SECOND)
+            wdy = tl.load(DY + row * stride_dy + cols, mask=inside, other=0.0, eviction_policy=SECOND).to(tl.float32)
             if HAS_WEIGHT:
                 wdy *= tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
             dx = wdy * rstd + ((x.to(tl.float32) - mean) * slope + shift)
             if HAS_DSUMMED:
                 dsummed = DSUMMED + row * stride_dsummed + cols
-                dx += tl.load(dsummed, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                dx += tl.load(dsummed, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
             offsets = row * N + cols
-            tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+            tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=inside, eviction_policy=ONCE)
             if HAS_DBRANCH:
                 branch = dx.to(DBRANCH.dtype.element_ty)
-                tl.store(DBRANCH + offsets, branch, mask=inside, eviction_policy="evict_first")
+                tl.store(DBRANCH + offsets, branch, mask=inside, eviction_policy=ONCE)
         if NEED_DW or NEED_DB:
-            for start in tl.range(0, members, ROWS):
+            for start in range(0, members, ROWS):
                 index = start + tl.arange(0, ROWS)
                 rows = first + index
                 row_inside = (index < members) & (rows < M)
                 inside = row_inside[:, None] & (own < N)[None, :]
                 dy = DY + rows[:, None] * stride_dy + own[None, :]
-                dy = tl.load(dy, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                dy = tl.load(dy, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
                 if NEED_DW:
                     x = X + rows[:, None] * stride_x + own[None, :]
-                    x = tl.load(x, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                    x = tl.load(x, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
                     mean_ = tl.load(MEAN + rows, mask=row_inside, other=0.0)
                     rstd_ = tl.load(RSTD + rows, mask=row_inside, other=0.0)
                     dw += dy * (x - mean_[:, None]) * rstd_[:, None]
@@ -268,14 +273,16 @@ def add_layer_norm_forward(
 
 @planned
 def _forward_launch(
-    device: Hardware, rows: int, columns: int, stride: int, stride_residual: int, eps: float,
+    device: Hardware, itemsize: int, rows: int, columns: int, stride: int, stride_residual: int, eps: float,
     has_residual: bool, has_weight: bool, has_bias: bool, mixed: bool,
 ) -> Launch:  # fmt: skip
-    """`mixed`: the residual stream's dtype is not the branch's."""
+    """`itemsize`: bytes of an element that is normalised; `mixed`: the residual stream's dtype is not the branch's."""
     flags = {"HAS_RESIDUAL": has_residual, "HAS_WEIGHT": has_weight, "HAS_BIAS": has_bias}
     strides = (stride, stride_residual, eps)
     if columns > FORWARD_BLOCK >> mixed:
-        return Launch(_forward_long_kernel, (rows,), (columns, *strides), **flags, BLOCK=LOOP_BLOCK, num_warps=8)
+        threads = rereading_threads(columns * itemsize)
+        constants = {"BLOCK": 16 * threads, "num_warps": threads // device.warp_size} | registers(device, 1024)
+        return Launch(_forward_long_kernel, (rows,), (columns, *strides), **flags, **constants)
     constants = whole_rows(device, columns, 16)
     return Launch(
         _forward_kernel, (cdiv(rows, constants["ROWS"]),), (rows, columns, *strides), **flags, **constants
@@ -299,7 +306,8 @@ def _forward(
     bias = bias if bias is None else bias.contiguous()
     mixed = residual is not None and residual.dtype != x.dtype
     launch = _forward_launch(
-        hardware(x), rows, columns, stride, stride_residual, eps, residual is not None, weight is not None, bias is not None, mixed
+        hardware(x), (x if residual is None else residual).itemsize, rows, columns, stride, stride_residual, eps,
+        residual is not None, weight is not None, bias is not None, mixed
     )  # fmt: skip
     with on_device(x):
         launch(x, residual, weight, bias, out, summed, mean, rstd)
