@@ -1,19 +1,21 @@
-"""What the Triton launchers share: the mended interpreter, the device guard, the device's size, tiles, and column sums.
+"""What the Triton launchers share: the mended interpreter, launches, the device guard and size, tiles, and column sums.
 
 Beside the operations' own ``triton.py`` this is the only module that imports triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import JITFunction, driver
 
 from gptkernels.backend import interpreting
 
@@ -26,49 +28,115 @@ if interpreting():
     _interpreter.mend()
 
 
+planned = lru_cache(maxsize=1024)
+"""Decorates what works out launches from sizes, strides, dtypes and options alone: done once for each combination."""
+
+# Triton's releases whose compiled kernels are known to be launched as `Launch` does.
+_DIRECT = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"], ["3", "9"])
+_run = JITFunction.run  # tools that look on, or compile otherwise, put something else in its place
+_ROCM = torch.version.hip is not None
+
+
+class Launch:
+    """A kernel, its grid, and all it is told but its tensors: called with the tensors, None for each that it has no use for.
+
+    Triton binds and inspects every argument at every launch, some forty here. Of one `Launch` the numbers and constants
+    never change: what Triton can tell apart is the device, the tensors' dtypes, and whether their addresses are multiples
+    of 16. The first launch with each is Triton's own; where all addresses are such multiples, later ones go straight to
+    what it compiled, with the hooks of profilers. The interpreter and unknown releases of Triton are left alone.
+
+    Args:
+        kernel: its parameters are tensors, then `numbers`, then constants.
+        grid: one to three sizes.
+        numbers: integers and floats, as Triton specialises them.
+        constants: by name, and Triton's options (``num_warps``).
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...] = (), **constants: Any) -> None:
+        self._kernel, self._grid, self._numbers = kernel, (*grid, 1, 1)[:3], numbers
+        self._constants = constants | FP_FUSION
+        self._rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
+        self._direct = _DIRECT and isinstance(kernel, JITFunction)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        key = None
+        if self._direct and JITFunction.run is _run and not self._kernel.pre_run_hooks:
+            active: Any = driver.active
+            addresses, seen = 0, [active.get_current_device(), knobs.compilation.instrumentation_mode]
+            for x in tensors:
+                if x is None:
+                    seen.append(None)
+                    continue
+                addresses |= x.data_ptr()
+                seen.append(x.dtype)
+                if _ROCM:  # Triton's AMD compiler also asks whether 32-bit offsets reach all of it
+                    seen.append(x.untyped_storage().nbytes() < 2**31)
+            if addresses % 16 == 0:
+                key = tuple(seen)
+                if (compiled := self._compiled.get(key)) is not None:
+                    compiled[self._grid](*tensors, *self._rest)
+                    return
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+        if key is not None:
+            self._compiled[key] = compiled
+
+
+_HERE = nullcontext()
+
+
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Makes `x`'s GPU the current one: Triton launches on the current device, whatever its arguments live on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
+
+
+class Hardware(NamedTuple):
+    """What launchers configure themselves for."""
+
+    multiprocessors: int
+    arch: str  # sm_90, sm_80, ...; hip; interpreter
+
+    @property
+    def warp_size(self) -> int:
+        return 64 if self.arch == "hip" else 32
 
 
 @cache
-def _properties(index: int) -> tuple[int, str]:
+def _properties(index: int) -> Hardware:
     properties = torch.cuda.get_device_properties(index)
     arch = "hip" if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return properties.multi_processor_count, arch
+    return Hardware(properties.multi_processor_count, arch)
 
 
-# The device that meta tensors stand for, in `compiling_for`.
-_compile_target: tuple[int, str] | None = None
+# In the interpreter a handful of rows already spans several programs.
+_INTERPRETER = Hardware(2, "interpreter")
+# What tensors without data stand for, in `compiling_for`.
+_compile_target: Hardware | None = None
 
 
 @contextmanager
 def compiling_for(arch: str, multiprocessors: int = 132) -> Iterator[None]:
-    """Launchers given tensors without data configure themselves for `arch` (see compile_report)."""
+    """Launchers given tensors that are on no GPU configure themselves for `arch` (see compile_report)."""
     global _compile_target
-    _compile_target = (multiprocessors, arch)
+    _compile_target = Hardware(multiprocessors, arch)
     try:
         yield
     finally:
         _compile_target = None
 
 
-def _device(x: Tensor) -> tuple[int, str]:
+def hardware(x: Tensor) -> Hardware:
+    """The GPU that `x` is on, or the interpreter."""
     if x.is_cuda:
         return _properties(x.device.index)
-    if x.is_meta and _compile_target:
-        return _compile_target
-    return 2, "interpreter"
+    return _compile_target or _INTERPRETER
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Multiprocessors of `x`'s GPU; 2 in the interpreter, so that a handful of rows already spans several programs."""
-    return _device(x)[0]
-
-
-def architecture(x: Tensor) -> str:
-    """``sm_90``, ``sm_80``, ... or ``hip``; ``interpreter`` on the CPU."""
-    return _device(x)[1]
+def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised and contiguous, of `x`'s shape and device."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)  # a third of torch.empty's host time
 
 
 def cdiv(n: int, by: int) -> int:
@@ -80,29 +148,69 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@planned
+def _rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """``(rows, columns, stride between rows)``; None where no one stride describes all rows, or columns are not adjacent."""
+    *leading, columns = shape
+    if columns > 1 and strides[-1] != 1:
+        return None
+    rows, stride = 1, strides[-2] if leading else columns
+    for size, step in zip(reversed(leading), reversed(strides[:-1])):
+        if size == 1:
+            continue
+        if rows == 1:
+            stride = step
+        elif step != rows * stride:
+            return None
+        rows *= size
+    return rows, columns, stride
+
+
 def rows_and_stride(x: Tensor) -> tuple[Tensor, int, int, int]:
     """`x` as rows of its last dimension: ``(tensor, rows, columns, stride between rows)``.
 
-    Read in place where one stride describes all rows and columns are adjacent (a slice of a wider tensor, say),
-    copied otherwise. `x` is not empty.
+    Read in place where one stride describes all rows and columns are adjacent (a slice of a wider tensor, say): the tensor
+    is then `x` itself, whatever its dimensions, else a contiguous copy. `x` is not empty.
     """
-    columns = x.shape[-1]
-    flat = x.reshape(-1, columns)  # a view wherever one stride describes the rows
-    if columns > 1 and flat.stride(1) != 1:
-        flat = flat.contiguous()
-    return flat, flat.shape[0], columns, flat.stride(0)
+    found = _rows(x.shape, x.stride())
+    if found is None:
+        x = x.contiguous()
+        found = x.numel() // x.shape[-1], x.shape[-1], x.shape[-1]
+    return x, *found
 
 
-def whole_rows(x: Tensor, columns: int, per_thread: int) -> dict[str, int]:
-    """ROWS, BLOCK and num_warps of a kernel that holds rows of `columns` whole, `per_thread` elements a thread, on `x`'s device.
+def whole_rows(device: Hardware, columns: int, per_thread: int, warps: int = 4) -> dict[str, int]:
+    """ROWS, BLOCK and num_warps of a kernel that holds rows of `columns` whole, `per_thread` elements a thread.
 
-    Short rows share a program, so that it reads 2,048 elements or more.
+    Short rows share a program, so that it has `warps` warps.
     """
     block = next_power_of_2(columns)
-    rows = max(1, min(32, 2048 // block))
+    rows = max(1, min(32, 32 * warps * per_thread // block))
     # A program has at most 1,024 threads, and AMD's warps have 64. More than 16 warps leave a thread 64 registers.
-    warps = 32 if block > 16384 and architecture(x) != "hip" else 16
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(warps, rows * block // (32 * per_thread)))}
+    most = 32 if block > 16384 and device.arch != "hip" else 16
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(most, rows * block // (32 * per_thread)))}
+
+
+# A row that is read twice is in cache the second time. Two rows a multiprocessor overlap one's reads with the other's
+# writes; rows of more bytes than this come one at a time, or those in flight outgrow the second-level cache.
+_SHARED_BYTES = 131072
+
+
+def rereading_threads(row_bytes: int) -> int:
+    """Threads of a program that reads a row of so many bytes twice."""
+    return 512 if row_bytes <= _SHARED_BYTES else 1024
+
+
+def long_rows(device: Hardware, itemsize: int, sizes: Sequence[int], threads: int) -> dict[str, int]:
+    """DEPTH, LANES and num_warps of a kernel that takes a row too long for registers in tiles of (DEPTH, LANES).
+
+    `itemsize`: bytes of the widest tensor's elements; `sizes`: how many columns of the tensors are read, and how far their
+    rows are apart. LANES is such that a column of the tile belongs to one thread, whatever the loads.
+    """
+    # Per thread 16 elements in loads of 16 bytes; of rows that allow no wide loads 8, whose addresses fill the registers.
+    aligned = all(size % 16 == 0 for size in sizes)
+    lanes, elements = (16 // itemsize, 16) if aligned else (2, 8)
+    return {"DEPTH": elements // lanes, "LANES": threads * lanes, "num_warps": threads // device.warp_size}
 
 
 def row_tile(rows: int, columns: int) -> dict[str, int]:
@@ -112,24 +220,52 @@ def row_tile(rows: int, columns: int) -> dict[str, int]:
     return {"ROWS": tall, "BLOCK": block, "num_warps": max(1, tall * block // 512)}
 
 
+def registers(device: Hardware, threads: int) -> dict[str, int]:
+    """The registers of a thread where `threads` have a multiprocessor of NVIDIA's: left to itself, ptxas may spill a few to
+    need fewer."""
+    return {"maxnreg": 65536 // threads} if device.arch.startswith("sm_") else {}
+
+
 # Shared memory that a program may fill, KiB, less a little for reductions; of other architectures the least.
 _SHARED_KIB = {"sm_80": 160, "sm_90": 224, "sm_100": 224, "hip": 60}
 
 
 def share_rows(
-    tile: dict[str, int], rows: int, columns: int, read: list[Tensor]
+    device: Hardware, tile: dict[str, int], rows: int, columns: int, read: Sequence[int]
 ) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and constants of a kernel that walks a share of `rows`, adding columns up: ``(shares, blocks of columns)``.
 
     16 warps a multiprocessor: few enough that their partial sums cost little to write and add. Memory is kept busy by
-    loading two steps of `read` ahead (STAGES), where shared memory has the room.
+    loading two steps ahead of the tensors that it goes through, `read` bytes an element (STAGES), where shared memory
+    has the room.
     """
     blocks, steps = cdiv(columns, tile["BLOCK"]), cdiv(rows, tile["ROWS"])
-    programs = max(1, 16 * multiprocessors(read[0]) // (tile["num_warps"] * blocks))
+    programs = max(1, 16 * device.multiprocessors // (tile["num_warps"] * blocks))
     shares = cdiv(steps, cdiv(steps, programs))  # even ones
-    ahead = 2 * tile["ROWS"] * tile["BLOCK"] * sum(t.element_size() for t in read)
-    room = _SHARED_KIB.get(architecture(read[0]), 96) * 1024
-    return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1}
+    ahead = 2 * tile["ROWS"] * tile["BLOCK"] * sum(read)
+    room = _SHARED_KIB.get(device.arch, 96) * 1024
+    return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1} | registers(device, 512)
+
+
+# Of a program of a team: its threads, and the columns of its block.
+_TEAM_THREADS = 512
+_TEAM_BLOCK = 1024
+
+
+def team_rows(
+    device: Hardware, rows: int, columns: int, itemsize: int, strides: Sequence[int]
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and constants of a kernel whose programs take long rows in teams: ``(members of a team, teams)``.
+
+    A team has a member for every block of columns, and takes as many rows at a time. One program a multiprocessor: the
+    rows that are being worked on shall stay in the second-level cache.
+    """
+    members = cdiv(columns, _TEAM_BLOCK)
+    teams = max(1, min(device.multiprocessors // members, cdiv(rows, members)))
+    # Rows of a block: two loads of 16 bytes a thread.
+    tall = _TEAM_THREADS * 32 // itemsize // _TEAM_BLOCK
+    constants = long_rows(device, itemsize, (columns, *strides), _TEAM_THREADS)
+    return (members, teams), {**constants, "ROWS": tall, "BLOCK": _TEAM_BLOCK} | registers(device, 512)
 
 
 @triton.jit
@@ -150,12 +286,15 @@ def _sum_partials_kernel(PARTIAL, FIRST, SECOND, P, N, ROWS: tl.constexpr, BLOCK
         tl.store(SECOND + cols, tl.sum(total, axis=0), mask=inside)
 
 
+@planned
+def _sum_launch(parts: int, count: int, columns: int) -> Launch:
+    tall = min(128, next_power_of_2(count))
+    block = 4096 // tall
+    grid = cdiv(columns, block), parts
+    return Launch(_sum_partials_kernel, grid, (count, columns), ROWS=tall, BLOCK=block, num_warps=8)
+
+
 def sum_partials(partial: Tensor, totals: list[Tensor]) -> None:
     """``totals[i] = partial[i].sum(0)`` for one or two totals: partial float32 ``(len(totals), P, N)``, fixed order."""
-    if not totals:
-        return
-    parts, count, columns = partial.shape
-    tall = min(128, next_power_of_2(count))
-    constants: dict[str, Any] = {"ROWS": tall, "BLOCK": 4096 // tall, "num_warps": 8} | FP_FUSION
-    grid = cdiv(columns, constants["BLOCK"]), parts
-    _sum_partials_kernel[grid](partial, totals[0], totals[-1], count, columns, **constants)
+    if totals:
+        _sum_launch(*partial.shape)(partial, totals[0], totals[-1])

@@ -2,8 +2,9 @@
 
 ``python -m gptkernels.compile_report --target sm_90`` runs each operation's own launchers, forward and backward, over the
 cases of its spec with tensors that have no data; Triton specialises every launch as it would on that GPU, and what it
-would run is compiled instead. It prints registers, spills, shared memory and matrix instructions of each kernel in the
-configuration that is shipped, and exits with 1 where one does not fit its target.
+would run is compiled instead. It prints registers, spills, shared memory, how many programs a multiprocessor runs at a
+time and the matrix instructions of each kernel in the configuration that is shipped, and exits with 1 where one does not
+fit its target, or where ptxas makes each wgmma wait for the one before it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from gptkernels import _sass
 from gptkernels._spec import Case, OpSpec
 from gptkernels.backend import interpreting
 
@@ -41,6 +41,8 @@ class Target:
     card: str
     multiprocessors: int
     shared_bytes: int  # that one program may use
+    resident_threads: int = 2048  # of one multiprocessor
+    resident_blocks: int = 32
     backend: str = "cuda"
     warp_size: int = 32
     max_threads: int = 1024  # of one program
@@ -50,17 +52,33 @@ class Target:
         """What `_triton.architecture` calls it."""
         return self.name if self.backend == "cuda" else self.backend
 
+    def blocks(self, num_warps: int, registers: int, shared_bytes: int) -> int:
+        """How many programs of a kernel an NVIDIA multiprocessor runs at a time; 0 of one that does not fit.
 
-# Shared memory: CUDA programming guide, table of compute capabilities; AMD's instruction set manuals, local data share.
+        It has 65,536 registers, given out to a warp by 256 and to its quarters evenly; shared memory is what one program
+        may use and 1 KiB, given out by 128 bytes, of which every program costs 1 KiB more than it asks for.
+        """
+        warps = 4 * (65536 // 4 // max(-(-registers * 32 // 256) * 256, 256))
+        shared = -(-(shared_bytes + 1024) // 128) * 128
+        return min(
+            warps // num_warps,
+            (self.shared_bytes + 1024) // shared,
+            self.resident_threads // (num_warps * 32),
+            self.resident_blocks,
+        )
+
+
+# CUDA programming guide, table of technical specifications per compute capability; AMD's instruction set manuals, local
+# data share.
 TARGETS = {
     target.name: target
     for target in (
         Target("sm_80", "A100", 108, 163 * 1024),
-        Target("sm_86", "A10, RTX 3090", 84, 99 * 1024),
-        Target("sm_89", "L40S, RTX 4090", 142, 99 * 1024),
+        Target("sm_86", "A10, RTX 3090", 84, 99 * 1024, 1536, 16),
+        Target("sm_89", "L40S, RTX 4090", 142, 99 * 1024, 1536, 24),
         Target("sm_90", "H100", 132, 227 * 1024),
         Target("sm_100", "B200", 148, 227 * 1024),
-        Target("sm_120", "RTX 5090", 170, 99 * 1024),
+        Target("sm_120", "RTX 5090", 170, 99 * 1024, 1536, 24),
         Target("gfx90a", "MI250X", 110, 64 * 1024, backend="hip", warp_size=64),
         Target("gfx942", "MI300X", 304, 64 * 1024, backend="hip", warp_size=64),
     )
@@ -90,6 +108,9 @@ class Compiled:
     registers: int = 0
     spills: int = 0  # NVIDIA: instructions on local memory; AMD: vector registers kept in scratch memory
     shared_bytes: int = 0
+    blocks: int = 0  # programs that a multiprocessor runs at a time; 0 on AMD, where that is not worked out
+    maxnreg: int | None = None  # the launch's bound of registers
+    wgmma_serialised: bool = False  # each waits for the one before it
     matrix: dict[str, int] = field(default_factory=dict)  # instructions by kind
     dots: int = 0  # matrix products of 16-bit operands in the kernel's source
     dot_rows: int = 0  # the fewest rows that one of them has: fewer than 64 do not fill a warp group's instruction
@@ -105,6 +126,10 @@ class Compiled:
             faults.append(f"more than {target.shared_bytes} bytes of shared memory")
         if (threads := self.num_warps * target.warp_size) > target.max_threads:
             faults.append(f"{threads} threads, more than {target.max_threads}")
+        if self.wgmma_serialised:
+            faults.append("wgmma serialised")
+        if self.maxnreg and self.blocks < (meant := target.blocks(self.num_warps, self.maxnreg, 0)):
+            faults.append(f"{self.blocks} of the {meant} blocks a multiprocessor that maxnreg={self.maxnreg} is for")
         if self.dots and not self.matrix:
             faults.append("16-bit products without matrix instructions")
         return faults
@@ -113,12 +138,13 @@ class Compiled:
         case = f"{self.op} {self.case} {self.dtype}"
         matrix = ", ".join(f"{count} {kind}" for kind, count in self.matrix.items())
         row = f"{self.target:<7} {case:<56} {self.kernel:<26} {self.num_warps:>5} {self.registers:>9} {self.spills:>6} "
-        row += f"{self.shared_bytes:>9}  {matrix}"
+        row += f"{self.shared_bytes:>9} {self.blocks or '':>6}  {matrix}"
         return f"{row}  <- {'; '.join(faults)}" if (faults := self.faults()) else row
 
 
 HEADER = (
-    f"{'target':<7} {'case':<56} {'kernel':<26} {'warps':>5} {'registers':>9} {'spills':>6} {'shared B':>9}  matrix"
+    f"{'target':<7} {'case':<56} {'kernel':<26} {'warps':>5} {'registers':>9} {'spills':>6} {'shared B':>9} "
+    f"{'blocks':>6}  matrix"
 )
 
 
@@ -162,6 +188,9 @@ class _NotRun:
     def run(self, x: int, y: int, z: int, *args: Any) -> None:
         if max(y, z) > 65535:  # CUDA programming guide, table of technical specifications
             raise ValueError(f"a launch's grid is {(x, y, z)}; the second and third dimension may be 65535 at most")
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *args: None  # another launch like one that was recorded
 
 
 @contextmanager
@@ -217,26 +246,6 @@ def _run_without_data(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
         torch.autograd.grad(outs, list(leaves.differentiable().values()), grads, allow_unused=True)
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int]:
-    """``(registers, instructions on local memory)`` by the tools that the triton wheel carries."""
-    import triton.backends.nvidia as nvidia
-
-    tools = Path(nvidia.__path__[0]) / "bin"
-
-    def output(*command: str | Path) -> str:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", output(tools / "cuobjdump", "-res-usage", file))
-        assert usage is not None
-        registers, stack = map(int, usage.groups())
-        # Disassembling takes as long as compiling: only where there is local memory to be used.
-        spills = len(re.findall(r"\b(?:STL|LDL)\b", output(tools / "nvdisasm", "-c", file))) if stack else 0
-    return registers, spills
-
-
 def _amd_metadata(name: str, assembly: str) -> int:
     value = re.search(rf"\.{name}:\s*(\d+)", assembly)
     assert value is not None, name
@@ -256,18 +265,28 @@ def _compile(launch: Launch) -> Compiled:
         message = str(error).strip().splitlines() or [""]
         return Compiled(*names, error=f"{type(error).__name__}: {message[-1]}"[:200])
     dot_rows = [int(rows) for rows in _DOT.findall(kernel.asm["ttir"])]
-    if launch.target.backend == "cuda":
-        assembly = kernel.asm["ptx"]
-        registers, spills = _read_cubin(kernel.asm["cubin"])
+    shared_bytes, cuda = kernel.metadata.shared, launch.target.backend == "cuda"
+    assembly = kernel.asm["ptx" if cuda else "amdgcn"]
+    matrix = {kind: count for kind, name in _MATRIX.items() if (count := len(re.findall(name, assembly)))}
+    blocks, serialised = 0, False
+    if cuda:
+        registers, stack = _sass.resources(kernel.asm["cubin"])
+        spills = 0
+        if stack or "wgmma" in matrix:  # disassembling takes as long as compiling
+            code = _sass.disassemble(kernel.asm["cubin"])
+            spills, serialised = code.spills, code.wgmma_serialised
+        blocks = launch.target.blocks(num_warps, registers, shared_bytes)
     else:
-        assembly = kernel.asm["amdgcn"]
         registers, spills = _amd_metadata("vgpr_count", assembly), _amd_metadata("vgpr_spill_count", assembly)
     return Compiled(
         *names,
         registers=registers,
         spills=spills,
-        shared_bytes=kernel.metadata.shared,
-        matrix={kind: count for kind, name in _MATRIX.items() if (count := len(re.findall(name, assembly)))},
+        shared_bytes=shared_bytes,
+        blocks=blocks,
+        maxnreg=launch.options.get("maxnreg"),
+        wgmma_serialised=serialised,
+        matrix=matrix,
         dots=len(dot_rows),
         dot_rows=min(dot_rows, default=0),
     )
@@ -280,6 +299,7 @@ def launches(
     *,
     main: bool = False,
     every_case: bool = False,
+    cases: Sequence[Case] = (),
 ) -> list[Launch]:
     """What the operations launch on each target: the specs' bench and compile cases, each distinct launch once.
 
@@ -289,6 +309,7 @@ def launches(
         dtypes: "bf16", "fp16", "fp32".
         main: the compile cases alone where a spec has some.
         every_case: also the small odd shapes that the tests run.
+        cases: these instead of the specs', of one operation.
 
     Raises:
         ValueError: an unknown target, operation or dtype.
@@ -307,9 +328,9 @@ def launches(
     for target in map(TARGETS.__getitem__, targets):
         with _recorded(target) as recorded:
             for op in ops or specs:
-                cases = () if main and specs[op].compile_cases else specs[op].bench_cases
-                cases += specs[op].compile_cases + (specs[op].cases if every_case else ())
-                for dtype, case in itertools.product(dtypes, cases):
+                own = () if main and specs[op].compile_cases else specs[op].bench_cases
+                own += specs[op].compile_cases + (specs[op].cases if every_case else ())
+                for dtype, case in itertools.product(dtypes, cases or own):
                     _run_without_data(specs[op], case, DTYPES[dtype])
                     found += [Launch(op, case.name, dtype, target, *arguments) for arguments in recorded]
                     recorded.clear()

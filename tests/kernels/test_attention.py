@@ -124,6 +124,26 @@ def test_slices_of_a_packed_projection_are_not_copied(device: str):
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_tokens_farther_apart_than_32_bits_reach(device: str, backend: str):
+    """A tile's rows times the stride of its tokens are more than 2**31: of 10 GB of addresses a few pages are touched."""
+    tokens, stride = 12, 2**28
+    base = 2**31  # what lies before it is read if an offset wraps around: zeros
+    storage = torch.empty(base + (tokens - 1) * stride + 64, dtype=torch.bfloat16, device=device)
+    far = [storage.as_strided((1, 1, tokens, 16), (64, 16, stride, 1), base + 16 * i) for i in range(4)]
+    near = (*qkv(1, 1, tokens, 16, device=device, dtype=torch.bfloat16), torch.ones_like(far[0]))
+    results = []
+    for tensors in (near, [x.copy_(y) for x, y in zip(far, near)]):
+        *leaves, grad_out = (x.detach().requires_grad_() for x in tensors)
+        out = causal_attention(*leaves, backend=backend)
+        results.append((out, *torch.autograd.grad(out, leaves, grad_out)))
+    for actual, expected in zip(*results):
+        assert torch.equal(actual, expected)
+    exact = textbook(*near[:3], torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril())
+    plain = causal_attention(*near[:3], backend="reference")
+    assert_within_budget("out", results[1][0], plain, exact)
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_large_scores_neither_overflow_nor_lose_the_row(device: str, backend: str):
     q, k, v = qkv(1, 1, 40, 16, device=device)
     out = attention(q * 1e4, k * 1e4, v, backend=backend)

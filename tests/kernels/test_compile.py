@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from gptkernels import compile_report
 from gptkernels.backend import FUSED
 from gptkernels.compile_report import Compiled
 
@@ -100,23 +101,69 @@ def test_16_bit_products_use_the_matrix_units(compiled: dict[str, list[Row]], ta
     assert [row for row in large if set(row["matrix"]) != {TARGETS[target][1]}] == []
 
 
-def test_a_kernel_that_does_not_fit_is_found():
-    """Attention's forward in a tile that 4 warps cannot hold in registers, loaded too many tiles ahead."""
-    script = """
+def test_two_programs_share_an_h100s_multiprocessor(compiled: dict[str, list[Row]]):
+    """Of plain 16-bit attention with a head_dim of 64: while one waits for its products, the other computes."""
+    for kernel in ("_forward_kernel", "_dq_kernel"):
+        rows = [row for row in compiled["sm_90"] if row["kernel"] == kernel and row["dtype"] == "bf16"]
+        rows = [row for row in rows if row["op"] == "attention" and "-D64-" in row["case"]]
+        assert rows
+        assert [row for row in rows if row["blocks"] < 2] == []
+
+
+def _attention_forward(tile: str, case: str) -> list[str]:
+    """Attention's forward on an H100 in a given tile: spills, shared memory, blocks, faults."""
+    script = f"""
 from gptkernels import compile_report
 from gptkernels.attention import tiles, triton
-triton.tile = lambda *args: tiles.Tile(128, 64, 4, 9)
+triton.tile = lambda *args: tiles.Tile({tile})
 found = compile_report.launches(["sm_90"], ["attention"], ["bf16"], main=True)
-wanted = [l for l in found if l.source.fn.__name__ == "_forward_kernel" and "-D128-" in l.case]
+wanted = [l for l in found if l.source.fn.__name__ == "_forward_kernel" and "{case}" in l.case]
 for result in compile_report.compile_launches(wanted[:1]):
-    print(result.spills, result.shared_bytes, *result.faults(), sep=";")
+    print(result.spills, result.shared_bytes, result.blocks, *result.faults(), sep=";")
 """
     done = _python("-c", script)
     assert done.returncode == 0, done.stderr
-    spills, shared, *faults = done.stdout.strip().split(";")
+    return done.stdout.strip().split(";")
+
+
+def test_a_kernel_that_does_not_fit_is_found():
+    """In a tile that 4 warps cannot hold in registers, loaded too many tiles ahead."""
+    spills, shared, _, *faults = _attention_forward("128, 64, 4, 9", "-D128-")
     assert int(spills) > 0
     assert int(shared) > TARGETS["sm_90"][0]
     assert faults == [f"{spills} spills", "more than 232448 bytes of shared memory"]
+
+
+def test_serialised_wgmma_is_found():
+    """With fewer registers than the products of a tile need to overlap; and three programs where registers would do for four."""
+    spills, _, blocks, *faults = _attention_forward("128, 64, 8, 3, 64", "-D64-")
+    assert blocks == "3"
+    assert faults == [
+        f"{spills} spills",
+        "wgmma serialised",
+        "3 of the 4 blocks a multiprocessor that maxnreg=64 is for",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "num_warps", "registers", "shared_bytes", "blocks"),
+    [
+        ("sm_90", 8, 128, 0, 2),  # registers
+        ("sm_90", 8, 129, 0, 1),
+        ("sm_90", 4, 168, 0, 3),
+        ("sm_90", 4, 169, 0, 2),
+        ("sm_90", 8, 96, 113 * 1024, 2),  # shared memory: half of 228 KiB, less 1
+        ("sm_90", 8, 96, 113 * 1024 + 1, 1),
+        ("sm_90", 8, 96, 232448, 1),
+        ("sm_90", 8, 96, 232449, 0),
+        ("sm_90", 16, 32, 0, 4),  # threads
+        ("sm_89", 16, 32, 0, 3),
+        ("sm_90", 1, 16, 0, 32),  # programs
+        ("sm_89", 1, 16, 0, 24),
+    ],
+)
+def test_blocks_of_a_multiprocessor(target: str, num_warps: int, registers: int, shared_bytes: int, blocks: int):
+    assert compile_report.TARGETS[target].blocks(num_warps, registers, shared_bytes) == blocks
 
 
 def test_faults():
@@ -141,6 +188,11 @@ def test_faults():
     assert faults(num_warps=32, target="sm_90") == []
     assert faults(dots=2) == ["16-bit products without matrix instructions"]
     assert faults(dots=2, matrix={"mfma": 1}) == []
+    assert faults(wgmma_serialised=True) == ["wgmma serialised"]
+    assert faults(maxnreg=128, blocks=2, num_warps=8, target="sm_90") == []
+    assert faults(maxnreg=128, blocks=1, num_warps=8, target="sm_90") == [
+        "1 of the 2 blocks a multiprocessor that maxnreg=128 is for"
+    ]
     assert faults(error="OutOfResources: tensor memory") == ["OutOfResources: tensor memory"]
 
 

@@ -77,6 +77,21 @@ def test_infinities_and_nan_stay_in_their_row(classes: int, backend: str, device
     torch.testing.assert_close(gradient, plain_gradient, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", FUSED)
+def test_classes_at_the_edges_of_rows_that_start_anywhere(backend: str, dtype: torch.dtype, device: str):
+    """Rows of an odd number of classes start at every multiple of an element; their first and last classes count too."""
+    classes = 33_003
+    logits = torch.randn(10, classes, device=device).to(dtype)
+    logits[::2, :9], logits[1::2, -9:] = 12.0, 12.0  # the largest of their rows
+    logits[9, -1] = math.nan
+    target = torch.tensor([0, 1, 7, 8, 9, classes - 1, classes - 2, classes - 8, -100, 5], device=device)
+    losses, gradient = losses_and_gradient(logits, target, backend)
+    plain, plain_gradient = losses_and_gradient(logits.float(), target, "reference")
+    torch.testing.assert_close(losses.float(), plain, equal_nan=True)
+    torch.testing.assert_close(gradient, plain_gradient.to(dtype), equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", FUSED)
 def test_strided_targets_and_row_weights(backend: str, device: str):
     logits = torch.randn(4, 6, 9, device=device)

@@ -7,7 +7,8 @@ import torch
 from gptkernels import available_backends, layer_norm
 from gptkernels.layer_norm import reference
 from gptkernels.layer_norm.spec import SPEC
-from gptkernels.testing import Case, check_op, poisoned_memory
+from gptkernels.rms_norm import spec as rms_norm_spec
+from gptkernels.testing import Case, OpSpec, check_op, poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,6 +122,19 @@ def test_empty(shape: tuple[int, ...], device: str, backend: str):
 def test_any_shape_within_the_error_budget(shape, weight, bias, layout, dtype, seed, device, backend: str):
     parameters = {"shape": shape, "weight": weight, "bias": bias, "parameter_dtype": torch.float32, "layout": layout}
     check_op(SPEC, Case("drawn", parameters), dtype, backend, device, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", [SPEC, rms_norm_spec.ADD_SPEC], ids=lambda spec: spec.name)
+def test_several_teams_share_long_rows(spec: OpSpec, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch):
+    """A GPU has room for several teams of programs, each with a part of the column sums; the interpreter's device for one."""
+    triton = pytest.importorskip("gptkernels._triton")
+    monkeypatch.setattr(triton, "multiprocessors", lambda x: 19)  # a team has 9 programs
+    case = next(case for case in spec.cases if "x8193" in case.name)
+    x = torch.empty(case.parameters["shape"], dtype=dtype, device=device)
+    grid, _ = triton.team_rows(*case.parameters["shape"], [x, x], [x.stride(0)] * 2)
+    assert grid == (9, 2)
+    check_op(spec, case, dtype, "triton", device)
 
 
 @pytest.mark.parametrize(

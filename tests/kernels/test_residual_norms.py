@@ -11,7 +11,7 @@ from torch import Tensor
 
 FUSED = [name for name in available_backends() if name != "reference"]
 ADD_NORMS = {"layer": (add_layer_norm, layer_norm), "rms": (add_rms_norm, rms_norm)}
-# Of the Triton kernels: rows held whole; in blocks in the backward alone; in blocks in the forward too.
+# Of the Triton kernels: rows held whole; taken by teams in the backward; in blocks in the forward too.
 WHOLE, BLOCKS_BACKWARD, BLOCKS = 65, 9_000, 33_000
 
 pytestmark = pytest.mark.parametrize("backend", FUSED)

@@ -7,6 +7,7 @@ its shape. All arithmetic is float32. Elements are addressed in int64. The deriv
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -14,9 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gptkernels._triton import (
-    FP_FUSION,
+    Hardware,
+    Launch,
+    cdiv,
+    contiguous_like,
+    hardware,
     next_power_of_2,
     on_device,
+    planned,
     row_tile,
     rows_and_stride,
     share_rows,
@@ -163,30 +169,62 @@ def _swiglu_backward_kernel(
     tl.store(DGATE + rows * N + cols, dgate.to(DGATE.dtype.element_ty), mask=inside)
 
 
-def _elementwise(*tensors: Tensor, bias: Tensor | None = None) -> tuple[list[Tensor], list[int], int, dict[str, int]]:
-    """``(tensors as rows, [M, N, stride of each], programs, constants)`` of a kernel over tiles of `tensors`."""
-    if bias is None and all(t.is_contiguous() for t in tensors):
-        tensors = tuple(t.view(1, -1) for t in tensors)
-        block = TILE
-    else:
-        block = min(256, next_power_of_2(tensors[0].shape[-1]))
-    flat, rows, columns, strides = zip(*map(rows_and_stride, tensors))
-    tile = {"ROWS": TILE // block, "BLOCK": block, "num_warps": 4}
-    programs = triton.cdiv(rows[0], tile["ROWS"]) * triton.cdiv(columns[0], block)
-    return list(flat), [rows[0], columns[0], *strides], programs, tile
+def _as_rows(*tensors: Tensor, bias: Tensor | None = None) -> tuple[list[Tensor], tuple[int, ...]]:
+    """``(tensors, (M, N, stride of each))``: one row of all elements where each lies in one piece and no bias is added."""
+    if bias is None and all(x.is_contiguous() for x in tensors):
+        size = tensors[0].numel()
+        return list(tensors), (1, size, *[size] * len(tensors))
+    found, rows, columns, strides = zip(*map(rows_and_stride, tensors))
+    return list(found), (rows[0], columns[0], *strides)
+
+
+def _tiled(kernel: Any, sizes: tuple[int, ...], **flags: bool) -> Launch:
+    """The launch of a kernel over tiles; `sizes` are M, N and strides."""
+    rows, columns = sizes[:2]
+    block = TILE if rows == 1 and not flags.get("HAS_BIAS") else min(256, next_power_of_2(columns))
+    grid = (cdiv(rows, TILE // block) * cdiv(columns, block),)
+    return Launch(kernel, grid, sizes, **flags, ROWS=TILE // block, BLOCK=block, num_warps=4)
+
+
+@planned
+def _gelu_forward_launch(sizes: tuple[int, ...], has_bias: bool, tanh: bool) -> Launch:
+    return _tiled(_gelu_forward_kernel, sizes, HAS_BIAS=has_bias, TANH=tanh)
+
+
+@planned
+def _gelu_backward_launch(sizes: tuple[int, ...], has_bias: bool, tanh: bool) -> Launch:
+    return _tiled(_gelu_backward_kernel, sizes, HAS_BIAS=has_bias, TANH=tanh)
+
+
+@planned
+def _gelu_backward_bias_launch(
+    device: Hardware, itemsize: int, rows: int, columns: int, stride_dy: int, stride: int, tanh: bool
+) -> tuple[Launch, tuple[int, int, int]]:
+    """And the shape of the partial sums."""
+    grid, constants = share_rows(device, row_tile(rows, columns), rows, columns, [itemsize, itemsize])
+    launch = Launch(_gelu_backward_bias_kernel, grid, (rows, columns, stride_dy, stride), TANH=tanh, **constants)
+    return launch, (1, grid[0], columns)
+
+
+@planned
+def _swiglu_forward_launch(sizes: tuple[int, ...]) -> Launch:
+    return _tiled(_swiglu_forward_kernel, sizes)
+
+
+@planned
+def _swiglu_backward_launch(sizes: tuple[int, ...]) -> Launch:
+    return _tiled(_swiglu_backward_kernel, sizes)
 
 
 def gelu_forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """``gelu(x + bias)`` in x's dtype, contiguous."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = contiguous_like(x)
     if x.numel() == 0:
         return out
     bias = bias if bias is None else bias.contiguous()
-    (x,), sizes, programs, tile = _elementwise(x, bias=bias)
+    (x,), sizes = _as_rows(x, bias=bias)
     with on_device(x):
-        _gelu_forward_kernel[(programs,)](
-            x, bias, out, *sizes, HAS_BIAS=bias is not None, TANH=tanh, **tile, **FP_FUSION
-        )
+        _gelu_forward_launch(sizes, bias is not None, tanh)(x, bias, out)
     return out
 
 
@@ -194,7 +232,7 @@ def gelu_backward(
     grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """``(grad_x, grad_bias)``: the last float32 of shape ``(N,)``, or empty where not needed."""
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_x = contiguous_like(x)
     grad_bias = torch.empty(x.shape[-1] if need_bias else 0, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return grad_x, grad_bias.zero_()
@@ -203,39 +241,36 @@ def gelu_backward(
         if need_bias:
             x, rows, columns, stride = rows_and_stride(x)
             grad_out, _, _, stride_dy = rows_and_stride(grad_out)
-            grid, constants = share_rows(row_tile(rows, columns), rows, columns, [x, grad_out])
-            partial = torch.empty((1, grid[0], columns), dtype=torch.float32, device=x.device)
-            _gelu_backward_bias_kernel[grid](
-                grad_out, x, bias, grad_x, partial, rows, columns, stride_dy, stride,
-                TANH=tanh, **constants, **FP_FUSION,
-            )  # fmt: skip
+            launch, partial_shape = _gelu_backward_bias_launch(
+                hardware(x), x.dtype.itemsize, rows, columns, stride_dy, stride, tanh
+            )
+            partial = torch.empty(partial_shape, dtype=torch.float32, device=x.device)
+            launch(grad_out, x, bias, grad_x, partial)
             sum_partials(partial, [grad_bias])
         else:
-            (grad_out, x), sizes, programs, tile = _elementwise(grad_out, x, bias=bias)
-            _gelu_backward_kernel[(programs,)](
-                grad_out, x, bias, grad_x, *sizes, HAS_BIAS=bias is not None, TANH=tanh, **tile, **FP_FUSION
-            )
+            (grad_out, x), sizes = _as_rows(grad_out, x, bias=bias)
+            _gelu_backward_launch(sizes, bias is not None, tanh)(grad_out, x, bias, grad_x)
     return grad_x, grad_bias
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """``gate * logistic(gate) * up`` in their dtype, contiguous."""
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = contiguous_like(gate)
     if gate.numel() == 0:
         return out
-    (gate, up), sizes, programs, tile = _elementwise(gate, up)
+    (gate, up), sizes = _as_rows(gate, up)
     with on_device(gate):
-        _swiglu_forward_kernel[(programs,)](gate, up, out, *sizes, **tile, **FP_FUSION)
+        _swiglu_forward_launch(sizes)(gate, up, out)
     return out
 
 
 def swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """``(grad_gate, grad_up)`` in their dtype, contiguous."""
-    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grad_gate = contiguous_like(gate)
     grad_up = torch.empty_like(grad_gate)
     if gate.numel() == 0:
         return grad_gate, grad_up
-    (grad_out, gate, up), sizes, programs, tile = _elementwise(grad_out, gate, up)
+    (grad_out, gate, up), sizes = _as_rows(grad_out, gate, up)
     with on_device(gate):
-        _swiglu_backward_kernel[(programs,)](grad_out, gate, up, grad_gate, grad_up, *sizes, **tile, **FP_FUSION)
+        _swiglu_backward_launch(sizes)(grad_out, gate, up, grad_gate, grad_up)
     return grad_gate, grad_up

@@ -154,7 +154,8 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, dimensions: tuple[str, 
         _check.floating(name, x)
         if x.dim() != len(dimensions):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted is ({', '.join(dimensions)})")
-        _check.same_device(name, x, "query", query)
+        if x is not query:
+            _check.same_device(name, x, "query", query)
     head_dim, at = query.shape[-1], dimensions.index("heads")
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"query: got head_dim {head_dim}; accepted is at most {MAX_HEAD_DIM}")
@@ -164,7 +165,8 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, dimensions: tuple[str, 
         raise ValueError(
             f"key: got shape {tuple(key.shape)}; accepted is (batch {query.shape[0]}, heads, tokens, head_dim)"
         )
-    _check.shape("value", value, tuple(key.shape))
+    if value.shape != key.shape:
+        _check.shape("value", value, tuple(key.shape))
     heads, kv_heads = query.shape[at], key.shape[at]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(f"key: got {kv_heads} heads; accepted are counts that divide query's {heads}")
@@ -310,7 +312,8 @@ def _textbook(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...
 def empty_like_heads(x: Tensor) -> Tensor:
     """Uninitialised, of x's shape (B, H, T, D), laid out (B, T, H, D): merging the heads again is then a view."""
     batch, heads, tokens, head_dim = x.shape
-    return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    width = heads * head_dim
+    return x.new_empty_strided((batch, heads, tokens, head_dim), (tokens * width, head_dim, width, 1))
 
 
 def _fake_forward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -163,9 +163,11 @@ SPEC = OpSpec(
     ),
     compile_cases=(
         _case(16, 12, 1024, 64),
+        _case(4, 16, 4096, 128, is_causal=False),
         _case(4, 16, 2048, 128, kv_heads=4, lengths=(2048, 100, 7, 1)),
         _case(4, 16, 4096, 128, window=512, dropout_p=0.1),
         _case(16, 32, 1, 128, keys=4096, kv_heads=8),
+        _case(2, 16, 128, 128, keys=30, left_padding=(0, 2)),  # few keys: of float32 inputs one tile holds them all
     ),
 )
 

@@ -9,16 +9,16 @@ too. The derivation is in MATH.md.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from gptkernels._triton import FP_FUSION, architecture, multiprocessors, next_power_of_2, on_device
+from gptkernels._triton import Hardware, Launch, cdiv, hardware, next_power_of_2, on_device, planned
 from gptkernels.attention import dropout
 from gptkernels.attention.api import empty_like_heads
-from gptkernels.attention.tiles import tile, whole_rows
+from gptkernels.attention.tiles import Tile, tile, whole_rows
 from gptkernels.attention.triton_backward import _delta_kernel, _dkdv_kernel, _dq_kernel
 from gptkernels.attention.triton_forward import _combine_kernel, _decode_kernel, _forward_kernel
 
@@ -35,59 +35,182 @@ DECODE_TILES = 4
 
 def _readable(x: Tensor) -> Tensor:
     """`x` itself where head_dim has stride 1 (slices of a packed projection have) and tokens lie close enough, else a copy."""
-    adjacent = x.stride(-1) == 1 or x.shape[-1] == 1
-    return x if adjacent and x.stride(-2) < MAX_TOKEN_STRIDE else x.contiguous()
+    *_, token, last = x.stride()
+    return x if token < MAX_TOKEN_STRIDE and (last == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
 def _block_d(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))  # the matrix units' smallest inner dimension is 16
 
 
-class _Problem:
-    """What every launch is told: sizes, strides, masks and options, in the kernels' form."""
+_Strides = tuple[int, ...]
 
-    def __init__(
-        self, query: Tensor, key: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, cu_queries: Tensor | None,
-        cu_keys: Tensor | None, dropout_seed: Tensor | None, max_queries: int, max_keys: int, is_causal: bool,
-        window: int | None, dropout_p: float,
-    ) -> None:  # fmt: skip
-        self.packed = cu_queries is not None
-        self.sequences = cu_queries.shape[0] - 1 if cu_queries is not None else query.shape[0]
-        _, self.heads, self.queries, self.head_dim = query.shape
-        self.kv_heads, self.keys = key.shape[1], key.shape[2]
-        self.max_queries = max_queries if self.packed else self.queries
-        self.max_keys = max_keys if self.packed else self.keys
-        self.block_d = _block_d(self.head_dim)
-        self.has_dropout = dropout.threshold(dropout_p) > 0
-        self.masks = tuple(x if x is None else x.contiguous() for x in (key_lengths, key_mask))
-        self.sequence = tuple(x if x is None else x.contiguous() for x in (cu_queries, cu_keys))
-        self.tensors = (*self.masks, *self.sequence, dropout_seed if self.has_dropout else None)
-        self.options = (dropout.rescale(dropout_p), dropout.threshold(dropout_p), window or 0)
-        self.sizes = (self.heads, self.heads // max(self.kv_heads, 1), self.queries, self.keys)
+
+class _Problem(NamedTuple):
+    """What every launch depends on beside strides and dtypes; its properties say it in the kernels' form."""
+
+    hardware: Hardware
+    itemsize: int
+    query_shape: tuple[int, ...]
+    key_shape: tuple[int, ...]
+    has_lengths: bool
+    has_mask: bool
+    packed_sequences: int | None
+    packed_queries: int  # of the longest sequence
+    packed_keys: int
+    is_causal: bool
+    window: int | None
+    scale: float
+    dropout_p: float
+
+    @property
+    def packed(self) -> bool:
+        return self.packed_sequences is not None
+
+    @property
+    def sequences(self) -> int:
+        return self.query_shape[0] if self.packed_sequences is None else self.packed_sequences
+
+    @property
+    def heads(self) -> int:
+        return self.query_shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key_shape[1]
+
+    @property
+    def queries(self) -> int:
+        return self.query_shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.key_shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query_shape[3]
+
+    @property
+    def max_queries(self) -> int:
+        return self.packed_queries if self.packed else self.queries
+
+    @property
+    def max_keys(self) -> int:
+        return self.packed_keys if self.packed else self.keys
+
+    @property
+    def block_d(self) -> int:
+        return _block_d(self.head_dim)
+
+    @property
+    def has_dropout(self) -> bool:
+        return dropout.threshold(self.dropout_p) > 0
+
+    @property
+    def is_plain(self) -> bool:
+        """As `tiles.tile` has it."""
+        others = self.has_dropout or self.has_lengths or self.has_mask or self.packed
+        return self.window is None and not others
+
+    @property
+    def options(self) -> tuple[float, int, int]:
+        return dropout.rescale(self.dropout_p), dropout.threshold(self.dropout_p), self.window or 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.heads, self.heads // max(self.kv_heads, 1), self.queries, self.keys
+
+    @property
+    def statistics_strides(self) -> tuple[int, int]:
         # Of a packed batch the one batch entry holds all sequences.
-        self.statistics_strides = (0 if self.packed else self.heads * self.queries, self.queries)
-        self.flags: dict[str, Any] = {
-            "IS_CAUSAL": is_causal,
-            "HAS_LENGTHS": key_lengths is not None,
-            "HAS_MASK": key_mask is not None,
-            "HAS_WINDOW": window is not None,
+        return 0 if self.packed else self.heads * self.queries, self.queries
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        return {
+            "IS_CAUSAL": self.is_causal,
+            "HAS_LENGTHS": self.has_lengths,
+            "HAS_MASK": self.has_mask,
+            "HAS_WINDOW": self.window is not None,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": self.block_d,
         }
 
+    @property
     def empty(self) -> bool:
         return 0 in (self.sequences, self.heads, self.head_dim, self.max_queries, self.max_keys)
 
-    def strides(self, *tensors: Tensor) -> tuple[int, ...]:
-        """The (batch, head, token) strides of each."""
-        found = []
-        for x in tensors:
-            batch, head, token, _ = x.stride()
-            found += [0 if self.packed else batch, head, token]
-        return tuple(found)
+    def strides(self, *given: _Strides) -> _Strides:
+        """The (batch, head, token) strides of each of the tensors whose strides are `given`."""
+        return tuple(size for batch, head, token, _ in given for size in (0 if self.packed else batch, head, token))
 
     def even(self, block_m: int) -> bool:
         return not self.packed and self.queries % block_m == 0
+
+
+def _problem(
+    query: Tensor, key: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, cu_queries: Tensor | None,
+    max_queries: int, max_keys: int, is_causal: bool, window: int | None, scale: float, dropout_p: float,
+) -> _Problem:  # fmt: skip
+    return _Problem(
+        hardware(query), query.dtype.itemsize, query.shape, key.shape, key_lengths is not None, key_mask is not None,
+        None if cu_queries is None else cu_queries.shape[0] - 1, max_queries, max_keys, is_causal, window, scale, dropout_p,
+    )  # fmt: skip
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
+class _Split(NamedTuple):
+    """The forward of few queries: as many splits of the keys as fill the GPU twice, then their union."""
+
+    splits: Launch
+    union: Launch
+    partial: tuple[int, ...]  # the shape of the splits' outputs, float32
+
+
+@planned
+def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides) -> Launch | _Split | None:
+    """None where there is nothing to compute. `strides` are those of query, key, value and out.
+
+    `choose` is `tile`: an argument, so that another choice (bench.tune tries many) finds launches of its own.
+    """
+    if p.empty:
+        return None
+    few = p.queries <= DECODE_QUERIES and p.queries * p.heads // p.kv_heads <= DECODE_ROWS
+    if few and not p.packed and not p.has_dropout:
+        return _split(p, choose("decode", p.hardware.arch, p.itemsize, p.block_d), *strides)
+    t = choose("forward", p.hardware.arch, p.itemsize, p.block_d, p.has_dropout, p.is_plain)
+    return Launch(
+        _forward_kernel, (cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,),
+        (p.scale * LOG2_E, *p.options, *p.sizes, p.max_queries, *p.strides(*strides), *p.statistics_strides),
+        **p.flags, HAS_DROPOUT=p.has_dropout, PACKED=p.packed, EVEN_Q=p.even(t.block_m),
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, **t.options,
+    )  # fmt: skip
+
+
+def _split(p: _Problem, t: Tile, *strides: _Strides) -> _Split:
+    rows = p.queries * p.heads // p.kv_heads
+    kv_heads = p.sequences * p.kv_heads
+    wanted = cdiv(2 * p.hardware.multiprocessors, kv_heads)
+    tiles = cdiv(p.keys, t.block_n)
+    chunk = max(DECODE_TILES, cdiv(tiles, wanted)) * t.block_n
+    splits = cdiv(p.keys, chunk)
+    return _Split(
+        Launch(
+            _decode_kernel, (splits, kv_heads),
+            (p.scale * LOG2_E, p.options[-1], *p.sizes, chunk, *p.strides(*strides[:3])),
+            **p.flags, BLOCK_M=max(t.block_m, next_power_of_2(rows)), BLOCK_N=t.block_n,
+            **t.options,
+        ),
+        Launch(
+            _combine_kernel, (p.sequences * p.heads * p.queries,), (*p.sizes[:3], splits, *strides[3][:3]),
+            HEAD_DIM=p.head_dim, BLOCK_D=p.block_d, BLOCK_S=next_power_of_2(splits), num_warps=4,
+        ),
+        (kv_heads, splits, rows, p.head_dim),
+    )  # fmt: skip
 
 
 def attention_forward(
@@ -113,57 +236,78 @@ def attention_forward(
     """
     out = empty_like_heads(query)
     numbers = 2 if query.dtype == torch.float32 else 1
-    statistics = torch.empty((numbers, *query.shape[:3]), dtype=torch.float32, device=query.device)
-    shifts, sums = _shifts_and_sums(statistics)
-    p = _Problem(
-        query, key, key_lengths, key_mask, cu_queries, cu_keys, dropout_seed, max_queries, max_keys, is_causal, window, dropout_p
-    )  # fmt: skip
-    if p.empty():
-        return out.zero_(), statistics.fill_(math.inf if sums is None else 0.0)
+    statistics = query.new_empty((numbers, *query.shape[:3]), dtype=torch.float32)
     query, key, value = _readable(query), _readable(key), _readable(value)
-    few = p.queries <= DECODE_QUERIES and p.queries * p.heads // p.kv_heads <= DECODE_ROWS
-    if few and not p.packed and not p.has_dropout:
-        _decode(p, query, key, value, scale, out, statistics)
-        return out, statistics
-    t = tile("forward", architecture(query), query.dtype.itemsize, p.block_d, p.has_dropout)
+    p = _problem(
+        query, key, key_lengths, key_mask, cu_queries, max_queries, max_keys, is_causal, window, scale, dropout_p
+    )  # fmt: skip
+    launch = _forward_launch(p, tile, query.stride(), key.stride(), value.stride(), out.stride())
+    if launch is None:
+        return out.zero_(), statistics.fill_(math.inf if numbers == 1 else 0.0)
+    sums = statistics[1] if numbers == 2 else None
+    masks = _contiguous(key_lengths, key_mask)
     with on_device(query):
-        _forward_kernel[(triton.cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,)](
-            query, key, value, out, shifts, sums, *p.tensors, scale * LOG2_E, *p.options, *p.sizes, p.max_queries,
-            *p.strides(query, key, value, out), *p.statistics_strides,
-            **p.flags, HAS_DROPOUT=p.has_dropout, PACKED=p.packed, EVEN_Q=p.even(t.block_m),
-            BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=t.num_warps, num_stages=t.num_stages, **FP_FUSION,
-        )  # fmt: skip
+        if isinstance(launch, _Split):
+            partial = query.new_empty(launch.partial, dtype=torch.float32)
+            partial_maxima = query.new_empty(launch.partial[:3], dtype=torch.float32)
+            partial_sums = torch.empty_like(partial_maxima)
+            launch.splits(query, key, value, partial, partial_maxima, partial_sums, *masks)
+            launch.union(partial, partial_maxima, partial_sums, out, statistics, sums)
+        else:
+            sequences = _contiguous(cu_queries, cu_keys)
+            seed = dropout_seed if dropout.threshold(dropout_p) else None
+            launch(query, key, value, out, statistics, sums, *masks, *sequences, seed)
     return out, statistics
 
 
-def _shifts_and_sums(statistics: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``(log-sum-exp, None)``, or of float32 inputs ``(maximum, sum)``."""
-    return statistics[0], statistics[1] if len(statistics) == 2 else None
+class _Backward(NamedTuple):
+    """The three kernels; `whole_rows` is whether they make the weights anew within a tile, without the saved sums."""
+
+    delta: Launch
+    dkdv: Launch
+    dq: Launch
+    whole_rows: bool
 
 
-def _decode(
-    p: _Problem, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, statistics: Tensor
-) -> None:
-    """The forward of few queries: as many splits of the keys as fill the GPU twice, then their union."""
-    rows = p.queries * p.heads // p.kv_heads
-    t = tile("decode", architecture(query), query.dtype.itemsize, p.block_d)
-    kv_heads = p.sequences * p.kv_heads
-    wanted = triton.cdiv(2 * multiprocessors(query), kv_heads)
-    tiles = triton.cdiv(p.keys, t.block_n)
-    chunk = max(DECODE_TILES, triton.cdiv(tiles, wanted)) * t.block_n
-    splits = triton.cdiv(p.keys, chunk)
-    partial = torch.empty((kv_heads, splits, rows, p.head_dim), dtype=torch.float32, device=query.device)
-    maxima, sums = torch.empty((2, kv_heads, splits, rows), dtype=torch.float32, device=query.device)
-    with on_device(query):
-        _decode_kernel[(splits, kv_heads)](
-            query, key, value, partial, maxima, sums, *p.masks, scale * LOG2_E, p.options[-1], *p.sizes, chunk,
-            *p.strides(query, key, value), **p.flags, BLOCK_M=max(t.block_m, next_power_of_2(rows)), BLOCK_N=t.block_n,
-            num_warps=t.num_warps, num_stages=t.num_stages, **FP_FUSION,
-        )  # fmt: skip
-        _combine_kernel[(p.sequences * p.heads * p.queries,)](
-            partial, maxima, sums, out, *_shifts_and_sums(statistics), *p.sizes[:3], splits, *out.stride()[:3],
-            HEAD_DIM=p.head_dim, BLOCK_D=p.block_d, BLOCK_S=next_power_of_2(splits), num_warps=4, **FP_FUSION,
-        )  # fmt: skip
+@planned
+def _backward_launches(
+    p: _Problem, choose: Callable[..., Tile], has_grad_lse: bool, *strides: _Strides
+) -> _Backward | None:
+    """As `_forward_launch`; `strides` are those of query, key, value, grad_out, out and of the three gradients."""
+    if p.empty:
+        return None
+    arch, inputs, (out, grad_query, *grads_key_value) = p.hardware.arch, strides[:4], strides[4:]
+    dkdv = choose("dkdv", arch, p.itemsize, p.block_d, p.has_dropout, p.is_plain).at_most(
+        next_power_of_2(p.max_queries)
+    )
+    dq = choose("dq", arch, p.itemsize, p.block_d, p.has_dropout, p.is_plain)
+    whole = whole_rows(next_power_of_2(p.max_keys), p.block_d) if p.itemsize == 4 else None
+    if whole:
+        dkdv, dq = whole
+    numbers = (p.scale, p.scale * LOG2_E, *p.options, *p.sizes)
+    given = (*p.strides(*inputs), *p.statistics_strides)
+    flags = {**p.flags, "HAS_DROPOUT": p.has_dropout, "PACKED": p.packed, "WHOLE_ROWS": bool(whole)}
+    return _Backward(
+        Launch(
+            _delta_kernel, (cdiv(p.max_queries, DELTA_BLOCK) * p.sequences * p.heads,),
+            (p.heads, p.queries, p.max_queries, *p.strides(out, inputs[3]), *p.statistics_strides),
+            PACKED=p.packed, HAS_DLSE=has_grad_lse, WHOLE_ROWS=bool(whole),
+            HEAD_DIM=p.head_dim, BLOCK_D=p.block_d, BLOCK_M=DELTA_BLOCK, num_warps=4,
+        ),
+        Launch(
+            _dkdv_kernel, (cdiv(p.max_keys, dkdv.block_n) * p.sequences * p.kv_heads,),
+            (*numbers, p.max_keys, *given, *p.strides(*grads_key_value)),
+            **flags, EVEN_Q=p.even(dkdv.block_m), EVEN_K=not p.packed and p.keys % dkdv.block_n == 0,
+            BLOCK_M=dkdv.block_m, BLOCK_N=dkdv.block_n, **dkdv.options,
+        ),
+        Launch(
+            _dq_kernel, (cdiv(p.max_queries, dq.block_m) * p.sequences * p.heads,),
+            (*numbers, p.max_queries, *given, *p.strides(grad_query)),
+            **flags, EVEN_Q=p.even(dq.block_m),
+            BLOCK_M=dq.block_m, BLOCK_N=dq.block_n, **dq.options,
+        ),
+        bool(whole),
+    )  # fmt: skip
 
 
 def attention_backward(
@@ -188,39 +332,25 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(grad_query, grad_key, grad_value)``, each laid out as the forward's output; the same bits on every run."""
     grad_query, grad_key, grad_value = empty_like_heads(query), empty_like_heads(key), empty_like_heads(value)
-    p = _Problem(
-        query, key, key_lengths, key_mask, cu_queries, cu_keys, dropout_seed, max_queries, max_keys, is_causal, window, dropout_p
-    )  # fmt: skip
-    if p.empty():
-        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
     query, key, value, grad_out = _readable(query), _readable(key), _readable(value), _readable(grad_out)
-    grad_lse = grad_lse if grad_lse is None else grad_lse.contiguous()
-    arch, itemsize = architecture(query), query.dtype.itemsize
-    dkdv = tile("dkdv", arch, itemsize, p.block_d, p.has_dropout).at_most(next_power_of_2(p.max_queries))
-    dq = tile("dq", arch, itemsize, p.block_d, p.has_dropout)
-    shifts, sums = _shifts_and_sums(statistics)
-    whole = sums is not None and whole_rows(next_power_of_2(p.max_keys), p.block_d)
-    if whole:
-        (dkdv, dq), sums = whole, None
-    delta = torch.empty_like(shifts)
-    inputs = (query, key, value, grad_out, shifts, sums, delta, grad_lse)
-    numbers = (scale, scale * LOG2_E, *p.options, *p.sizes)
-    strides = (*p.strides(query, key, value, grad_out), *p.statistics_strides)
-    flags = {**p.flags, "HAS_DROPOUT": p.has_dropout, "PACKED": p.packed, "WHOLE_ROWS": bool(whole)}
+    p = _problem(
+        query, key, key_lengths, key_mask, cu_queries, max_queries, max_keys, is_causal, window, scale, dropout_p
+    )  # fmt: skip
+    launches = _backward_launches(
+        p, tile, grad_lse is not None, query.stride(), key.stride(), value.stride(), grad_out.stride(), out.stride(),
+        grad_query.stride(), grad_key.stride(), grad_value.stride(),
+    )  # fmt: skip
+    if launches is None:
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
+    sums = statistics[1] if len(statistics) == 2 and not launches.whole_rows else None
+    masks = _contiguous(key_lengths, key_mask)
+    cu_queries, cu_keys, grad_lse = _contiguous(cu_queries, cu_keys, grad_lse)
+    seed = dropout_seed if dropout.threshold(dropout_p) else None
+    delta = torch.empty_like(statistics[0] if len(statistics) == 2 else statistics)
+    inputs = (query, key, value, grad_out, statistics, sums, delta, grad_lse)
+    rest = (*masks, cu_queries, cu_keys, seed)
     with on_device(query):
-        _delta_kernel[(triton.cdiv(p.max_queries, DELTA_BLOCK) * p.sequences * p.heads,)](
-            out, grad_out, sums, grad_lse, delta, *p.sequence, p.heads, p.queries, p.max_queries,
-            *p.strides(out, grad_out), *p.statistics_strides, PACKED=p.packed, HAS_DLSE=grad_lse is not None, WHOLE_ROWS=bool(whole),
-            HEAD_DIM=p.head_dim, BLOCK_D=p.block_d, BLOCK_M=DELTA_BLOCK, num_warps=4, **FP_FUSION,
-        )  # fmt: skip
-        _dkdv_kernel[(triton.cdiv(p.max_keys, dkdv.block_n) * p.sequences * p.kv_heads,)](
-            *inputs, grad_key, grad_value, *p.tensors, *numbers, p.max_keys, *strides, *p.strides(grad_key, grad_value),
-            **flags, EVEN_Q=p.even(dkdv.block_m), EVEN_K=not p.packed and p.keys % dkdv.block_n == 0,
-            BLOCK_M=dkdv.block_m, BLOCK_N=dkdv.block_n, num_warps=dkdv.num_warps, num_stages=dkdv.num_stages, **FP_FUSION,
-        )  # fmt: skip
-        _dq_kernel[(triton.cdiv(p.max_queries, dq.block_m) * p.sequences * p.heads,)](
-            *inputs, grad_query, *p.tensors, *numbers, p.max_queries, *strides, *p.strides(grad_query),
-            **flags, EVEN_Q=p.even(dq.block_m),
-            BLOCK_M=dq.block_m, BLOCK_N=dq.block_n, num_warps=dq.num_warps, num_stages=dq.num_stages, **FP_FUSION,
-        )  # fmt: skip
+        launches.delta(out, grad_out, sums, grad_lse, delta, cu_queries, cu_keys)
+        launches.dkdv(*inputs, grad_key, grad_value, *rest)
+        launches.dq(*inputs, grad_query, *rest)
     return grad_query, grad_key, grad_value

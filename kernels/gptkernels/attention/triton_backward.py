@@ -156,8 +156,6 @@ def _dkdv_kernel(
     start = first_key + start_n
     K += batch * stride_kb + kv_head * stride_kh + start * stride_kt
     V += batch * stride_vb + kv_head * stride_vh + start * stride_vt
-    DK += batch * stride_gkb + kv_head * stride_gkh + start * stride_gkt
-    DV += batch * stride_gvb + kv_head * stride_gvh + start * stride_gvt
     if HAS_MASK:
         KEY_MASK += batch * Tk
     seed = 0
@@ -215,6 +213,9 @@ def _dkdv_kernel(
         scale /= scale_log2
     dk = tl.where(seen[:, None], dk * scale, 0.0)
     dv = tl.where(seen[:, None], dv, 0.0)
+    # Not before the loops, which would have to keep these addresses in registers.
+    DK += batch * stride_gkb + kv_head * stride_gkh + start * stride_gkt
+    DV += batch * stride_gvb + kv_head * stride_gvh + start * stride_gvt
     mask = (keys[:, None] < Tk) & (dims[None, :] < HEAD_DIM)
     tl.store(DK + row[:, None] * stride_gkt + dims[None, :], dk.to(DK.dtype.element_ty), mask=mask)
     tl.store(DV + row[:, None] * stride_gvt + dims[None, :], dv.to(DV.dtype.element_ty), mask=mask)

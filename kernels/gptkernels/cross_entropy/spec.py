@@ -67,6 +67,8 @@ SPEC = OpSpec(
         _case(9, 100, ignored=0.5, reduction="none"),
         _case(4, 50257),
         _case(2, 131072, reduction="none"),
+        _case(9, 33003, reduction="none", ignored=0.3),
+        _case(3, 33003, layout="slice"),
         _case(70, 100, layout="slice"),
         _case(6, 40, layout="transposed"),
         _case(6, 40, layout="transposed", reduction="none"),

@@ -11,14 +11,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels._triton import FP_FUSION, architecture, multiprocessors, next_power_of_2, on_device, rows_and_stride
+from gptkernels._triton import (
+    Hardware,
+    Launch,
+    cdiv,
+    contiguous_like,
+    hardware,
+    long_rows,
+    next_power_of_2,
+    on_device,
+    planned,
+    rereading_threads,
+    rows_and_stride,
+)
 
 # The longest row that one program keeps in registers: 32,768 float32 over 1,024 threads are 32 registers a thread.
 MAX_BLOCK = 32768
 MAX_THREADS = 1024
-# A long row with a gradient is read twice, the second time from cache. Two rows a multiprocessor overlap one's reads with
-# the other's writes; rows of more bytes than this come one at a time, or those in flight outgrow the second-level cache.
-SHARED_BYTES = 131072
 # What one program of the scaling kernel takes at a time.
 SCALE_BLOCK = 4096
 
@@ -58,13 +67,28 @@ def _rows_kernel(
 @triton.jit
 def _long_kernel(
     X, TARGET, WEIGHT, LOSS, DX, N, PADDED, stride_x, stride_dx, ignored,
-    GRADIENT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+    GRADIENT: tl.constexpr, PIECE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One long row: maximum and sum online in one read; with GRADIENT a second read, of what the first left in cache.
 
     Each of LANES columns of a tile keeps a maximum and a sum of its own, so that the loop waits for no other thread.
+    PIECE: 0, or the elements of 16 bytes where rows start anywhere. The loops then take the whole pieces that lie in the
+    row, from column `head` on, and the edges before and behind them are taken by themselves.
     """
     row = tl.program_id(0).to(tl.int64)
+    head = 0
+    size = N  # columns of the loops that count
+    touched = PADDED
+    BODY = X + row * stride_x
+    if PIECE > 0:
+        start_piece = tl.cdiv(row * stride_x, PIECE)
+        head = (start_piece * PIECE - row * stride_x).to(tl.int32)
+        size = (N - head) // PIECE * PIECE
+        touched = size
+        BODY = X + start_piece * PIECE
+        edge = tl.arange(0, 2 * PIECE)
+        edge_cols = tl.where(edge < PIECE, edge, head + size + edge - PIECE)
+        edge_end = tl.where(edge < PIECE, head, N)
     X += row * stride_x
     target = tl.load(TARGET + row)
     counted = target != ignored
@@ -72,33 +96,46 @@ def _long_kernel(
     target = target.to(tl.int32)
     chosen = tl.load(X + target, mask=counted & known, other=float("nan")).to(tl.float32)
     tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    read = tl.where(counted, PADDED, 0)  # of an ignored row nothing
+    read = tl.where(counted, touched, 0)  # of an ignored row nothing
     m = tl.full((LANES,), LOWEST, tl.float32)  # not -inf, which would be subtracted from itself
     total = tl.zeros((LANES,), tl.float32)
     for start in range(0, read, DEPTH * LANES):
         cols = start + tile
-        x = tl.load(X + cols, mask=cols < read, other=0.0).to(tl.float32)
-        x = tl.where(cols < N, x, float("-inf"))
+        x = tl.load(BODY + cols, mask=cols < read, other=0.0).to(tl.float32)
+        x = tl.where(cols < size, x, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, axis=0))
         e = tl.exp2((x - m_new[None, :]) * LOG2E)
         total = total * tl.exp2((m - m_new) * LOG2E) + tl.sum(e, axis=0)
         m = m_new
     top = tl.max(m, axis=0)
+    if PIECE > 0:
+        is_edge = edge_cols < tl.where(counted, edge_end, 0)
+        x_edge = tl.load(X + edge_cols, mask=is_edge, other=float("-inf")).to(tl.float32)
+        top = tl.maximum(top, tl.max(x_edge, axis=0))
     total = tl.sum(total * tl.exp2((m - top) * LOG2E), axis=0)
+    if PIECE > 0:
+        total += tl.sum(tl.exp2((x_edge - top) * LOG2E), axis=0)
     tl.store(LOSS + row, tl.where(counted, tl.log(total) + (top - chosen), 0.0))
     if GRADIENT:
+        BODY_DX = DX + row * stride_dx + head
+        if PIECE > 0:
+            BODY_DX = DX + tl.cdiv(row * stride_dx, PIECE) * PIECE
         DX += row * stride_dx
         weight = tl.where(known, tl.load(WEIGHT + row), float("nan"))
         factor = 1.0 / total
         # From the end: what was read last is what the caches still hold. The gradient is not to drive it out.
-        blocks = tl.cdiv(PADDED, DEPTH * LANES)
+        blocks = tl.cdiv(touched, DEPTH * LANES)
         for block in range(blocks):
             cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
-            x = tl.load(X + cols, mask=cols < read, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            x = tl.load(BODY + cols, mask=cols < read, other=0.0, eviction_policy="evict_first").to(tl.float32)
             p = tl.exp2((x - top) * LOG2E) * factor
-            dx = weight * tl.where(cols == target, p - 1.0, p)
-            dx = tl.where(counted & (cols < N), dx, 0.0)
-            tl.store(DX + cols, dx.to(DX.dtype.element_ty), mask=cols < PADDED, eviction_policy="evict_first")
+            dx = weight * tl.where(cols == target - head, p - 1.0, p)
+            dx = tl.where(counted & (cols < size), dx, 0.0)
+            tl.store(BODY_DX + cols, dx.to(DX.dtype.element_ty), mask=cols < touched, eviction_policy="evict_first")
+        if PIECE > 0:
+            p = tl.exp2((x_edge - top) * LOG2E) * factor
+            dx = weight * tl.where(edge_cols == target, p - 1.0, p)
+            tl.store(DX + edge_cols, tl.where(counted, dx, 0.0).to(DX.dtype.element_ty), mask=edge_cols < edge_end)
 
 
 @triton.jit
@@ -114,11 +151,6 @@ def _scale_kernel(X, FACTOR, SIZE, BLOCK: tl.constexpr):
             tl.store(X + offsets, (x * factor).to(X.dtype.element_ty), mask=offsets < SIZE)
 
 
-def _warp(x: Tensor) -> int:
-    """Threads of a warp on `x`'s device."""
-    return 64 if architecture(x) == "hip" else 32
-
-
 def _short(columns: int, warp: int) -> tuple[int, dict[str, int]]:
     """Rows a program and constants of the whole-row kernel: short rows share a program, about 16 elements a thread."""
     block = next_power_of_2(columns)
@@ -127,12 +159,29 @@ def _short(columns: int, warp: int) -> tuple[int, dict[str, int]]:
     return per_program, {"ROWS": per_program, "BLOCK": block, "num_warps": max(1, threads // warp)}
 
 
-def _long(row_bytes: int, itemsize: int, aligned: bool, gradient: bool, warp: int) -> dict[str, int]:
-    """Constants of the long-row kernel: LANES so that a column of the tile belongs to one thread, whatever the loads."""
-    threads = (512 if row_bytes <= SHARED_BYTES else MAX_THREADS) if gradient else 256
-    # Per thread 16 elements in loads of 16 bytes; of rows that allow no wide loads 8, whose addresses fill the registers.
-    lanes, elements = (16 // itemsize, 16) if aligned else (2, 8)
-    return {"DEPTH": elements // lanes, "LANES": threads * lanes, "num_warps": threads // warp}
+def _piece(itemsize: int, columns: int, padded: int, strides: tuple[int, int]) -> int:
+    """PIECE of the long-row kernel: where rows do not all start at 16 bytes, but those of both tensors alike."""
+    piece = 16 // itemsize
+    wide = all(size % 16 == 0 for size in (padded, *strides))
+    alike = padded == columns and strides[0] % piece == strides[1] % piece
+    return piece if alike and not wide else 0
+
+
+@planned
+def _rows_launch(
+    device: Hardware, itemsize: int, rows: int, columns: int, padded: int, stride: int, stride_grad: int,
+    ignore_index: int, gradient: bool, aligned: bool,
+) -> Launch:  # fmt: skip
+    if columns <= MAX_BLOCK:
+        per_program, constants = _short(columns, device.warp_size)
+        grid, kernel, sizes = cdiv(rows, per_program), _rows_kernel, (rows, columns)
+    else:
+        threads = rereading_threads(columns * itemsize) if gradient else 256
+        piece = _piece(itemsize, columns, padded, (stride, stride_grad)) if aligned else 0
+        constants = long_rows(device, itemsize, () if piece else (padded, stride, stride_grad), threads)
+        constants["PIECE"] = piece
+        grid, kernel, sizes = rows, _long_kernel, (columns,)
+    return Launch(kernel, (grid,), (*sizes, padded, stride, stride_grad, ignore_index), GRADIENT=gradient, **constants)
 
 
 def rows_cross_entropy(
@@ -146,35 +195,27 @@ def rows_cross_entropy(
 ) -> None:
     """The launcher of both losses: writes `losses` and, where given, `grad_logits`, which may be `logits` itself.
 
-    `logits` and `grad_logits` are (M, V) with adjacent columns, the rest is (M,) and contiguous. Of every row, the
-    first `padded` columns may be read and written: where those are a multiple of 16 and V is not, accesses stay wide.
+    `logits` and `grad_logits` are rows of V (those to be written can be read in place), the rest is one number a row and
+    contiguous. Of every row, the first `padded` columns may be read and written: where those are a multiple of 16 and V is
+    not, accesses stay wide.
     """
-    rows, columns = logits.shape
-    padded = padded or columns
-    strides = logits.stride(0), logits.stride(0) if grad_logits is None else grad_logits.stride(0)
-    gradient = grad_logits is not None
+    given = logits
+    logits, rows, columns, stride = rows_and_stride(logits)
+    stride_grad = stride if grad_logits is None or grad_logits is given else rows_and_stride(grad_logits)[3]
+    aligned = (logits.data_ptr() | (0 if grad_logits is None else grad_logits.data_ptr())) % 16 == 0
+    launch = _rows_launch(
+        hardware(logits), logits.dtype.itemsize, rows, columns, padded or columns, stride, stride_grad, ignore_index,
+        grad_logits is not None, aligned,
+    )  # fmt: skip
     with on_device(logits):
-        if columns <= MAX_BLOCK:
-            per_program, constants = _short(columns, _warp(logits))
-            _rows_kernel[(triton.cdiv(rows, per_program),)](
-                logits, target, row_weight, losses, grad_logits, rows, columns, padded, *strides, ignore_index,
-                GRADIENT=gradient, **constants, **FP_FUSION,
-            )  # fmt: skip
-        else:
-            itemsize, aligned = logits.element_size(), all(size % 16 == 0 for size in (padded, *strides))
-            constants = _long(columns * itemsize, itemsize, aligned, gradient, _warp(logits))
-            _long_kernel[(rows,)](
-                logits, target, row_weight, losses, grad_logits, columns, padded, *strides, ignore_index,
-                GRADIENT=gradient, **constants, **FP_FUSION,
-            )  # fmt: skip
+        launch(logits, target, row_weight, losses, grad_logits)
 
 
 def cross_entropy_forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The losses, float32, of target's shape."""
-    losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+    losses = contiguous_like(target, torch.float32)
     if target.numel():
-        rows = rows_and_stride(logits)[0]
-        rows_cross_entropy(rows, target.contiguous(), ignore_index, losses)
+        rows_cross_entropy(logits, target.contiguous(), ignore_index, losses)
     return losses
 
 
@@ -182,19 +223,22 @@ def cross_entropy_backward(
     logits: Tensor, target: Tensor, row_weight: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """``(losses, grad_logits)``: the gradient of the losses' sum weighted by `row_weight`, like logits and contiguous."""
-    losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    losses = contiguous_like(target, torch.float32)
+    grad_logits = contiguous_like(logits)
     if target.numel():
-        rows, _, columns, _ = rows_and_stride(logits)
         weights = row_weight.to(torch.float32).contiguous()
-        rows_cross_entropy(rows, target.contiguous(), ignore_index, losses, weights, grad_logits.view(-1, columns))
+        rows_cross_entropy(logits, target.contiguous(), ignore_index, losses, weights, grad_logits)
     return losses, grad_logits
+
+
+@planned
+def _scale_launch(device: Hardware, size: int) -> Launch:
+    programs = min(cdiv(size, SCALE_BLOCK), 8 * device.multiprocessors)
+    return Launch(_scale_kernel, (programs,), (size,), BLOCK=SCALE_BLOCK, num_warps=8)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
     """``x *= factor`` for a contiguous `x` and one number on its device; free where the number is 1."""
-    if x.numel() == 0:
-        return
-    programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), 8 * multiprocessors(x))
-    with on_device(x):
-        _scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8, **FP_FUSION)
+    if x.numel():
+        with on_device(x):
+            _scale_launch(hardware(x), x.numel())(x, factor)

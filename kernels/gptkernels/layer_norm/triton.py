@@ -10,15 +10,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels._triton import FP_FUSION, on_device, row_tile, rows_and_stride, share_rows, sum_partials, whole_rows
+from gptkernels._triton import (
+    Hardware,
+    Launch,
+    cdiv,
+    contiguous_like,
+    hardware,
+    on_device,
+    planned,
+    registers,
+    rereading_threads,
+    rows_and_stride,
+    share_rows,
+    sum_partials,
+    team_rows,
+    whole_rows,
+)
 
 # The longest row that one program holds in registers: forward 32 float32 a thread; backward 16 of each of x, dy, weight,
 # dw and db.
 # Half of it where a 16-bit branch meets a float32 stream: their layouts differ, and a thread needs more.
 FORWARD_BLOCK = 32768
 BACKWARD_BLOCK = 8192
-# Columns that one program of the long-row kernels takes at a time.
-LOOP_BLOCK = 4096
+# What is read once is to leave the caches first, what is read again last.
+ONCE, AGAIN = tl.constexpr("evict_first"), tl.constexpr("evict_last")
 
 
 @triton.jit
@@ -73,11 +88,11 @@ def _forward_long_kernel(
     for start in range(0, N, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < N
-        x = tl.load(X + cols, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(X + cols, mask=inside, other=0.0, eviction_policy=ONCE if HAS_RESIDUAL else AGAIN).to(tl.float32)
         if HAS_RESIDUAL:
-            residual = tl.load(RESIDUAL + cols, mask=inside, other=0.0).to(tl.float32)
+            residual = tl.load(RESIDUAL + cols, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
             summed = (x + residual).to(SUMMED.dtype.element_ty)
-            tl.store(SUMMED + cols, summed, mask=inside)
+            tl.store(SUMMED + cols, summed, mask=inside, eviction_policy=AGAIN)
             x = summed.to(tl.float32)
         count = tl.minimum(N - start, BLOCK).to(tl.float32)
         block_mean = tl.sum(x, axis=0) / count
@@ -90,40 +105,41 @@ def _forward_long_kernel(
     if HAS_RESIDUAL:
         tl.debug_barrier()  # the sums below may be another thread's
         X = SUMMED
-    for start in range(0, N, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+    # From the end: what was read last is what the caches still hold. The result is not to drive it out.
+    blocks = tl.cdiv(N, BLOCK)
+    for block in range(blocks):
+        cols = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
         inside = cols < N
-        out = (tl.load(X + cols, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+        x = tl.load(X + cols, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
+        out = (x - mean) * rstd
         if HAS_WEIGHT:
             out = out * tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             out = out + tl.load(B + cols, mask=inside, other=0.0).to(tl.float32)
-        tl.store(OUT + cols, out.to(OUT.dtype.element_ty), mask=inside)
+        tl.store(OUT + cols, out.to(OUT.dtype.element_ty), mask=inside, eviction_policy=ONCE)
     tl.store(MEAN + row, mean)
     tl.store(RSTD + row, rstd)
 
 
 @triton.jit
 def _backward_kernel(
-    DY, DSUMMED, X, W, MEAN, RSTD, C1, C2, DX, DBRANCH, PARTIAL_DW, PARTIAL_DB,
+    DY, DSUMMED, X, W, MEAN, RSTD, DX, DBRANCH, PARTIAL_DW, PARTIAL_DB,
     M, N, stride_dy, stride_dsummed, stride_x,
     HAS_DSUMMED: tl.constexpr, HAS_DBRANCH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     NEED_DW: tl.constexpr, NEED_DB: tl.constexpr,
-    WHOLE: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A share of the rows, every P-th group of ROWS: dx of each, and the sums of dw and db, in registers to the end.
-
-    WHOLE: BLOCK holds a row. Otherwise program (i, j) has the j-th block of columns, and c1 and c2 are read.
-    """
+    """A share of the rows, every P-th group of ROWS: dx of each, and the sums of dw and db, in registers to the end."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     steps = tl.cdiv(tl.cdiv(M, ROWS), tl.num_programs(0))
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)
     inside = cols < N
     if HAS_WEIGHT:
         weight = tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
+    FOLD: tl.constexpr = min(BLOCK, 8)  # neighbours that a thread has for itself
     for step in tl.range(0, steps, num_stages=STAGES):
         rows = (program + step * programs) * ROWS + tl.arange(0, ROWS)
         row_inside = rows < M
@@ -136,12 +152,14 @@ def _backward_kernel(
         wdy = dy
         if HAS_WEIGHT:
             wdy = dy * weight[None, :]
-        if WHOLE:
-            c1 = tl.sum(xhat * wdy, axis=1) / N  # (ROWS,)
-            c2 = tl.sum(wdy, axis=1) / N
-        else:
-            c1 = tl.load(C1 + rows, mask=row_inside, other=0.0)
-            c2 = tl.load(C2 + rows, mask=row_inside, other=0.0)
+        if NEED_DW:
+            dw += dy * xhat
+        if NEED_DB:
+            db += dy
+        # Both at once: a program's threads meet half as often.
+        c1 = tl.sum(tl.reshape(xhat * wdy, (ROWS, BLOCK // FOLD, FOLD)), axis=2)
+        c2 = tl.sum(tl.reshape(wdy, (ROWS, BLOCK // FOLD, FOLD)), axis=2)
+        c1, c2 = tl.split(tl.sum(tl.join(c1, c2), axis=1) / N)  # (ROWS,) each
         dx = (wdy - xhat * c1[:, None] - c2[:, None]) * rstd[:, None]
         if HAS_DSUMMED:
             dsummed = tl.load(DSUMMED + rows[:, None] * stride_dsummed + cols[None, :], mask=mask, other=0.0)
@@ -150,10 +168,6 @@ def _backward_kernel(
         tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=mask)
         if HAS_DBRANCH:
             tl.store(DBRANCH + offsets, dx.to(DBRANCH.dtype.element_ty), mask=mask)
-        if NEED_DW:
-            dw += dy * xhat
-        if NEED_DB:
-            db += dy
     if NEED_DW:
         tl.store(PARTIAL_DW + program * N + cols, tl.sum(dw, axis=0), mask=inside)
     if NEED_DB:
@@ -161,28 +175,83 @@ def _backward_kernel(
 
 
 @triton.jit
-def _backward_means_kernel(
-    DY, X, W, MEAN, RSTD, C1, C2, N, stride_dy, stride_x, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr
+def _backward_long_kernel(
+    DY, DSUMMED, X, W, MEAN, RSTD, DX, DBRANCH, PARTIAL_DW, PARTIAL_DB,
+    M, N, stride_dy, stride_dsummed, stride_x,
+    HAS_DSUMMED: tl.constexpr, HAS_DBRANCH: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    NEED_DW: tl.constexpr, NEED_DB: tl.constexpr,
+    DEPTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """c1 and c2 of one row longer than a block."""
-    row = tl.program_id(0).to(tl.int64)
-    X += row * stride_x
-    DY += row * stride_dy
-    mean = tl.load(MEAN + row)
-    rstd = tl.load(RSTD + row)
-    c1 = tl.zeros((BLOCK,), tl.float32)
-    c2 = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        inside = cols < N
-        xhat = (tl.load(X + cols, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
-        wdy = tl.load(DY + cols, mask=inside, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
-            wdy *= tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
-        c1 += xhat * wdy  # wdy is 0 beyond the row
-        c2 += wdy
-    tl.store(C1 + row, tl.sum(c1, axis=0) / N)
-    tl.store(C2 + row, tl.sum(c2, axis=0) / N)
+    """A team's share of the rows, as many at a time as it has members: of these each member takes one row, for its dx, and
+    then a block of columns, for its part of dw and db, which the team has just brought into cache."""
+    member = tl.program_id(0)
+    members = tl.num_programs(0)
+    teams = tl.num_programs(1)
+    tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    own = member * BLOCK + tl.arange(0, BLOCK)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    # Whoever reads x and dy last lets them go.
+    SECOND: tl.constexpr = AGAIN if NEED_DW or NEED_DB else ONCE
+    for step in range(tl.cdiv(tl.cdiv(M, members), teams)):
+        first = (tl.program_id(1) + step * teams).to(tl.int64) * members
+        row = first + member
+        read = tl.where(row < M, N, 0)
+        mean = tl.load(MEAN + row, mask=row < M, other=0.0)
+        rstd = tl.load(RSTD + row, mask=row < M, other=0.0)
+        sum_1 = tl.zeros((LANES,), tl.float32)
+        sum_2 = tl.zeros((LANES,), tl.float32)
+        for start in range(0, read, DEPTH * LANES):
+            cols = start + tile
+            inside = cols < read
+            x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0, eviction_policy=AGAIN)
+            wdy = tl.load(DY + row * stride_dy + cols, mask=inside, other=0.0, eviction_policy=AGAIN)
+            wdy = wdy.to(tl.float32)
+            if HAS_WEIGHT:
+                wdy *= tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
+            sum_1 += tl.sum((x.to(tl.float32) - mean) * wdy, axis=0)  # wdy is 0 beyond the row
+            sum_2 += tl.sum(wdy, axis=0)
+        slope = -tl.sum(sum_1, axis=0) / N * rstd * rstd * rstd
+        shift = -tl.sum(sum_2, axis=0) / N * rstd
+        # From the end: what was read last is what the first-level cache still holds.
+        blocks = tl.cdiv(read, DEPTH * LANES)
+        for block in range(blocks):
+            cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
+            inside = cols < read
+            x = tl.load(X + row * stride_x + cols, mask=inside, other=0.0, eviction_policy=SECOND)
+            wdy = tl.load(DY + row * stride_dy + cols, mask=inside, other=0.0, eviction_policy=SECOND).to(tl.float32)
+            if HAS_WEIGHT:
+                wdy *= tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
+            dx = wdy * rstd + ((x.to(tl.float32) - mean) * slope + shift)
+            if HAS_DSUMMED:
+                dsummed = DSUMMED + row * stride_dsummed + cols
+                dx += tl.load(dsummed, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
+            offsets = row * N + cols
+            tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=inside, eviction_policy=ONCE)
+            if HAS_DBRANCH:
+                branch = dx.to(DBRANCH.dtype.element_ty)
+                tl.store(DBRANCH + offsets, branch, mask=inside, eviction_policy=ONCE)
+        if NEED_DW or NEED_DB:
+            for start in range(0, members, ROWS):
+                index = start + tl.arange(0, ROWS)
+                rows = first + index
+                row_inside = (index < members) & (rows < M)
+                inside = row_inside[:, None] & (own < N)[None, :]
+                dy = DY + rows[:, None] * stride_dy + own[None, :]
+                dy = tl.load(dy, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
+                if NEED_DW:
+                    x = X + rows[:, None] * stride_x + own[None, :]
+                    x = tl.load(x, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
+                    mean_ = tl.load(MEAN + rows, mask=row_inside, other=0.0)
+                    rstd_ = tl.load(RSTD + rows, mask=row_inside, other=0.0)
+                    dw += dy * (x - mean_[:, None]) * rstd_[:, None]
+                if NEED_DB:
+                    db += dy
+    partial = tl.program_id(1).to(tl.int64) * N + own
+    if NEED_DW:
+        tl.store(PARTIAL_DW + partial, tl.sum(dw, axis=0), mask=own < N)
+    if NEED_DB:
+        tl.store(PARTIAL_DB + partial, tl.sum(db, axis=0), mask=own < N)
 
 
 def layer_norm_forward(
@@ -202,12 +271,30 @@ def add_layer_norm_forward(
     return out, summed, mean, rstd
 
 
+@planned
+def _forward_launch(
+    device: Hardware, itemsize: int, rows: int, columns: int, stride: int, stride_residual: int, eps: float,
+    has_residual: bool, has_weight: bool, has_bias: bool, mixed: bool,
+) -> Launch:  # fmt: skip
+    """`itemsize`: bytes of an element that is normalised; `mixed`: the residual stream's dtype is not the branch's."""
+    flags = {"HAS_RESIDUAL": has_residual, "HAS_WEIGHT": has_weight, "HAS_BIAS": has_bias}
+    strides = (stride, stride_residual, eps)
+    if columns > FORWARD_BLOCK >> mixed:
+        threads = rereading_threads(columns * itemsize)
+        constants = {"BLOCK": 16 * threads, "num_warps": threads // device.warp_size} | registers(device, 1024)
+        return Launch(_forward_long_kernel, (rows,), (columns, *strides), **flags, **constants)
+    constants = whole_rows(device, columns, 16)
+    return Launch(
+        _forward_kernel, (cdiv(rows, constants["ROWS"]),), (rows, columns, *strides), **flags, **constants
+    )  # fmt: skip
+
+
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    summed = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    out = contiguous_like(x)
+    summed = None if residual is None else contiguous_like(residual)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return out, summed, mean.zero_(), rstd.zero_()
@@ -217,19 +304,13 @@ def _forward(
         residual, _, _, stride_residual = rows_and_stride(residual)
     weight = weight if weight is None else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    tensors = (x, residual, weight, bias, out, summed, mean, rstd)
-    flags = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     mixed = residual is not None and residual.dtype != x.dtype
+    launch = _forward_launch(
+        hardware(x), (x if residual is None else residual).itemsize, rows, columns, stride, stride_residual, eps,
+        residual is not None, weight is not None, bias is not None, mixed
+    )  # fmt: skip
     with on_device(x):
-        if columns <= FORWARD_BLOCK >> mixed:
-            constants = whole_rows(x, columns, 16)
-            _forward_kernel[(triton.cdiv(rows, constants["ROWS"]),)](
-                *tensors, rows, columns, stride, stride_residual, eps, **flags, **constants, **FP_FUSION
-            )
-        else:
-            _forward_long_kernel[(rows,)](
-                *tensors, columns, stride, stride_residual, eps, **flags, BLOCK=LOOP_BLOCK, num_warps=8, **FP_FUSION
-            )
+        launch(x, residual, weight, bias, out, summed, mean, rstd)
     return out, summed, mean, rstd
 
 
@@ -249,6 +330,25 @@ def layer_norm_backward(
     return grad_x, grad_weight, grad_bias
 
 
+@planned
+def _backward_launch(
+    device: Hardware, read: tuple[int, ...], rows: int, columns: int, stride_dy: int, stride_dsummed: int, stride: int,
+    mixed: bool, branch: bool, has_weight: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Launch, int]:  # fmt: skip
+    """And how many partial sums it leaves of each column; `read`: bytes an element of the sum, of dy, of dsummed if any."""
+    flags = {"HAS_DSUMMED": len(read) == 3, "HAS_DBRANCH": branch, "HAS_WEIGHT": has_weight}
+    flags |= {"NEED_DW": need_weight, "NEED_DB": need_bias}
+    itemsize = max(read[:2])
+    if columns <= BACKWARD_BLOCK >> mixed:
+        tile = whole_rows(device, columns, 32 // itemsize, warps=8)
+        grid, constants = share_rows(device, tile, rows, columns, read)
+        kernel, parts = _backward_kernel, grid[0]
+    else:
+        grid, constants = team_rows(device, rows, columns, itemsize, (stride, stride_dy))
+        kernel, parts = _backward_long_kernel, grid[1]
+    return Launch(kernel, grid, (rows, columns, stride_dy, stride_dsummed, stride), **flags, **constants), parts
+
+
 def add_layer_norm_backward(
     grad_out: Tensor,
     grad_summed: Tensor | None,
@@ -261,12 +361,12 @@ def add_layer_norm_backward(
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(grad_residual, grad_x, grad_weight, grad_bias)``: grad_x empty where grad_residual serves, or not needed."""
-    columns, device = summed.shape[-1], summed.device
-    branch = need_x and grad_out.dtype != summed.dtype
-    grad_residual = torch.empty(summed.shape, dtype=summed.dtype, device=device)
-    grad_x = torch.empty(summed.shape if branch else (0,), dtype=grad_out.dtype, device=device)
-    grad_weight = torch.empty(columns if need_weight else 0, dtype=torch.float32, device=device)
-    grad_bias = torch.empty(columns if need_bias else 0, dtype=torch.float32, device=device)
+    columns, mixed = summed.shape[-1], grad_out.dtype != summed.dtype
+    branch = need_x and mixed
+    grad_residual = contiguous_like(summed)
+    grad_x = contiguous_like(grad_out) if branch else grad_out.new_empty(0)
+    grad_weight = summed.new_empty(columns if need_weight else 0, dtype=torch.float32)
+    grad_bias = summed.new_empty(columns if need_bias else 0, dtype=torch.float32)
     if summed.numel() == 0:
         return grad_residual, grad_x, grad_weight.zero_(), grad_bias.zero_()
     summed, rows, _, stride = rows_and_stride(summed)
@@ -275,24 +375,16 @@ def add_layer_norm_backward(
     if grad_summed is not None:
         grad_summed, _, _, stride_dsummed = rows_and_stride(grad_summed)
     weight = weight if weight is None else weight.contiguous()
-    whole = columns <= BACKWARD_BLOCK >> (grad_out.dtype != summed.dtype)
-    tile = whole_rows(summed, columns, 8) if whole else row_tile(rows, columns)
-    read = [t for t in (summed, grad_out, grad_summed) if t is not None]
-    grid, constants = share_rows(tile, rows, columns, read)
-    means = torch.empty((2, 0 if whole else rows), dtype=torch.float32, device=device)
-    partial = torch.empty((need_weight + need_bias, grid[0], columns), dtype=torch.float32, device=device)
-    partial_weight, partial_bias = partial[:1], partial[-1:]
+    read = tuple(t.element_size() for t in (summed, grad_out, grad_summed) if t is not None)
+    launch, parts = _backward_launch(
+        hardware(summed), read, rows, columns, stride_dy, stride_dsummed, stride,
+        mixed, branch, weight is not None, need_weight, need_bias,
+    )  # fmt: skip
+    partial = summed.new_empty((need_weight + need_bias, parts, columns), dtype=torch.float32)
+    partial_bias = partial[1] if need_weight and need_bias else partial
     with on_device(summed):
-        if not whole:
-            _backward_means_kernel[(rows,)](
-                grad_out, summed, weight, mean, rstd, means[0], means[1], columns, stride_dy, stride,
-                HAS_WEIGHT=weight is not None, BLOCK=LOOP_BLOCK, num_warps=8, **FP_FUSION,
-            )  # fmt: skip
-        _backward_kernel[grid](
-            grad_out, grad_summed, summed, weight, mean, rstd, means[0], means[1], grad_residual, grad_x,
-            partial_weight, partial_bias, rows, columns, stride_dy, stride_dsummed, stride,
-            HAS_DSUMMED=grad_summed is not None, HAS_DBRANCH=branch, HAS_WEIGHT=weight is not None,
-            NEED_DW=need_weight, NEED_DB=need_bias, WHOLE=whole, **constants, **FP_FUSION,
+        launch(
+            grad_out, grad_summed, summed, weight, mean, rstd, grad_residual, grad_x, partial, partial_bias
         )  # fmt: skip
         sum_partials(partial, [total for total in (grad_weight, grad_bias) if total.numel()])
     return grad_residual, grad_x, grad_weight, grad_bias

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels._triton import FP_FUSION, next_power_of_2, on_device
+from gptkernels._triton import Launch, cdiv, next_power_of_2, on_device, planned
 from gptkernels.attention.api import empty_like_heads
 
 # What a program takes of each of its heads, and how many heads that share the angles: 16 elements a thread and head, so
@@ -70,29 +70,43 @@ def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    out = empty_like_heads(x)
-    if x.numel() == 0:
-        return out
-    x, cos, sin = _adjacent(x), _adjacent(cos), _adjacent(sin)
-    batch, heads, tokens, head_dim = x.shape
-    pairs = cos.shape[-1]
+@planned
+def _launch(
+    shape: tuple[int, ...], pairs: int, strides: tuple[int, ...], cos_strides: tuple[int, int],
+    sin_strides: tuple[int, int], out_strides: tuple[int, ...], interleaved: bool, inverse: bool,
+) -> Launch:  # fmt: skip
+    batch, heads, tokens, head_dim = shape
     rest = head_dim - 2 * pairs
-    # In a table for all sequences the next sequence's row is the same one.
-    cos_batch, sin_batch = (t.stride(0) if t.dim() == 3 and t.shape[0] > 1 else 0 for t in (cos, sin))
     block, block_rest = next_power_of_2(pairs), next_power_of_2(rest) if rest else 0
     row = next_power_of_2(2 * block + block_rest)
     per_program = min(next_power_of_2(tokens), max(1, ELEMENTS // row))
     together = math.gcd(heads, MAX_HEADS)
     head_groups = heads // together
+    return Launch(
+        _rotate_kernel, (batch * cdiv(tokens, per_program) * head_groups,),
+        (tokens, head_groups, *strides[:3], *cos_strides, *sin_strides, *out_strides[:3]),
+        PAIRS=pairs, REST=rest, INTERLEAVED=interleaved, INVERSE=inverse,
+        HEADS=together, TOKENS=per_program, BLOCK=block, BLOCK_REST=block_rest,
+        num_warps=max(1, min(16, per_program * row // 512)),
+    )  # fmt: skip
+
+
+def _table_strides(table: Tensor) -> tuple[int, int]:
+    """From a sequence's row to the next sequence's, and from token to token; in a table for all, the next is the same."""
+    strides = table.stride()
+    return strides[0] if len(strides) == 3 and table.shape[0] > 1 else 0, strides[-2]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    out = empty_like_heads(x)
+    if x.numel() == 0:
+        return out
+    x, cos, sin = _adjacent(x), _adjacent(cos), _adjacent(sin)
+    launch = _launch(
+        x.shape, cos.shape[-1], x.stride(), _table_strides(cos), _table_strides(sin), out.stride(), interleaved, inverse
+    )  # fmt: skip
     with on_device(x):
-        _rotate_kernel[(batch * triton.cdiv(tokens, per_program) * head_groups,)](
-            x, cos, sin, out, tokens, head_groups,
-            *x.stride()[:3], cos_batch, cos.stride(-2), sin_batch, sin.stride(-2), *out.stride()[:3],
-            PAIRS=pairs, REST=rest, INTERLEAVED=interleaved, INVERSE=inverse,
-            HEADS=together, TOKENS=per_program, BLOCK=block, BLOCK_REST=block_rest,
-            num_warps=max(1, min(16, per_program * row // 512)), **FP_FUSION,
-        )  # fmt: skip
+        launch(x, cos, sin, out)
     return out
 
 

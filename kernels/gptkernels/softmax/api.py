@@ -26,8 +26,8 @@ def softmax(
         scale: positive and finite; multiplies x in the same pass (attention's ``1 / sqrt(head_dim)``, or one over a
             temperature).
         causal: the last two dimensions are (query, key), `dim` is the last, and query i keeps the keys up to
-            ``i + keys - queries``: bottom-right aligned, the last query keeps every key. The others come out as 0
-            and are neither read nor exponentiated.
+            ``i + keys - queries``: bottom-right aligned, the last query keeps every key. The others come out as 0,
+            whatever they hold.
         backend: overrides `use_backend` for this call.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Softmax in Triton: whole rows while they fit on chip, an online pass and a second read beyond; other dims in tiles.
+"""Softmax in Triton: whole rows while they fit in registers, an online pass and a second read beyond; other dims in tiles.
 
 All arithmetic is float32. Rows are addressed in int64. The derivation and the traffic are in MATH.md.
 """
@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels._triton import FP_FUSION, next_power_of_2, on_device, rows_and_stride
+from gptkernels._triton import (
+    Hardware,
+    Launch,
+    cdiv,
+    contiguous_like,
+    hardware,
+    long_rows,
+    next_power_of_2,
+    on_device,
+    planned,
+    rereading_threads,
+    rows_and_stride,
+    whole_rows,
+)
 
-# The longest row that one program holds in registers: 16,384 float32 over 16 warps are 32 registers a thread (of 32 to a
-# warp; AMD's warps have 64, and at most 1,024 threads make a program).
-MAX_BLOCK = 16384
-# Columns that one program of the long-row kernels takes at a time.
-LOOP_BLOCK = 4096
+LOG2_E = math.log2(math.e)
+
+# The longest row that one program holds in registers: 32 float32 a thread of 1,024; backward y and dy, 16 of each.
+FORWARD_BLOCK = 32768
+BACKWARD_BLOCK = 16384
 # The tile of the kernels for a dimension that is not the last: elements along it, and neighbours beside it.
 STRIDED_BLOCK = 32
 STRIDED_WIDTH = 64
@@ -26,11 +38,16 @@ STRIDED_WIDTH = 64
 
 @triton.jit
 def _visible(rows, N, QUERIES, CAUSAL: tl.constexpr):
-    """How many of its N columns each row keeps, counted from the left."""
+    """How many of its N columns each row keeps, counted from the left, and how many are read.
+
+    Those end at a multiple of 16 or at the row's end: a mask that may end anywhere would have every element loaded alone.
+    """
     visible = tl.zeros_like(rows) + N
+    read = visible
     if CAUSAL:
         visible = tl.minimum(tl.maximum(rows % QUERIES + 1 + N - QUERIES, 0), visible)
-    return visible
+        read = tl.minimum(tl.cdiv(visible, 16) * 16, read)
+    return visible, read
 
 
 @triton.jit
@@ -52,8 +69,11 @@ def _forward_kernel(
     """ROWS whole rows: one read, one write."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
-    seen = (rows < M)[:, None] & (cols[None, :] < _visible(rows, N, QUERIES, CAUSAL)[:, None])
-    x = tl.load(X + rows[:, None] * stride_x + cols[None, :], mask=seen, other=float("-inf")).to(tl.float32)
+    visible, read = _visible(rows, N, QUERIES, CAUSAL)
+    touched = (rows < M)[:, None] & (cols[None, :] < read[:, None])
+    x = tl.load(X + rows[:, None] * stride_x + cols[None, :], mask=touched, other=float("-inf")).to(tl.float32)
+    if CAUSAL:
+        x = tl.where(cols[None, :] < visible[:, None], x, float("-inf"))
     m = _finite_max(tl.max(x, axis=1))  # (ROWS,)
     p = tl.exp2((x - m[:, None]) * scale_log2)
     y = p * _reciprocal(tl.sum(p, axis=1))[:, None]
@@ -62,29 +82,40 @@ def _forward_kernel(
 
 
 @triton.jit
-def _forward_long_kernel(X, Y, N, QUERIES, stride_x, scale_log2, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
-    """One row longer than a block: maximum and sum online in one read, the result in a second."""
+def _forward_long_kernel(
+    X, Y, N, QUERIES, stride_x, scale_log2, CAUSAL: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """One long row: maximum and sum online in one read, the result in a second, of what the first left in cache.
+
+    Each of LANES columns of a tile keeps a maximum and a sum of its own, so that the loop waits for no other thread.
+    """
     row = tl.program_id(0).to(tl.int64)
     X += row * stride_x
     Y += row * N
-    visible = _visible(row, N, QUERIES, CAUSAL)
-    m = float("-inf")
-    total = 0.0
-    for start in range(0, visible, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = tl.load(X + cols, mask=cols < visible, other=float("-inf")).to(tl.float32)
+    visible, read = _visible(row, N, QUERIES, CAUSAL)
+    tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    m = tl.full((LANES,), float("-inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(0, read, DEPTH * LANES):
+        cols = start + tile
+        x = tl.load(X + cols, mask=cols < read, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        if CAUSAL:
+            x = tl.where(cols < visible, x, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, axis=0))
         base = _finite_max(m_new)
-        total = total * tl.exp2((m - base) * scale_log2) + tl.sum(tl.exp2((x - base) * scale_log2), axis=0)
+        total = total * tl.exp2((m - base) * scale_log2) + tl.sum(tl.exp2((x - base[None, :]) * scale_log2), axis=0)
         m = m_new
-    base = _finite_max(m)
-    factor = _reciprocal(total)
-    for start in range(0, N, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        # Past the visible columns nothing is read, and exp2(-inf) is the 0 that belongs there.
-        x = tl.load(X + cols, mask=cols < visible, other=float("-inf")).to(tl.float32)
+    base = _finite_max(tl.max(m, axis=0))
+    factor = _reciprocal(tl.sum(total * tl.exp2((m - base) * scale_log2), axis=0))
+    # From the end: what was read last is what the caches still hold. The result is not to drive it out.
+    blocks = tl.cdiv(N, DEPTH * LANES)
+    for block in range(blocks):
+        cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
+        x = tl.load(X + cols, mask=cols < read, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        if CAUSAL:
+            x = tl.where(cols < visible, x, float("-inf"))
         y = tl.exp2((x - base) * scale_log2) * factor
-        tl.store(Y + cols, y.to(Y.dtype.element_ty), mask=cols < N)
+        tl.store(Y + cols, y.to(Y.dtype.element_ty), mask=cols < N, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -124,9 +155,12 @@ def _backward_kernel(
     """ROWS whole rows: dx = scale * y * (dy - sum(y * dy)), each tensor read once."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
-    seen = (rows < M)[:, None] & (cols[None, :] < _visible(rows, N, QUERIES, CAUSAL)[:, None])
-    y = tl.load(Y + rows[:, None] * N + cols[None, :], mask=seen, other=0.0).to(tl.float32)
-    dy = tl.load(DY + rows[:, None] * stride_dy + cols[None, :], mask=seen, other=0.0).to(tl.float32)
+    visible, read = _visible(rows, N, QUERIES, CAUSAL)
+    touched = (rows < M)[:, None] & (cols[None, :] < read[:, None])
+    y = tl.load(Y + rows[:, None] * N + cols[None, :], mask=touched, other=0.0).to(tl.float32)
+    dy = tl.load(DY + rows[:, None] * stride_dy + cols[None, :], mask=touched, other=0.0).to(tl.float32)
+    if CAUSAL:  # y is 0 there, but dy may be NaN
+        dy = tl.where(cols[None, :] < visible[:, None], dy, 0.0)
     centred = dy - tl.sum(y * dy, axis=1)[:, None]
     # y sums to 1 only up to its rounding: what is left of the mean is taken out in a second look, in registers.
     centred -= tl.sum(y * centred, axis=1)[:, None]
@@ -136,27 +170,37 @@ def _backward_kernel(
 
 
 @triton.jit
-def _backward_long_kernel(DY, Y, DX, N, QUERIES, stride_dy, scale, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
-    """One row longer than a block: the sums of y * dy and of y in one read, dx in a second."""
+def _backward_long_kernel(
+    DY, Y, DX, N, QUERIES, stride_dy, scale, CAUSAL: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """One long row: the sums of y * dy and of y in one read, dx in a second, of what the first left in cache."""
     row = tl.program_id(0).to(tl.int64)
     DY += row * stride_dy
     Y += row * N
     DX += row * N
-    visible = _visible(row, N, QUERIES, CAUSAL)
-    dot = 0.0
-    total = 0.0
-    for start in range(0, visible, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        y = tl.load(Y + cols, mask=cols < visible, other=0.0).to(tl.float32)
-        dy = tl.load(DY + cols, mask=cols < visible, other=0.0).to(tl.float32)
+    visible, read = _visible(row, N, QUERIES, CAUSAL)
+    tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    dot = tl.zeros((LANES,), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(0, read, DEPTH * LANES):
+        cols = start + tile
+        y = tl.load(Y + cols, mask=cols < read, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        dy = tl.load(DY + cols, mask=cols < read, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        if CAUSAL:
+            dy = tl.where(cols < visible, dy, 0.0)
         dot += tl.sum(y * dy, axis=0)
         total += tl.sum(y, axis=0)
-    dot = dot * _reciprocal(total)
-    for start in range(0, N, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        y = tl.load(Y + cols, mask=cols < visible, other=0.0).to(tl.float32)
-        dy = tl.load(DY + cols, mask=cols < visible, other=0.0).to(tl.float32)
-        tl.store(DX + cols, (scale * y * (dy - dot)).to(DX.dtype.element_ty), mask=cols < N)
+    mean = tl.sum(dot, axis=0) * _reciprocal(tl.sum(total, axis=0))
+    # From the end, as in the forward.
+    blocks = tl.cdiv(N, DEPTH * LANES)
+    for block in range(blocks):
+        cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
+        y = tl.load(Y + cols, mask=cols < read, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        dy = tl.load(DY + cols, mask=cols < read, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if CAUSAL:
+            dy = tl.where(cols < visible, dy, 0.0)
+        dx = scale * y * (dy - mean)
+        tl.store(DX + cols, dx.to(DX.dtype.element_ty), mask=cols < N, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -188,74 +232,90 @@ def _backward_strided_kernel(DY, Y, DX, N, INNER, scale, BLOCK: tl.constexpr, WI
         tl.store(DX + offsets, (scale * y * (dy - dot[None, :])).to(DX.dtype.element_ty), mask=inside)
 
 
-def _row_launch(rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and constants of the whole-row kernels: short rows share a program, about 16 elements a thread."""
-    block = next_power_of_2(columns)
-    per_program = max(1, min(32, 2048 // block))
-    warps = max(1, min(16, block * per_program // 512))
-    return (triton.cdiv(rows, per_program),), {"ROWS": per_program, "BLOCK": block, "num_warps": warps}
-
-
-def _strided_launch(x: Tensor, dim: int) -> tuple[tuple[int], int, int, dict[str, int]]:
-    """``(grid, N, INNER, constants)`` of the kernels for a dimension that is not the last."""
-    columns, inner = x.shape[dim], math.prod(x.shape[dim + 1 :])
+def _strided(shape: tuple[int, ...], dim: int) -> tuple[tuple[int], tuple[int, int], dict[str, int]]:
+    """``(grid, (N, INNER), constants)`` of the kernels for a dimension that is not the last."""
+    columns, inner = shape[dim], math.prod(shape[dim + 1 :])
     width = min(STRIDED_WIDTH, next_power_of_2(inner))
     block = min(STRIDED_BLOCK * STRIDED_WIDTH // width, next_power_of_2(columns))
     # A grid's first dimension alone may exceed 65,535.
-    grid = (math.prod(x.shape[:dim]) * triton.cdiv(inner, width),)
-    return grid, columns, inner, {"BLOCK": block, "WIDTH": width, "num_warps": 4}
+    grid = (math.prod(shape[:dim]) * cdiv(inner, width),)
+    return grid, (columns, inner), {"BLOCK": block, "WIDTH": width, "num_warps": 4}
+
+
+@planned
+def _forward_strided_launch(shape: tuple[int, ...], dim: int, scale_log2: float) -> Launch:
+    grid, sizes, constants = _strided(shape, dim)
+    return Launch(_forward_strided_kernel, grid, (*sizes, scale_log2), **constants)
+
+
+@planned
+def _backward_strided_launch(shape: tuple[int, ...], dim: int, scale: float) -> Launch:
+    grid, sizes, constants = _strided(shape, dim)
+    return Launch(_backward_strided_kernel, grid, (*sizes, scale), **constants)
+
+
+@planned
+def _forward_launch(
+    device: Hardware, itemsize: int, rows: int, columns: int, queries: int, stride: int, scale_log2: float, causal: bool
+) -> Launch:
+    if columns <= FORWARD_BLOCK:
+        constants = whole_rows(device, columns, 16)
+        grid, kernel, sizes = cdiv(rows, constants["ROWS"]), _forward_kernel, (rows, columns)
+    else:
+        constants = long_rows(device, itemsize, (columns, stride), rereading_threads(columns * itemsize))
+        grid, kernel, sizes = rows, _forward_long_kernel, (columns,)
+    return Launch(kernel, (grid,), (*sizes, queries, stride, scale_log2), CAUSAL=causal, **constants)
+
+
+@planned
+def _backward_launch(
+    device: Hardware, itemsize: int, rows: int, columns: int, queries: int, stride_dy: int, scale: float, causal: bool
+) -> Launch:
+    if columns <= BACKWARD_BLOCK:
+        constants = whole_rows(device, columns, 16)
+        grid, kernel, sizes = cdiv(rows, constants["ROWS"]), _backward_kernel, (rows, columns)
+    else:
+        constants = long_rows(device, itemsize, (columns, stride_dy), rereading_threads(2 * columns * itemsize))
+        grid, kernel, sizes = rows, _backward_long_kernel, (columns,)
+    return Launch(kernel, (grid,), (*sizes, queries, stride_dy, scale), CAUSAL=causal, **constants)
+
+
+def _is_strided(x: Tensor, dim: int) -> bool:
+    """Whether neighbours along `dim` are apart in a contiguous tensor of `x`'s shape."""
+    return dim != x.dim() - 1 and math.prod(x.shape[dim + 1 :]) > 1
 
 
 def softmax_forward(x: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
     """Softmax of ``scale * x`` over `dim`: contiguous, like x."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = contiguous_like(x)
     if x.numel() == 0:
         return out
     dim %= x.dim()
-    scale_log2 = scale * math.log2(math.e)
+    scale_log2 = scale * LOG2_E
     with on_device(x):
-        if math.prod(x.shape[dim + 1 :]) > 1:
-            grid, columns, inner, constants = _strided_launch(x, dim)
-            _forward_strided_kernel[grid](x.contiguous(), out, columns, inner, scale_log2, **constants, **FP_FUSION)
+        if _is_strided(x, dim):
+            _forward_strided_launch(x.shape, dim, scale_log2)(x.contiguous(), out)
             return out
         queries = x.shape[-2] if causal else 1
         x, rows, columns, stride = rows_and_stride(x.flatten(dim))
-        if columns <= MAX_BLOCK:
-            grid, constants = _row_launch(rows, columns)
-            _forward_kernel[grid](
-                x, out, rows, columns, queries, stride, scale_log2, CAUSAL=causal, **constants, **FP_FUSION
-            )
-        else:
-            _forward_long_kernel[(rows,)](
-                x, out, columns, queries, stride, scale_log2, CAUSAL=causal, BLOCK=LOOP_BLOCK, num_warps=8, **FP_FUSION
-            )
+        launch = _forward_launch(hardware(x), x.dtype.itemsize, rows, columns, queries, stride, scale_log2, causal)
+        launch(x, out)
     return out
 
 
 def softmax_backward(grad_out: Tensor, out: Tensor, dim: int, scale: float, causal: bool) -> Tensor:
     """The gradient of `softmax_forward`'s input from its output: contiguous, like out."""
-    grad_x = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    grad_x = contiguous_like(out)
     if out.numel() == 0:
         return grad_x
     dim %= out.dim()
     with on_device(out):
         out = out.contiguous()
-        if math.prod(out.shape[dim + 1 :]) > 1:
-            grid, columns, inner, constants = _strided_launch(out, dim)
-            _backward_strided_kernel[grid](
-                grad_out.contiguous(), out, grad_x, columns, inner, scale, **constants, **FP_FUSION
-            )
+        if _is_strided(out, dim):
+            _backward_strided_launch(out.shape, dim, scale)(grad_out.contiguous(), out, grad_x)
             return grad_x
         queries = out.shape[-2] if causal else 1
         grad_out, rows, columns, stride = rows_and_stride(grad_out.flatten(dim))
-        if columns <= MAX_BLOCK:
-            grid, constants = _row_launch(rows, columns)
-            _backward_kernel[grid](
-                grad_out, out, grad_x, rows, columns, queries, stride, scale, CAUSAL=causal, **constants, **FP_FUSION
-            )
-        else:
-            _backward_long_kernel[(rows,)](
-                grad_out, out, grad_x, columns, queries, stride, scale,
-                CAUSAL=causal, BLOCK=LOOP_BLOCK, num_warps=8, **FP_FUSION,
-            )  # fmt: skip
+        launch = _backward_launch(hardware(out), out.dtype.itemsize, rows, columns, queries, stride, scale, causal)
+        launch(grad_out, out, grad_x)
     return grad_x
