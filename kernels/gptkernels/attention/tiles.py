@@ -65,7 +65,7 @@ _HIP: _Table = {  # 64 kB of local data share, 64-thread waves
 }
 _FLOAT32: _Table = {  # IEEE products, on the general units and within 99 kB: small tiles everywhere
     64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
-    128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 32, 8, 2), Tile(16, 16, 4, 2)),
+    128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
     256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 4, 2)),
 }
 # Beside those, by table, direction and row: where queries see all keys, or all up to their own, of one length and without
@@ -74,11 +74,13 @@ _PLAIN = {
     ("sm_90", "forward", 64): Tile(128, 64, 8, 3, 128),
     ("sm_90", "dq", 64): Tile(128, 64, 8, 3, 128),
     ("sm_90", "forward", 128): Tile(128, 128, 8, 2),
+    ("float32", "dq", 128): Tile(16, 32, 8, 2),
 }
 # And with dropout, whose random numbers take registers of their own.
 _DROPOUT = {
     ("sm_80", "forward", 128): Tile(128, 32, 8, 3),
     ("sm_90", "dkdv", 128): Tile(16, 128, 8, 2),
+    ("float32", "dq", 128): Tile(16, 32, 8, 2),
 }
 _DIRECTIONS = ("forward", "dkdv", "dq", "decode")
 _TABLES = {
