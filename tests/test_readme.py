@@ -38,6 +38,8 @@ def test_every_command_is_run_by_make_demo():
     for command in commands:
         if command.startswith("make "):
             assert command.split()[1] in targets
+        elif command.startswith("python -m bench."):  # each has tests of its own
+            assert (ROOT / f"{command.split()[2].replace('.', '/')}.py").exists()
         elif command != "pip install .":
             assert f".venv/bin/{command}\n" in demo
 

@@ -48,8 +48,7 @@ class TrainConfig:
     model: str = "gpt"
     """Which model: gpt, or bert (learns masked words; data prepared with --tokenizer wordpiece)."""
     preset: str = "mini"
-    """The model's size: tiny, mini, small, gpt2-124m, -medium, -large, -xl; llama-tiny, -mini, -small; smollm2-135m, -360m. Of a
-    bert: tiny, mini, small, bert-base, -large."""
+    """Its size: tiny, mini, small, gpt2-124m, -medium, -large, -xl; llama-tiny, -mini, -small; smollm2-135m; bert-base."""
     context: int | None = None
     """Tokens in a sequence; the preset's if left out."""
     dropout: float = 0.0
