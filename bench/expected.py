@@ -109,7 +109,7 @@ def programs(launch: Mapping[str, Any], p: Mapping[str, Any]) -> list[Tiles]:
     by_keys = launch["kernel"] == "_dkdv_kernel"
     walk, step = (h100.query_tiles, block_n) if by_keys else (h100.key_tiles, block_m)
     longest = max(lengths[by_keys] for lengths in sequences)
-    heads: list[list[Tiles]] = []  # the tiles of each head, the heaviest first
+    found: list[Tiles] = []
     for queries, keys in sequences:
         blocks = []
         for start in range(0, longest, step):
@@ -117,12 +117,10 @@ def programs(launch: Mapping[str, Any], p: Mapping[str, Any]) -> list[Tiles]:
             blocks.append(one if start < (keys if by_keys else queries) else (0, 0))
         if by_keys:  # a key/value head meets the queries of its whole group
             group = p["heads"] // p["kv_heads"]
-            heads += [[(group * plain, group * masked) for plain, masked in blocks]] * p["kv_heads"]
+            found += [(group * plain, group * masked) for plain, masked in blocks] * p["kv_heads"]
         else:  # late queries, who see most, come first
-            heads += [blocks[::-1]] * p["heads"]
-    together = launch["constants"]["TOGETHER"]
-    groups = (heads[i : i + together] for i in range(0, len(heads), together))
-    return [tiles for group in groups for level in zip(*group) for tiles in level]
+            found += blocks[::-1] * p["heads"]
+    return found
 
 
 def training_parts() -> dict[str, float]:

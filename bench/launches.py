@@ -93,7 +93,6 @@ class _Noted(compile_report._NotRun):
         sizes = {key: _bytes(x) for key, x in bound.items() if isinstance(x, Tensor)}
         written = sum(size for key, size in sizes.items() if key in outputs)
         constants = {function.arg_names[path[0]]: value for path, value in source.constants.items()}
-        constants |= {key: value for key, value in bound.items() if key == "TOGETHER"}  # the order of the tiles
         sizes_of_tiles = {key: value for key, value in constants.items() if key.isupper() and type(value) is int}
         self.launches.append(
             Launch(

@@ -24,8 +24,6 @@ from gptkernels.attention.triton_forward import _combine_kernel, _decode_kernel,
 
 LOG2_E = math.log2(math.e)
 DELTA_BLOCK = 32
-# Of the keys and values, or queries and gradients, that are read at a time: a third of an H100's second-level cache.
-CACHE_BYTES = 2**24
 # Up to so many queries share a program with their group's other heads, the keys split over programs.
 DECODE_QUERIES = 8
 DECODE_ROWS = 64
@@ -124,18 +122,6 @@ class _Problem(NamedTuple):
         return self.heads, self.heads // max(self.kv_heads, 1), self.queries, self.keys
 
     @property
-    def together(self) -> int:
-        """Query heads whose tiles the GPU works on at a time: as many as have their keys and values in cache."""
-        read = 2 * self.max_keys * self.head_dim * self.itemsize * self.kv_heads // self.heads
-        return max(1, min(self.sequences * self.heads, CACHE_BYTES // max(read, 1)))
-
-    @property
-    def kv_heads_together(self) -> int:
-        """The same of key/value heads, whose programs read the queries and gradients of a group."""
-        read = 2 * self.max_queries * self.head_dim * self.itemsize * self.heads // self.kv_heads
-        return max(1, min(self.sequences * self.kv_heads, CACHE_BYTES // max(read, 1)))
-
-    @property
     def statistics_strides(self) -> tuple[int, int]:
         # Of a packed batch the one batch entry holds all sequences.
         return 0 if self.packed else self.heads * self.queries, self.queries
@@ -199,7 +185,7 @@ def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides
     t = choose("forward", p.hardware.arch, p.itemsize, p.block_d, p.has_dropout, p.is_plain)
     return Launch(
         _forward_kernel, (cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,),
-        (p.scale * LOG2_E, *p.options, *p.sizes, p.max_queries, p.together, *p.strides(*strides), *p.statistics_strides),
+        (p.scale * LOG2_E, *p.options, *p.sizes, p.max_queries, *p.strides(*strides), *p.statistics_strides),
         **p.flags, HAS_DROPOUT=p.has_dropout, PACKED=p.packed, EVEN_Q=p.even(t.block_m),
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, **t.options,
     )  # fmt: skip
@@ -310,13 +296,13 @@ def _backward_launches(
         ),
         Launch(
             _dkdv_kernel, (cdiv(p.max_keys, dkdv.block_n) * p.sequences * p.kv_heads,),
-            (*numbers, p.max_keys, p.kv_heads_together, *given, *p.strides(*grads_key_value)),
+            (*numbers, p.max_keys, *given, *p.strides(*grads_key_value)),
             **flags, EVEN_Q=p.even(dkdv.block_m), EVEN_K=not p.packed and p.keys % dkdv.block_n == 0,
             BLOCK_M=dkdv.block_m, BLOCK_N=dkdv.block_n, **dkdv.options,
         ),
         Launch(
             _dq_kernel, (cdiv(p.max_queries, dq.block_m) * p.sequences * p.heads,),
-            (*numbers, p.max_queries, p.together, *given, *p.strides(grad_query)),
+            (*numbers, p.max_queries, *given, *p.strides(grad_query)),
             **flags, EVEN_Q=p.even(dq.block_m),
             BLOCK_M=dq.block_m, BLOCK_N=dq.block_n, **dq.options,
         ),

@@ -5,15 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gptkernels.attention.triton_tile import (
-    kept,
-    key_range,
-    keys_in_use,
-    load_tile,
-    sequence_of,
-    tile_and_head,
-    visible,
-)
+from gptkernels.attention.triton_tile import kept, key_range, keys_in_use, load_tile, sequence_of, visible
 
 
 @triton.jit
@@ -138,7 +130,7 @@ def _dkdv_loop(
 @triton.jit
 def _dkdv_kernel(
     Q, K, V, DOUT, SHIFTS, SUMS, DELTA, DLSE, DK, DV, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
-    scale, scale_log2, rescale, threshold, window, H, GROUP, Tq, Tk, MAX_KEYS, TOGETHER,
+    scale, scale_log2, rescale, threshold, window, H, GROUP, Tq, Tk, MAX_KEYS,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_db, stride_dh, stride_dt, stride_lb, stride_lh,
     stride_gkb, stride_gkh, stride_gkt, stride_gvb, stride_gvh, stride_gvt,
@@ -148,8 +140,9 @@ def _dkdv_kernel(
 ):  # fmt: skip
     """dK and dV of one tile of keys: all query heads of the group, all queries that see it, in fixed order."""
     blocks = tl.cdiv(MAX_KEYS, BLOCK_N)
-    tile, head_index = tile_and_head(blocks, TOGETHER)
-    start_n = tile * BLOCK_N  # early keys are seen by most queries
+    program = tl.program_id(0)
+    start_n = program % blocks * BLOCK_N  # early keys are seen by most queries: they come first
+    head_index = program // blocks
     kv_heads = H // GROUP
     batch = (head_index // kv_heads).to(tl.int64)
     kv_head = (head_index % kv_heads).to(tl.int64)
@@ -273,7 +266,7 @@ def _dq_loop(
 @triton.jit
 def _dq_kernel(
     Q, K, V, DOUT, SHIFTS, SUMS, DELTA, DLSE, DQ, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS,
-    scale, scale_log2, rescale, threshold, window, H, GROUP, Tq, Tk, MAX_QUERIES, TOGETHER,
+    scale, scale_log2, rescale, threshold, window, H, GROUP, Tq, Tk, MAX_QUERIES,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_db, stride_dh, stride_dt, stride_lb, stride_lh, stride_gb, stride_gh, stride_gt,
     IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -282,8 +275,9 @@ def _dq_kernel(
 ):  # fmt: skip
     """dQ of one tile of queries against all keys they see; the walk is the forward's."""
     blocks = tl.cdiv(MAX_QUERIES, BLOCK_M)
-    tile, head_index = tile_and_head(blocks, TOGETHER)
-    start_m = (blocks - 1 - tile) * BLOCK_M
+    program = tl.program_id(0)
+    start_m = (blocks - 1 - program % blocks) * BLOCK_M
+    head_index = program // blocks
     batch = (head_index // H).to(tl.int64)
     head = (head_index % H).to(tl.int64)
     first_query, first_key, Tq, Tk = sequence_of(CU_QUERIES, CU_KEYS, batch, Tq, Tk, PACKED)

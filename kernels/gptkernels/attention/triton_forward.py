@@ -5,15 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gptkernels.attention.triton_tile import (
-    kept,
-    key_range,
-    keys_in_use,
-    load_tile,
-    sequence_of,
-    tile_and_head,
-    visible,
-)
+from gptkernels.attention.triton_tile import kept, key_range, keys_in_use, load_tile, sequence_of, visible
 
 
 @triton.jit
@@ -103,7 +95,7 @@ def _store_statistics(m, l, SHIFTS, SUMS, rows, mask):
 @triton.jit
 def _forward_kernel(
     Q, K, V, OUT, SHIFTS, SUMS, KEY_LENGTHS, KEY_MASK, CU_QUERIES, CU_KEYS, SEEDS, scale, rescale, threshold, window,
-    H, GROUP, Tq, Tk, MAX_QUERIES, TOGETHER,
+    H, GROUP, Tq, Tk, MAX_QUERIES,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh,
     IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -112,8 +104,10 @@ def _forward_kernel(
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one head against all keys they see. `scale` includes log2(e)."""
     blocks = tl.cdiv(MAX_QUERIES, BLOCK_M)
-    tile, head_index = tile_and_head(blocks, TOGETHER)
-    start_m = (blocks - 1 - tile) * BLOCK_M  # late queries see most keys
+    program = tl.program_id(0)
+    # Late queries see most keys: start with them, and end with the light tiles that fill the gaps.
+    start_m = (blocks - 1 - program % blocks) * BLOCK_M
+    head_index = program // blocks
     batch = (head_index // H).to(tl.int64)
     head = (head_index % H).to(tl.int64)
     first_query, first_key, Tq, Tk = sequence_of(CU_QUERIES, CU_KEYS, batch, Tq, Tk, PACKED)

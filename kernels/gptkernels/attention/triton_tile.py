@@ -36,21 +36,6 @@ def sequence_of(CU_QUERIES, CU_KEYS, batch, Tq, Tk, PACKED: tl.constexpr):
 
 
 @triton.jit
-def tile_and_head(blocks, together):
-    """Which of a head's `blocks` tiles this program has, and which of all sequences' heads: ``(tile, head)``.
-
-    The first tiles of `together` heads come before their second ones. Tiles are numbered by falling work, so that of many
-    heads the longest start first; and no more heads are on their way than the second-level cache has room for.
-    """
-    program = tl.program_id(0)
-    heads = tl.num_programs(0) // blocks
-    first = program // (blocks * together) * together
-    here = tl.minimum(together, heads - first)  # of the last heads there may be fewer
-    within = program - first * blocks
-    return within // here, first + within % here
-
-
-@triton.jit
 def keys_in_use(KEY_LENGTHS, batch, Tk, HAS_LENGTHS: tl.constexpr):
     """How many keys of this sequence exist."""
     keys = Tk
