@@ -22,6 +22,7 @@ class LanguageModelOptions(TaskOptions):
     """Options of next-word prediction."""
 
     name: ClassVar[str] = "language_model"
+    models: ClassVar[tuple[str, ...]] = ("gpt",)
     free: ClassVar[frozenset[str]] = frozenset({"sample_prompt", "sample_tokens"})
 
     document_mask: bool = False
@@ -34,6 +35,11 @@ class LanguageModelOptions(TaskOptions):
     def __post_init__(self) -> None:
         if self.sample_tokens < 0:
             raise ValueError(f"sample_tokens: got {self.sample_tokens}; accepted are 0 and more")
+
+    def check_model(self, config: Any) -> None:
+        super().check_model(config)
+        if self.document_mask and config.attention_impl == "explicit":
+            raise ValueError("document_mask: got True with attention_impl 'explicit'; accepted is it with 'fused'")
 
 
 class LanguageModelBatch(NamedTuple):

@@ -22,6 +22,7 @@ class MaskedLMOptions(TaskOptions):
     """Options of learning masked words."""
 
     name: ClassVar[str] = "masked_lm"
+    models: ClassVar[tuple[str, ...]] = ("bert",)
     free: ClassVar[frozenset[str]] = frozenset({"sample_text"})
 
     mask_fraction: float = 0.15

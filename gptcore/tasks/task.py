@@ -35,6 +35,16 @@ class TaskOptions:
     free: ClassVar[frozenset[str]] = frozenset()
     """Fields that may differ between a run and its continuation: they do not change what is learnt."""
 
+    models: ClassVar[tuple[str, ...]]
+    """The `model_type` of the models that it can train."""
+
+    def check_model(self, config: Any) -> None:
+        """Raises ValueError where the task cannot train a model of this configuration."""
+        if config.model_type not in self.models:
+            raise ValueError(
+                f"task: got {self.name} for a {config.model_type}; accepted for it are {', '.join(self.models)}"
+            )
+
 
 class Task:
     """What is learnt from which data. The trainer adds up the losses of a step's batches, over all of its batches and

@@ -139,8 +139,7 @@ class TrainConfig:
             raise ValueError(f"overwrite: got True with resume {self.resume}; accepted is one of them")
         if self.model not in MODELS:
             raise ValueError(f"model: got {self.model!r}; accepted are {', '.join(MODELS)}")
-        if getattr(self.task, "document_mask", False) and self.attention_impl == "explicit":
-            raise ValueError("document_mask: got True with attention_impl 'explicit'; accepted is it with 'fused'")
+        self.task.check_model(self.model_config())
         self.batches()
 
     def model_config(self, **changes: Any) -> ModelConfig:

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from gptcore.tasks import TASK_OF_MODEL
 from gptcore.train import TrainConfig
 
 
@@ -53,7 +54,7 @@ def config(corpus: Path, out: Path, **changes) -> TrainConfig:
         "dtype": "fp32",
         "kernels": "reference",
     }
-    if changes.get("model") == "bert":
+    if "masked_lm" in (changes.get("task"), TASK_OF_MODEL.get(changes.get("model", "gpt"))):
         small = small | {"sample_text": ""}
         del small["sample_tokens"]
     return TrainConfig.of(data=corpus, out=out, **(small | changes))

@@ -94,6 +94,16 @@ def test_a_run_leaves_the_file_that_repeats_it(corpus: Path, tmp_path: Path):
     assert (tmp_path / "again/metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
 
 
+def test_a_task_takes_its_models_alone(corpus: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="task: got masked_lm for a gpt; accepted for it are bert"):
+        config(corpus, tmp_path, task="masked_lm", model="gpt")
+    with pytest.raises(ValueError, match="task: got 'chess'; accepted are language_model, masked_lm"):
+        config(corpus, tmp_path, task="chess")
+    with pytest.raises(ValueError, match="model: got 'gru'; accepted are gpt, bert"):
+        config(corpus, tmp_path, model="gru")
+    assert TrainConfig.of(data=corpus, out=tmp_path, model="bert").task.name == "masked_lm"
+
+
 def test_tokens_per_step_is_a_number_of_batches(corpus: Path, tmp_path: Path):
     made = config(corpus, tmp_path / "tokens", steps=3, tokens_per_step=96)  # batches of 2 x 16 tokens
     assert made.batches() == 3
