@@ -28,7 +28,7 @@ class MaskedLMOptions(TaskOptions):
     mask_fraction: float = 0.15
     """Share of a row's tokens that are to be guessed."""
     sample_text: str = "The function returns a [MASK]."
-    """Text whose [MASK] the sample at each evaluation fills; empty for no sample."""
+    """Text whose [MASK]s the sample at each evaluation fills; empty for no sample."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.mask_fraction <= 1.0:
@@ -101,8 +101,8 @@ class MaskedLM(Task):
         text = self.options.sample_text
         if not text:
             return ""
-        (words,) = fill(model, self.tokenizer, text, count=3) or ([],)
-        return f"{text} {', '.join(f'{word} {share:.0%}' for word, share in words)}"
+        guesses = fill(model, self.tokenizer, text, count=3)
+        return f"{text} " + "; ".join(", ".join(f"{word} {share:.0%}" for word, share in words) for words in guesses)
 
     def save(self, folder: Path) -> None:
         shutil.copyfile(self.text.folder / TOKENIZER, folder / TOKENIZER)

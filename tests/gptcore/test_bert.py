@@ -194,6 +194,17 @@ def test_fill_shows_the_likeliest_words(words: Path, tmp_path: Path, capsys: pyt
     assert [line.split()[:2] for line in lines] == [["1", first[0][0]], ["2", second[0][0]]]
 
 
+def test_the_sample_fills_every_mask(words: Path):
+    task = MaskedLM(MaskedLMOptions(sample_text="monday [MASK] wednesday [MASK]"), words, context=32)
+    torch.manual_seed(0)
+    model = BERT(BERTConfig.preset("tiny", kernels="reference", **task.model_changes()))
+    shown = task.sample(model)
+    assert shown.startswith("monday [MASK] wednesday [MASK] ")
+    assert shown.count("%") == 6
+    assert shown.count(";") == 1
+    assert MaskedLM(MaskedLMOptions(sample_text=""), words, context=32).sample(model) == ""
+
+
 def test_goes_on_after_a_stop_bit_for_bit(words: Path, tmp_path: Path):
     for name in ("whole", "part"):
         train(bert(words, tmp_path / name, dropout=0.1), progress=False)
