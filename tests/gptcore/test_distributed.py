@@ -27,6 +27,9 @@ def runs(corpus: Path, tmp_path_factory) -> Path:
     """The runs of `several_trainings.py`, and ``one``: the same in this process."""
     folder = tmp_path_factory.mktemp("runs")
     train(config(corpus, folder / "one", **RUN), progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptcore.train.optimizers.multiplies_bf16", lambda device: False)
+        train(config(corpus, folder / "muon-one", optimizer="muon", **RUN), progress=False)
     shutil.copytree(folder / "one", folder / "one-then-two")
     shutil.rmtree(folder / "one-then-two" / "checkpoints" / STEPS[1])
     (folder / "said").write_text(torchrun("-m", "tests.gptcore.several_trainings", str(corpus), str(folder)))
@@ -42,9 +45,9 @@ def torchrun(*arguments: str) -> str:
     return done.stdout
 
 
-def curves_agree(runs: Path, name: str) -> None:
+def curves_agree(runs: Path, name: str, one: str = "one") -> None:
     for key in ("loss", "grad_norm", "val_loss", "val_loss_full"):
-        ours, alone = (torch.tensor(records(runs / n, key)) for n in (name, "one"))
+        ours, alone = (torch.tensor(records(runs / n, key)) for n in (name, one))
         assert len(ours) == {"loss": 8, "grad_norm": 8, "val_loss": 2, "val_loss_full": 1}[key]
         torch.testing.assert_close(ours, alone, rtol=1e-4, atol=0)
 
@@ -55,6 +58,12 @@ def test_two_processes_have_the_curve_of_one(runs: Path, name: str):
     ours, alone = (GPT.from_pretrained(runs / n).state_dict() for n in (name, "one"))
     for key, tensor in ours.items():  # Adam's first steps are as large for rounding as for gradients
         torch.testing.assert_close(tensor, alone[key], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["muon-ddp", "muon-fsdp"])
+def test_muon_has_the_curve_of_one_process(runs: Path, name: str):
+    """Of sharded matrices every process computes the whole step."""
+    curves_agree(runs, name, "muon-one")
 
 
 def test_a_sharded_checkpoint_goes_on_in_one_process(runs: Path, corpus: Path, tmp_path: Path):
