@@ -9,7 +9,7 @@ import torch
 from gptkernels import gelu, linear, linear_cross_entropy
 from torch import Tensor, nn
 
-from gptcore.models.model import Model, ModelConfig, check_choices, check_ids, check_sizes
+from gptcore.models.model import Model, ModelConfig, check_choices, check_ids, check_sizes, check_transformer
 from gptcore.nn import MLP, AttentionArgs, AttentionImpl, Kernels, Linear, Norm, SelfAttention, backend_of
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,12 +58,7 @@ class BERTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "context", "n_layer", "n_head", "width", "mlp_width", "token_types")
-        if self.width % self.n_head:
-            raise ValueError(f"n_head: got {self.n_head}; accepted are divisors of width, {self.width}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: got {self.dropout}; accepted is 0 <= dropout < 1")
-        if not self.eps > 0.0:
-            raise ValueError(f"eps: got {self.eps}; accepted are positive numbers")
+        check_transformer(self)
         check_choices(self)
 
     @property

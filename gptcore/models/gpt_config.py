@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from gptcore.models.model import ModelConfig, check_choices, check_sizes
+from gptcore.models.model import ModelConfig, check_choices, check_sizes, check_transformer
 from gptcore.nn import AttentionImpl, Kernels, NormKind, RotaryScaling
 
 Positions = Literal["learned", "rotary"]
 GPTActivation = Literal["gelu", "swiglu"]
-
-MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -63,19 +61,11 @@ class GPTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "context", "n_layer", "n_head", "width", "n_kv_head", "mlp_width")
-        if self.width % self.n_head:
-            raise ValueError(f"n_head: got {self.n_head}; accepted are divisors of width, {self.width}")
+        check_transformer(self)
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_kv_head: got {self.n_kv_head}; accepted are divisors of n_head, {self.n_head}")
-        if self.head_dim > MAX_HEAD_DIM:
-            raise ValueError(
-                f"n_head: got {self.n_head}, heads of {self.head_dim}; accepted are heads of at most {MAX_HEAD_DIM}"
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: got {self.dropout}; accepted is 0 <= dropout < 1")
-        for name in ("eps", "rotary_base"):
-            if not getattr(self, name) > 0.0:
-                raise ValueError(f"{name}: got {getattr(self, name)}; accepted are positive numbers")
+        if not self.rotary_base > 0.0:
+            raise ValueError(f"rotary_base: got {self.rotary_base}; accepted are positive numbers")
         check_choices(self)
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"n_head: got {self.n_head}, heads of {self.head_dim}; accepted for rotary are even heads")

@@ -16,6 +16,8 @@ from gptcore.weights import WeightsError
 C = TypeVar("C", bound="ModelConfig")
 M = TypeVar("M", bound="Model")
 
+MAX_HEAD_DIM = 256
+"""Of gptkernels' attention."""
 _HOW_IT_RUNS = frozenset({"kernels", "attention_impl", "dropout"})
 """Fields of a configuration that change how a model runs and not what it is: they are not written to config.json."""
 
@@ -79,6 +81,20 @@ def check_sizes(config: ModelConfig, *names: str) -> None:
             continue
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}: got {value!r}; accepted are positive integers")
+
+
+def check_transformer(config: Any) -> None:
+    """Raises ValueError unless heads divide the width and attention can have them, and `dropout` and `eps` are in range."""
+    if config.width % config.n_head:
+        raise ValueError(f"n_head: got {config.n_head}; accepted are divisors of width, {config.width}")
+    if (head_dim := config.width // config.n_head) > MAX_HEAD_DIM:
+        raise ValueError(
+            f"n_head: got {config.n_head}, heads of {head_dim}; accepted are heads of at most {MAX_HEAD_DIM}"
+        )
+    if not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"dropout: got {config.dropout}; accepted is 0 <= dropout < 1")
+    if not config.eps > 0.0:
+        raise ValueError(f"eps: got {config.eps}; accepted are positive numbers")
 
 
 def check_choices(config: ModelConfig) -> None:

@@ -95,6 +95,7 @@ def test_other_berts_are_refused(tmp_path: Path):
     ("match", "changes"),
     [
         (r"n_head: got 5; accepted are divisors of width, 64", {"n_head": 5}),
+        (r"n_head: got 1, heads of 512; accepted are heads of at most 256", {"n_head": 1, "width": 512}),
         (r"token_types: got 0; accepted are positive integers", {"token_types": 0}),
         (r"eps: got 0\.0; accepted are positive numbers", {"eps": 0.0}),
         (r"dropout: got 1\.0; accepted is 0 <= dropout < 1", {"dropout": 1.0}),
