@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -253,12 +254,13 @@ def op_rows(spec: OpSpec, case: Case, plan: Plan, late: bool = False) -> Iterato
 
 
 def _predicted(plan: Plan, ask: Callable[[Any], float | None]) -> float | None:
-    """What bench.expected answers, in seconds; None where it has no answer: no figure is lost for want of a prediction."""
+    """What bench.expected answers, in seconds; None where it has no answer. Why it failed is printed: no figure is lost for it."""
     if plan.dry:
         return None
     try:
         return ask(importlib.import_module("bench.expected"))
-    except Exception:
+    except Exception as error:
+        print(f"no prediction ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
         return None
 
 
