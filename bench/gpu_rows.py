@@ -254,7 +254,7 @@ def op_rows(spec: OpSpec, case: Case, plan: Plan, late: bool = False) -> Iterato
 
 
 def _predicted(plan: Plan, ask: Callable[[Any], float | None]) -> float | None:
-    """What bench.expected answers, in seconds; None where it has no answer. Why it failed is printed: no figure is lost for it."""
+    """What bench.expected answers, in seconds; None where it has none. Why it failed is printed: no figure is lost for it."""
     if plan.dry:
         return None
     try:
