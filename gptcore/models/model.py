@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -23,7 +24,7 @@ _HOW_IT_RUNS = frozenset({"kernels", "attention_impl", "dropout"})
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ABC):
     """The sizes and choices of a model; each model has a frozen dataclass of its own, derived from this one."""
 
     model_type: ClassVar[str]
@@ -33,9 +34,9 @@ class ModelConfig:
     """Longest sequence, tokens."""
 
     @classmethod
+    @abstractmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
         """Sizes by name: the fields that differ from the defaults."""
-        raise NotImplementedError
 
     @classmethod
     def preset(cls: type[C], name: str, **changes: Any) -> C:
@@ -104,7 +105,7 @@ def check_choices(config: ModelConfig) -> None:
             raise ValueError(f"{name}: got {value!r}; accepted are {', '.join(map(repr, get_args(hint)))}")
 
 
-class Model(nn.Module):
+class Model(nn.Module, ABC):
     """A model that can be trained, saved and loaded. `forward` is its own.
 
     A subclass has `config_class`, `blocks`, `flops` and `init_weights`.
@@ -116,21 +117,21 @@ class Model(nn.Module):
     config: Any
 
     @property
+    @abstractmethod
     def blocks(self) -> nn.ModuleList:
         """The layers one after the other: what FSDP shards, activation checkpointing wraps and ``--compile`` compiles."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, batch_shape: tuple[int, int]) -> int:
         """Floating-point operations of a training step on a batch of this shape ``(B, T)``, forward and backward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self) -> str:
         """The sizes and choices in a line, for people to read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def init_weights(self) -> None:
         """Draws the initial weights in place; what a model made on the meta device needs after ``to_empty``."""
-        raise NotImplementedError
 
     def num_parameters(self) -> int:
         """Number of trained values; weights that two layers share count once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class TaskOptions:
             )
 
 
-class Task:
+class Task(ABC):
     """What is learnt from which data. The trainer adds up the losses of a step's batches, over all of its batches and
     processes, and divides by the number of their targets.
 
@@ -67,21 +68,22 @@ class Task:
     baseline: tuple[str, float]
     """What a model reaches that learns nothing of the order of things: its name, and its loss."""
 
+    @abstractmethod
     def model_changes(self) -> dict[str, Any]:
         """Fields of the model's configuration that the data decides, such as `vocab_size`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, size: int, generator: torch.Generator, rows: slice) -> Batch:
         """Draws a batch of `size` rows, on the CPU, and returns `rows` of them.
 
         Processes that share a batch draw alike, with equal generators, and take their rows.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluation(self, size: int, limit: int | None) -> Iterator[Batch]:
         """Batches of `size` rows of the validation data on the CPU, the same each time: `limit` rows, or all with None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
         """The sum of the targets' losses, and how many targets there are; both scalars on the batch's device.
 
@@ -89,12 +91,11 @@ class Task:
             model: called for the forward; the model itself or a wrapper around it.
             batch: what `batch` or `evaluation` made.
         """
-        raise NotImplementedError
 
     def sample(self, model: Any) -> str:
         """What the model makes of an example, for people to read; "" for nothing."""
         return ""
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes what is needed beside the weights to use the model: the tokenizer's file."""
-        raise NotImplementedError
