@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gptcore.data import corpus as corpus_module
 from gptcore.data.corpus import documents, sources_state, unread_files
+from gptcore.data.python_docs import docstrings
 
 
 def texts(*sources: str | Path) -> list[str]:
@@ -146,7 +147,8 @@ def test_sources_that_name_nothing(sources: list[str], error: type[Exception], m
 def test_a_folder_without_texts(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(
-        FileNotFoundError, match=r"has no text files \(looked for .*\.txt\); it holds \.png: name the files"
+        FileNotFoundError,
+        match=r"has no text files \(looked for .*\.txt\); it holds \.png: to read other files, name them",
     ):
         list(documents(tmp_path))
 
@@ -204,9 +206,7 @@ class Sky:
 def last():
     """Third. {long} \\d"""
 '''
-    assert corpus_module._docstrings(source.encode()) == (
-        f"{long}\n\nIndented.\n\nSecond. {long}\n\nThird. {long} \\d\n"
-    )
+    assert docstrings(source.encode()) == (f"{long}\n\nIndented.\n\nSecond. {long}\n\nThird. {long} \\d\n")
 
 
 def test_python_docs_are_prose_in_a_fixed_order() -> None:

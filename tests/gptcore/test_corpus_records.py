@@ -16,8 +16,9 @@ from gptcore.data import corpus as corpus_module
 from gptcore.data import prepare as prepare_module
 from gptcore.data import readers
 from gptcore.data.corpus import documents, sources_state
-from gptcore.data.prepare import open_split, prepare, read_report
-from gptcore.data.split import survey
+from gptcore.data.prepare import open_split, prepare
+from gptcore.data.report import read_report
+from gptcore.data.split import plan_split
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 from tests.gptcore.runs import main
 
@@ -82,7 +83,7 @@ def test_a_document_can_be_read_twice_and_after_the_next(tmp_path: Path, write: 
 
 
 def test_parquet_is_read_over_batches_and_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_ROWS", 3)
+    monkeypatch.setattr(readers, "_ROWS_PER_READ", 3)
     values = [f"text {i}" for i in range(20)]
     path = write_parquet(tmp_path, "text", values)
     assert texts(path) == values
@@ -183,7 +184,7 @@ def test_a_missing_field_says_which_there_are(tmp_path: Path, write: Write) -> N
 
 @WRITERS
 def test_a_record_that_is_too_long(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "RECORD_BYTES", 60)
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 60)
     path = write(tmp_path, "text", ["short", "é" * 40, "short"])  # fewer than 60 characters, more bytes
     with pytest.raises(
         ValueError, match=rf"{path.name}, (line|row) 2: .*(80 bytes; a record may have 60|longer than 60)"
@@ -387,10 +388,10 @@ def test_prepare_splits_records_as_files(tmp_path: Path) -> None:
         assert (tmp_path / "out0" / name).read_bytes() == (tmp_path / "out1" / name).read_bytes()
 
 
-def test_the_survey_holds_no_text(tmp_path: Path) -> None:
+def test_planning_the_split_keeps_no_text_in_memory(tmp_path: Path) -> None:
     path = json_lines("a.jsonl")(tmp_path, "text", [f"{i}" * 20_000 for i in range(300)])  # 17 MB
     tracemalloc.start()
-    split = survey(documents(path), 0.1, lambda _: None)
+    split = plan_split(documents(path), 0.1, lambda _: None)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (len(split.sides), split.empty) == (300, 0)
@@ -401,11 +402,11 @@ def test_records_that_change_in_number_meanwhile(tmp_path: Path, monkeypatch: py
     path = json_lines("a.jsonl")(tmp_path, "text", [f"document {i}" for i in range(9)])
 
     def then_shrink(*arguments: Any) -> Any:
-        found = survey(*arguments)
+        found = plan_split(*arguments)
         json_lines("a.jsonl")(tmp_path, "text", ["document 0", "document 1"])
         return found
 
-    monkeypatch.setattr(prepare_module, "survey", then_shrink)
+    monkeypatch.setattr(prepare_module, "plan_split", then_shrink)
     with pytest.raises(RuntimeError, match="the sources changed while they were being read; run it again"):
         prepare(path, tmp_path / "out", vocab_size=270, progress=False)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.jsonl"]

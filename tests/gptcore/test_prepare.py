@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptcore.data import encode
 from gptcore.data import prepare as prepare_module
 from gptcore.data.corpus import documents
-from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
+from gptcore.data.prepare import open_split, prepare
+from gptcore.data.report import PrepareReport, read_report
 from gptcore.data.token_file import TokenWriter
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 from tests.gptcore.runs import main
@@ -161,7 +163,7 @@ def test_unigram_entropy_is_its_formula(library: Path, tmp_path: Path) -> None:
 
 def test_long_corpora_are_encoded_in_batches(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(library, tmp_path / "one")
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 700)
     run(library, tmp_path / "two")
     assert (tmp_path / "one/train-00000.bin").read_bytes() == (tmp_path / "two/train-00000.bin").read_bytes()
 
@@ -200,7 +202,7 @@ def test_a_tokenizer_of_another_class(library: Path, tmp_path: Path, monkeypatch
     inner = Tokenizer.train(["another text entirely, of its own " * 9], 270)
     other = OtherTokenizer(inner)
     monkeypatch.setattr(prepare_module, "get_tokenizer", lambda _: other)
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 300)
     report = run(library, tmp_path / "out", tokenizer="other")
     assert report.tokenizer_fingerprint == open_split(tmp_path / "out", "val").fingerprint == FINGERPRINT
     assert len(other.threads) == 1
@@ -240,7 +242,7 @@ def test_the_report_says_what_was_not_read(library: Path, tmp_path: Path) -> Non
         (library / name).write_text("not read")
     report = run(library, tmp_path / "out")
     assert report.unread_files == read_report(tmp_path / "out").unread_files == {".html": 2, ".json": 1}
-    assert "  not read in folders: 2 .html, 1 .json (a file that is named, or that a glob matches, is)\n" in str(report)
+    assert "  not read in folders: 2 .html, 1 .json (to read them, name the files or give a glob)\n" in str(report)
     assert "not read" not in str(run(library / "*.txt", tmp_path / "named"))
 
 
@@ -376,7 +378,7 @@ def test_an_interruption_leaves_what_was_there(
             raise error
         write(self, tokens)
 
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 1)  # a write for each document
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 1)  # a write for each document
     monkeypatch.setattr(TokenWriter, "write", interrupted)
     with pytest.raises((KeyboardInterrupt, OSError)):
         run(library, tmp_path / "out", vocab_size=280, overwrite=overwrite)

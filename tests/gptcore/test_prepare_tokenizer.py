@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptcore.data.prepare import open_split, prepare, read_report
+from gptcore.data.prepare import open_split, prepare
+from gptcore.data.report import read_report
 from gptcore.text.pretrained import byte_level_bpe
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
 
@@ -119,6 +120,6 @@ def test_a_tokenizer_that_loses_text_is_spoken_of(tmp_path: Path) -> None:
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
                 report = prepare(tmp_path / "a.txt", out, tokenizer=tmp_path, progress=False)
-            said = f"the tokenizer does not give back {lost:.0%} of the characters"
+            said = f"the tokenizer loses {lost:.0%} of the characters"
             assert report.lost_text == read_report(out).lost_text == pytest.approx(lost)
             assert (said in str(report)) == (said in str([str(w.message) for w in warned])) == (lost > 0)

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from gptcore.data import corpus as corpus_module
-from gptcore.data import prepare as prepare_module
+from gptcore.data import encode
 from gptcore.data import split as split_module
 from gptcore.data.corpus import Document
-from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
-from gptcore.data.split import CUT, TOLERANCE, VAL, survey
+from gptcore.data.prepare import open_split, prepare
+from gptcore.data.report import PrepareReport, read_report
+from gptcore.data.split import CUT, TOLERANCE, VAL, plan_split
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 from tests.gptcore.runs import main
 
@@ -110,7 +111,9 @@ def test_the_share_holds_whatever_the_sizes(sizes: list[int], copies: int, val_f
     random.Random(seed).shuffle(texts)
     whole = sum(map(len, texts))
     assume(whole > 1)
-    split = survey([Document(text, lambda text=text: iter([text] if text else [])) for text in texts], val_fraction, id)
+    split = plan_split(
+        [Document(text, lambda text=text: iter([text] if text else [])) for text in texts], val_fraction, id
+    )
     sides = dict(zip(texts, split.sides.tolist()))
     assert [sides[text] for text in texts] == split.sides.tolist()  # copies are together
     of_cut = [len(text) - split.cut for text in texts if sides[text] == CUT]
@@ -137,7 +140,7 @@ def test_the_split_is_that_of_the_texts_and_not_of_names_or_threads(
     for name in ("train", "val"):
         assert len(list((tmp_path / "out1").glob(f"{name}-*.bin"))) > 1
     monkeypatch.setattr("os.cpu_count", lambda: 7)
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 999)
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 999)
     with pytest.warns(UserWarning, match=CUT_IN_TWO):
         run(tmp_path / "texts1", tmp_path / "out3", shard_tokens=500)
     for path in (tmp_path / "out1").iterdir():
@@ -176,7 +179,7 @@ def test_a_single_document_is_cut_at_a_line(tmp_path: Path, copies: int, said: s
     ],
 )
 def test_where_a_text_is_cut(text: str, wanted: int, slack: int, head: str) -> None:
-    assert text.encode()[: split_module._place(text.encode(), wanted, slack)].decode() == head
+    assert text.encode()[: split_module._cut_position(text.encode(), wanted, slack)].decode() == head
 
 
 @FEW_PAIRS
@@ -198,7 +201,7 @@ def test_a_cut_loses_nothing_and_leaves_something_on_both_sides(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(corpus_module, "_PIECE_BYTES", size)
         documents = list(corpus_module.documents(tmp_path / "a.txt"))
-        split = survey(documents, share, id)
+        split = plan_split(documents, share, id)
         pieces = list(split.pieces(documents, id))
     train, val = (["".join(p.text for p in pieces if p.in_val is side)] for side in (False, True))
     assert train[0] + val[0] == text
