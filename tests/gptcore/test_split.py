@@ -1,5 +1,4 @@
-"""What of a corpus is for validation: the share that was asked for, whole documents where that meets it, and what is said
-where it does not."""
+"""The validation split has the wanted share, by whole documents where they meet it; otherwise one is cut and reported."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ def lines(count: int, what: str = "a book") -> str:
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.01, 0.5, 0.9])
-def test_a_book_and_a_note_hold_the_share(tmp_path: Path, val_fraction: float) -> None:
+def test_a_book_and_a_note_are_split_by_the_wanted_share(tmp_path: Path, val_fraction: float) -> None:
     book = lines(2000)
     for i in range(4):  # whichever of the two has the smaller hash
         note = f"note {i}"
@@ -105,7 +104,9 @@ def test_a_document_too_large_for_validation_is_passed_over(tmp_path: Path) -> N
     val_fraction=st.floats(1e-3, 1 - 1e-3),
     seed=st.integers(0, 99),
 )
-def test_the_share_holds_whatever_the_sizes(sizes: list[int], copies: int, val_fraction: float, seed: int) -> None:
+def test_the_share_is_met_for_any_sizes_of_documents(
+    sizes: list[int], copies: int, val_fraction: float, seed: int
+) -> None:
     texts = [f"{i} ".ljust(size, "x")[:size] for i, size in enumerate(sizes)]
     texts += texts[:1] * (copies - 1)
     random.Random(seed).shuffle(texts)
@@ -128,9 +129,7 @@ def test_the_share_holds_whatever_the_sizes(sizes: list[int], copies: int, val_f
         assert max(len(text) for text in texts if sides[text] != VAL) == of_cut[0] + split.cut
 
 
-def test_the_split_is_that_of_the_texts_and_not_of_names_or_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_split_depends_on_the_texts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [lines(400 + i, f"book {i}") for i in range(5)]
     for i, order in enumerate((texts, texts[::-1]), 1):
         source = write(tmp_path / f"texts{i}", order)
@@ -229,14 +228,14 @@ def test_the_shortest_corpora(tmp_path: Path, texts: list[str], train: list[str]
     ],
 )
 @FEW_PAIRS
-def test_a_corpus_of_next_to_nothing(tmp_path: Path, texts: list[str], message: str) -> None:
+def test_a_corpus_too_short_to_split(tmp_path: Path, texts: list[str], message: str) -> None:
     source = write(tmp_path / "texts", texts)
     with pytest.raises(ValueError, match=message):
         run(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
-def test_the_command_says_what_was_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_a_cut_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "texts", [lines(500)])
     with pytest.raises(SystemExit, match="0"):
         main(["prepare", str(source), "--out", str(tmp_path / "out"), "--vocab-size", "300"])
@@ -248,7 +247,7 @@ def test_the_command_says_what_was_cut(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.filterwarnings("ignore:the largest document")
-def test_what_earlier_versions_prepared_is_read_and_not_taken_for_this_split(tmp_path: Path) -> None:
+def test_a_corpus_of_an_earlier_version_is_read_but_not_reused(tmp_path: Path) -> None:
     source = write(tmp_path / "texts", [lines(500)])
     new = run(source, tmp_path / "out")
     path = tmp_path / "out/corpus.json"
@@ -263,7 +262,7 @@ def test_what_earlier_versions_prepared_is_read_and_not_taken_for_this_split(tmp
     assert run(source, tmp_path / "out", overwrite=True) == new
 
 
-def test_the_plan_holds_little_more_than_what_it_is_given() -> None:
+def test_planning_needs_little_memory() -> None:
     generator = np.random.default_rng(0)
     keys = generator.integers(0, 1 << 64, 200_000, dtype=np.uint64)
     sizes = generator.integers(0, 10_000, 200_000, dtype=np.uint64)
