@@ -71,7 +71,7 @@ def save_huggingface(
     token_ids = {
         name: value for name in ("bos_token_id", "eos_token_id") if (value := (generation or {}).get(name)) is not None
     }
-    converter = next(module for module in _CONVERTERS.values() if module.MODEL_TYPE == config.model_type)
+    converter = next(module for module in _CONVERTERS.values() if config.model_type == module.MODEL_TYPE)
     _write(folder, converter.config_to_huggingface(config) | token_ids, converter.to_huggingface(state, config))
     if generation is not None:
         with atomic_writer(Path(folder) / GENERATION) as file:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.generate.chat import Chat, Message, render
+from gptcore.generate.chat import Chat
+from gptcore.generate.chat_template import Message, render
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import get_tokenizer
 
@@ -191,7 +192,7 @@ def test_a_template_that_refuses_says_so_at_the_start(folder: Path):
     with pytest.raises(ValueError, match="chat_template: System role not supported"):
         Chat(model, tokenizer, system="Be brief.")
     write(folder, chat_template=[{"name": "rag", "template": "x"}])
-    with pytest.raises(ValueError, match=r"has no chat template.*of several, one named 'default'"):
+    with pytest.raises(ValueError, match=r"has no chat template.*one of several must be named 'default'"):
         Chat(model, get_tokenizer(folder))
     for broken in ("{{ 1 + 'a' }}", "{{ messages[9].role }}", "{{ nothing.at.all }}", "{% if %}"):
         with pytest.raises(ValueError, match="chat_template: "):

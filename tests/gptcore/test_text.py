@@ -11,8 +11,9 @@ from gptcore import GPT, GPTConfig
 from gptcore.evaluate.attention_map import draw_attention
 from gptcore.evaluate.describe import cache_bytes_per_token, describe
 from gptcore.generate import generate_text, pad_left, penalise, stream_text
-from gptcore.generate.chat import Chat, converse, render
-from gptcore.generate.text import _Text
+from gptcore.generate.chat import Chat, converse
+from gptcore.generate.chat_template import render
+from gptcore.generate.text import _StreamDecoder
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer
 from tests.gptcore.runs import main
@@ -89,7 +90,7 @@ def test_the_repetition_penalty_is_its_definition():
 
 
 def push(tokenizer, ids: list[int], stop: tuple[str, ...]) -> tuple[list[str], bool]:
-    text = _Text(tokenizer, stop)
+    text = _StreamDecoder(tokenizer, stop)
     pieces = [text.push(i) for i in ids]
     finished = text.finished
     return [*pieces, "" if finished else text.end()], finished
@@ -146,7 +147,7 @@ def test_a_stream_goes_on_from_its_prompt(text: str):
     for prompt in ("on the cat", "\u65e5", "no"):
         whole = tokenizer.encode_prompt(prompt + text)
         before = next(n for n in range(len(whole), 0, -1) if tokenizer.decode(whole[:n]) == prompt)
-        shown = _Text(tokenizer, (), whole[:before])
+        shown = _StreamDecoder(tokenizer, (), whole[:before])
         pieces = [shown.push(i) for i in whole[before:]]
         assert "".join(pieces) + shown.end() == text
         assert all("\ufffd" not in piece for piece in pieces)
