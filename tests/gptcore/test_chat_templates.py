@@ -1,4 +1,4 @@
-"""Chat templates of the usual kinds, written from the formats that models document: as transformers renders them."""
+"""Chat templates in the formats that models document are rendered as transformers renders them."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ TEMPLATES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer that puts BOS before a text by itself, with some of the templates' tokens."""
+    """A byte-level tokenizer that puts BOS before a text, with some of the templates' special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -150,7 +150,7 @@ def test_a_conversation_begins_with_one_bos(folder: Path):
     write(folder, chat_template=TEMPLATES["llama 3"])
     tokenizer = get_tokenizer(folder)
     bos = tokenizer.encode("<s>", allowed_special="all")
-    assert tokenizer.encode_prompt("a")[:1] == bos  # by itself it would add one
+    assert tokenizer.encode_prompt("a")[:1] == bos  # encode_prompt adds one too
     seen: list[list[int]] = []
     model = GPT(GPTConfig.preset("tiny", vocab_size=tokenizer.vocab_size, context=400, kernels="reference"))
     features = model._features
@@ -169,7 +169,7 @@ def test_several_templates_by_name(folder: Path, tmp_path: Path):
     tokenizer = get_tokenizer(folder)
     assert isinstance(tokenizer, PretrainedTokenizer)
     assert tokenizer.chat_template == several["default"]
-    # As transformers now writes them: files of their own; and as an export and a run's folder have them.
+    # transformers writes them as separate files; an export and a run's folder have them in one.
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "files")
     assert "chat_template" not in json.loads((tmp_path / "files" / "tokenizer_config.json").read_text())
     (tmp_path / "export").mkdir()
