@@ -11,6 +11,7 @@ from gptcore.generate.chat import Chat
 from gptcore.generate.chat_template import Message, render
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import get_tokenizer
+from tests.gptcore.small_tokenizers import byte_level, with_bos
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 TURNS: list[Message] = [
@@ -110,14 +111,7 @@ TEMPLATES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level tokenizer that puts BOS before a text, with some of the templates' special tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Tokenizer(models.BPE(alphabet, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(t, special=True) for t in (*NAMES.values(), "<|im_start|>", "<|im_end|>")])
-    bos = made.token_to_id("<s>")
-    made.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", bos)])
+    made = with_bos(byte_level(*NAMES.values(), "<|im_start|>", "<|im_end|>"), "<s>")
     path = tmp_path_factory.mktemp("tokenizer")
     made.save(str(path / "tokenizer.json"))
     return path

@@ -13,6 +13,7 @@ from gptcore import GPT, GPTConfig
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer, get_tokenizer
 from tests.gptcore.runs import main
+from tests.gptcore.small_tokenizers import byte_level, with_bos
 
 TEXT = "the cat sat on the mat and the dog sat on the log, naïve \U0001f600 1999. " * 30
 
@@ -78,17 +79,11 @@ def test_transformers_loads_an_exported_folder(preset: str, tokenizer: Tokenizer
 
 def test_an_export_keeps_special_tokens_and_generation_settings(tmp_path: Path):
     """Those of a folder that transformers wrote, also after transformers has loaded and saved the export."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-    from tokenizers import Tokenizer as Library
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Library(models.BPE(alphabet, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, special=True) for token in (*names.values(), "<|end|>")])
+    made = with_bos(byte_level(*names.values(), "<|end|>"), "<s>")
     bos, eos, pad, end = (made.token_to_id(token) for token in ("<s>", "</s>", "<pad>", "<|end|>"))
-    made.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", bos)])
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     made.save(str(theirs / "tokenizer.json"))

@@ -17,6 +17,7 @@ from gptcore.generate.text import _StreamDecoder
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer
 from tests.gptcore.runs import main
+from tests.gptcore.small_tokenizers import byte_level
 
 TEXT = "the cat sat on the mat and the dog sat on the log, naïve \U0001f600 1999. " * 30
 TEMPLATE = (
@@ -33,13 +34,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def talker() -> PretrainedTokenizer:
     """A byte-level tokenizer with a chat template and tokens for roles."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Library
-
-    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Library(models.BPE(alphabet, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    made = byte_level("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     return PretrainedTokenizer(made, "talker", special_tokens_map={"eos_token": "<|im_end|>"}, chat_template=TEMPLATE)
 
 

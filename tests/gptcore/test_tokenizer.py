@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from gptcore.text import tokenizer as tokenizer_module
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
+from tests.gptcore.small_tokenizers import byte_level
 
 TEXT = "the cat sat on the mat, the dog sat on the log; naïve café 🙂🙂\n" * 20
 BYTES = {bytes([byte]): byte for byte in range(256)}
@@ -298,13 +299,10 @@ def test_a_pretrained_tokenizer_that_an_earlier_version_saved(tmp_path: Path) ->
 
 def test_half_characters_are_replaced() -> None:
     """Command lines and JSON may hold halves of surrogate pairs."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers
-
-    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Library(models.BPE(alphabet | {"</s>": 256}, []))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    for tokenizer in (PretrainedTokenizer(inner, "x"), Tokenizer("bytes", GPT2_STYLE, BYTES, {END_OF_TEXT: 256})):
+    for tokenizer in (
+        PretrainedTokenizer(byte_level("</s>"), "x"),
+        Tokenizer("bytes", GPT2_STYLE, BYTES, {END_OF_TEXT: 256}),
+    ):
         for text, expected in (("a\ud800b", "a\ufffdb"), ("\udcff", "\ufffd"), ("\ud83d\ude42", "\U0001f642")):
             encodings = [tokenizer.encode(text), tokenizer.encode_prompt(text), *tokenizer.encode_batch([text])]
             if isinstance(tokenizer, Tokenizer):
