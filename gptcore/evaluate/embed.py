@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +12,13 @@ from gptcore.nn.mode import evaluation_mode
 
 if TYPE_CHECKING:
     from gptcore.models import BERT
+    from gptcore.text import PretrainedTokenizer, Tokenizer
 
 
 @torch.no_grad()
-def embed(model: BERT, tokenizer: Any, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+def embed(
+    model: BERT, tokenizer: Tokenizer | PretrainedTokenizer, texts: Sequence[str], batch_size: int = 32
+) -> Tensor:
     """Returns a vector of length 1 for each text, ``(N, C)`` float32 on the CPU; see `BERT.embed`.
 
     Args:

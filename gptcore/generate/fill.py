@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,10 +10,13 @@ from gptcore.nn.mode import evaluation_mode
 
 if TYPE_CHECKING:
     from gptcore.models import BERT
+    from gptcore.text import PretrainedTokenizer, Tokenizer
 
 
 @torch.no_grad()
-def fill(model: BERT, tokenizer: Any, text: str, count: int = 5) -> list[list[tuple[str, float]]]:
+def fill(
+    model: BERT, tokenizer: Tokenizer | PretrainedTokenizer, text: str, count: int = 5
+) -> list[list[tuple[str, float]]]:
     """Returns for each ``[MASK]`` in `text` the likeliest words and their probabilities, the likeliest first.
 
     Args:
@@ -23,7 +26,8 @@ def fill(model: BERT, tokenizer: Any, text: str, count: int = 5) -> list[list[tu
         count: number of words for each mask token.
 
     Raises:
-        ValueError: no mask token in the text, a text longer than the context, or a model without the head.
+        ValueError: a tokenizer without a mask token, a text without one, a text longer than the context, or a model
+            without the head.
     """
     mask = tokenizer.special_id("mask_token")
     ids = tokenizer.encode_prompt(text, allowed_special="all")

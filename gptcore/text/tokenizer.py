@@ -119,9 +119,9 @@ class Tokenizer:
             )
         return self._encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()) -> list[int]:
         """The same as `encode`: models that are trained here expect no token before a text."""
-        return self.encode(text)
+        return self.encode(text, allowed_special=allowed_special)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``[self.encode(text) for text in texts]``, on all processor cores."""
@@ -130,6 +130,16 @@ class Tokenizer:
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """``encode(text)`` as an array, ``(tokens,)``. It releases the GIL, so several threads can encode at once."""
         return self._encoding.encode_to_numpy(whole_characters(text), disallowed_special=())
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token by transformers' name, such as ``eos_token``.
+
+        Raises:
+            ValueError: the tokenizer has no such token.
+        """
+        if name not in self.special_tokens_map:
+            raise ValueError(f"tokenizer: {self.name} has no {name}; accepted is one that has, such as BERT's")
+        return self._special_tokens[self.special_tokens_map[name]]
 
     def special_ids(self, rows: int) -> dict[str, int | list[int]]:
         """The ids of special tokens as transformers' configurations name them.

@@ -86,6 +86,12 @@ def test_special_tokens_are_encoded_only_when_allowed(trained: Tokenizer) -> Non
         trained.encode(text, allowed_special={"<|pad|>"})
 
 
+def test_special_tokens_have_ids_by_name(trained: Tokenizer) -> None:
+    assert trained.special_id("eos_token") == trained.eot_token
+    with pytest.raises(ValueError, match="tokenizer: bpe has no mask_token; accepted is one that has"):
+        trained.special_id("mask_token")  # as `gptcore fill` asks for
+
+
 @pytest.mark.parametrize("token", [-1, 280, 2**40])
 def test_decoding_an_id_outside_the_vocabulary(trained: Tokenizer, token: int) -> None:
     with pytest.raises(ValueError, match=rf"token id {token} is not in the vocabulary \(0 to 279\)"):
