@@ -96,7 +96,7 @@ class PrepareReport:
 
 def _cut_message(count: int) -> str:
     which = "the largest document was" if count == 1 else f"the largest document, which comes {count:,} times, was"
-    return f"{which} cut in two, the end for validation: whole documents would have missed val_fraction"
+    return f"{which} cut in two, and its end is for validation: whole documents alone do not meet val_fraction"
 
 
 def _lost_message(share: float) -> str:

@@ -241,4 +241,7 @@ def _download(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, allow_patterns=_DOWNLOADED))
     except Exception as error:  # the hub raises a dozen kinds of errors, from three libraries
-        raise WeightsError(f"{name}: is no local folder and could not be fetched from the hub ({error})") from error
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"{name}: there is no such folder, and the hub's model could not be downloaded: {cause}"
+        ) from error

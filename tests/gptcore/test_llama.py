@@ -146,6 +146,20 @@ def test_a_pickle_is_not_read(tmp_path: Path):
         GPT.from_pretrained(tmp_path)
 
 
+def test_a_failed_download_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*arguments: object, **options: object) -> str:
+        raise ConnectionError("Name or service not known\nPlease check your connection.")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    message = (
+        "runs/nowhere: there is no such folder, and the hub's model could not be downloaded: Name or service not known"
+    )
+    with pytest.raises(WeightsError, match=f"^{message}$"):
+        GPT.from_pretrained("runs/nowhere")
+
+
 @pytest.mark.parametrize(
     ("match", "change"),
     [

@@ -240,7 +240,7 @@ def test_the_command_reports_a_cut_document(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit, match="0"):
         main(["prepare", str(source), "--out", str(tmp_path / "out"), "--vocab-size", "300"])
     shown = capsys.readouterr()
-    said = f"{CUT_IN_TWO}, the end for validation: whole documents would have missed val_fraction"
+    said = f"{CUT_IN_TWO}, and its end is for validation: whole documents alone do not meet val_fraction"
     assert f"gptcore: warning: {said}\n" in shown.err
     assert f"  {said}\n" in shown.out
     assert read_report(tmp_path / "out").cut_documents == 1
