@@ -117,10 +117,9 @@ def sources_state(sources: str | Path | Sequence[str | Path]) -> str:
 
 
 def unread_files(sources: str | Path | Sequence[str | Path]) -> dict[str, int]:
-    """The number of files of each ending that the sources' folders hold and nothing reads, the most frequent first.
+    """Count by ending the files that are not read although they lie in a source's folder, the most frequent first.
 
-    Files that another source names are read and do not count; names that begin with a dot do not count either. Raises
-    as :func:`documents` does.
+    Names that begin with a dot do not count. Raises as :func:`documents` does.
     """
     read = {os.path.realpath(path) for _, files in _resolve(sources) for path in files}
     unread: dict[Path, str] = {}
@@ -157,7 +156,7 @@ def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, list
 
 
 def _stands_for_files(source: str) -> bool:
-    """False for ``python-docs`` and Hugging Face datasets."""
+    """Whether a source names files, unlike ``python-docs`` and Hugging Face datasets."""
     return source != PYTHON_DOCS and not source.startswith(HUGGING_FACE)
 
 
@@ -198,7 +197,7 @@ def _files(source: str) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield each file of a folder with the kind it is counted as if it is not read, or "" if it is read."""
+    """Yield ``(file, kind)`` for each file of a folder. The kind of a file that is read is "", of others their ending."""
 
     def stop(error: OSError) -> None:
         raise error  # a folder that cannot be listed must not silently shrink the corpus
@@ -215,6 +214,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _read_pieces(path: Path) -> Iterator[str]:
+    """Yield the text of a file, in pieces."""
     buffer = b""
     offset = 0  # where the buffer begins in the file, in bytes
     with open_bytes(path) as file:
@@ -264,6 +264,7 @@ def _in_memory(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
 
 
 def _text_pieces(text: str) -> Iterator[str]:
+    """Yield a text in pieces."""
     start, longest = 0, _PIECE_BYTES // 4  # a character has at most 4 bytes
     while len(text) - start > longest:
         end = text.rfind("\n", start, start + longest) + 1 or start + longest

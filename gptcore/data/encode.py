@@ -28,7 +28,7 @@ class SplitWriter:
 
     def __init__(self, folder: Path, name: str, shard_tokens: int, tokenizer: Tokenizer | PretrainedTokenizer) -> None:
         self._eot = np.array([tokenizer.eot_token], dtype=np.uint32)
-        self.shards = ShardWriter(
+        self.writer = ShardWriter(
             folder, name, shard_tokens, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint
         )
         self.counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
@@ -45,13 +45,13 @@ class SplitWriter:
             self._documents += piece.is_last
             self._bytes += len(piece.text.encode())
         tokens = np.concatenate(parts)
-        self.shards.write(tokens)
+        self.writer.write(tokens)
         self.counts += np.bincount(tokens, minlength=len(self.counts))
 
     @property
     def report(self) -> SplitReport:
         """What was written so far."""
-        shards = self.shards.shards
+        shards = self.writer.shards
         return SplitReport(documents=self._documents, bytes=self._bytes, tokens=sum(shards), shards=shards)
 
 
@@ -68,7 +68,7 @@ def encode_splits(
     """
     train, val = (SplitWriter(folder, name, shard_tokens, tokenizer) for name in ("train", "val"))
     lost = None
-    with train.shards, val.shards:
+    with train.writer, val.writer:
         for encoded in _encoded_batches(pieces, tokenizer):
             if lost is None:
                 lost = _lost_text(encoded, tokenizer)

@@ -52,12 +52,12 @@ def prepare(
     much larger than memory; 16 bytes are kept per document. An end-of-text token follows each document. Documents
     without text are left out, and counted.
 
-    **The split** is by whole documents. Its validation part holds ``val_fraction`` of the bytes, to within a tenth of
-    the smaller part. Documents are chosen by the BLAKE2b hash of their text, so that neither names nor order matter and
+    **The split** is by whole documents. The validation split holds ``val_fraction`` of the bytes, to within a tenth of
+    the smaller split. Documents are chosen by the BLAKE2b hash of their text, so that neither names nor order matter and
     copies of a document stay together; a document that is larger than what is still missing is passed over. If whole
     documents miss the share, as with one book, or a book and a few notes, the largest document is cut at the end of a
-    paragraph, a line or a word, and its end is for validation. The report and a ``UserWarning`` say so. Each part then
-    ends with an end-of-text token. The tokenizer is trained on the training part alone.
+    paragraph, a line or a word, and its end is for validation. The report and a ``UserWarning`` say so, and both parts
+    of the document end with an end-of-text token. The tokenizer is trained on the training split alone.
 
     **unigram_entropy** is the loss of a model that ignores all context, which a trained model has to beat:
     ``-sum_v n_val(v) / N_val * ln((n_train(v) + 1) / (N_train + V))`` in nats per token. ``n(v)`` is how often token
@@ -107,7 +107,7 @@ def prepare(
         "shard_tokens": shard_tokens,
         "sources_state": sources_state(names),
     }
-    existing = _existing(out_dir, settings, overwrite)
+    existing = _existing_report(out_dir, settings, overwrite)
     if existing is not None:
         return existing
 
@@ -167,7 +167,7 @@ def open_split(folder: str | Path, split: Literal["train", "val"]) -> TokenFile:
     return tokens
 
 
-def _existing(out_dir: Path, settings: dict[str, Any], overwrite: bool) -> PrepareReport | None:
+def _existing_report(out_dir: Path, settings: dict[str, Any], overwrite: bool) -> PrepareReport | None:
     """The report of the corpus in ``out_dir`` if it has these settings; None if ``out_dir`` may be written.
 
     Raises ``FileExistsError`` if it holds something that must not be replaced.

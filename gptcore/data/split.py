@@ -42,9 +42,9 @@ class Split:
     sides: NDArray[np.uint8]
     """``TRAIN``, ``VAL`` or ``CUT`` for each document, in order, empty documents included."""
     cut: int
-    """How many bytes at the beginning of a cut document are for training, at most; the rest is for validation."""
+    """About how many bytes at the beginning of a cut document are for training; the rest is for validation."""
     slack: int
-    """By how many bytes the cut may come earlier, so that it falls on the end of a paragraph, a line or a word."""
+    """The cut may come up to this many bytes earlier, so that it falls on the end of a paragraph, a line or a word."""
     characters: int
     """Number of characters in the whole corpus."""
     empty: int
