@@ -1,6 +1,6 @@
-"""Checks that compile_report, which runs launchers without data, records the same kernels as launchers with real tensors.
+"""Compares what compile_report records without data with what launchers ask Triton for on tensors in memory.
 
-test_bench_gpu.py runs this in a process of its own, where Triton compiles and does not interpret.
+Run by test_bench_gpu.py, in a process where Triton does not interpret.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TARGET = compile_report.TARGETS["sm_90"]
 
 
 def keys(recorded: list[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
-    """The name of each kernel, and what Triton's cache distinguishes kernels by."""
+    """What Triton's cache goes by, and the kernel's name."""
     return {
         (source.name, source.hash(), str(target), str(sorted(options.items()))) for source, target, options in recorded
     }
@@ -45,7 +45,7 @@ def main() -> None:
                 grads = [torch.ones_like(out) for out in outs]
                 torch.autograd.grad(outs, list(leaves.differentiable().values()), grads, allow_unused=True)
             missing = {key[0] for key in keys(launched) - keys(recorded)}
-            assert not missing, f"{spec.name} {case.name}: these kernels were launched but not recorded: {missing}"
+            assert not missing, f"{spec.name} {case.name}: launched otherwise than recorded: {missing}"
             checked += len(launched)
     assert checked > 100
     print("all the same")

@@ -25,7 +25,7 @@ _SIZES = {
     "mlp_width": "intermediate_size",
     "token_types": "type_vocab_size",
 }
-# Options of Hugging Face's configuration that this model has with one value: its default, and the accepted values.
+# Options of Hugging Face's configuration of which this model supports one choice -> the default, and the accepted values.
 _FIXED = {
     "hidden_act": ("gelu", ("gelu",)),
     "position_embedding_type": ("absolute", ("absolute",)),

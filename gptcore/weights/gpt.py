@@ -34,7 +34,7 @@ _LLAMA_SIZES = {
     "width": "hidden_size",
     "mlp_width": "intermediate_size",
 }
-# Options of Hugging Face's configuration that this model has with one value: its default, and the accepted values.
+# Options of Hugging Face's configuration of which this model supports one choice -> the default, and the accepted values.
 _GPT2_FIXED = {
     "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
     "scale_attn_weights": (True, (True,)),
