@@ -10,6 +10,7 @@ import pytest
 import torch
 from gptkernels import attention, available_backends
 from gptkernels.attention import reference
+from gptkernels.attention.options import Options
 from gptkernels.testing import Inputs, assert_within_budget, poisoned_memory, random_grads, run
 from torch import Tensor
 
@@ -24,7 +25,8 @@ def textbook(
     window: int | None = None, key_lengths: Tensor | None = None, key_mask: Tensor | None = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
     """Scores, softmax, product, in plain PyTorch; its sums over head_dim and over the keys taken in this `order`."""
-    visible = reference.visible_keys(query, key, is_causal, key_lengths, key_mask, window)
+    options = Options(is_causal=is_causal, key_lengths=key_lengths, key_mask=key_mask, window=window)
+    visible = reference.visible_keys(query, key, options)
     back = slice(None)
     if order is not None:
         dims, keys = order

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gptkernels import attention, attention_dropout_mask, attention_varlen, available_backends
 from gptkernels.attention import dropout
+from gptkernels.attention.options import Options
 from gptkernels.testing import assert_within_budget, poisoned_memory
 from torch._subclasses import FakeTensorMode
 
@@ -301,3 +302,37 @@ def test_few_queries_give_what_many_do(backend: str, dtype: torch.dtype, device:
         few = attention(q[:, :, -queries:], k, v, backend=backend, **options)
         for name, ours, theirs, truth in zip(("out", "lse"), few, many, exact):
             assert_within_budget(name, ours, theirs[:, :, -queries:], truth[:, :, -queries:].double())
+
+
+# ---- from the public function to a kernel -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_options_are_the_last_arguments_of_the_ops(backend: str, direction: str):
+    schema = getattr(getattr(torch.ops, f"gptkernels_{backend}"), f"attention_{direction}").default._schema
+    assert tuple(argument.name for argument in schema.arguments)[-len(Options._fields) :] == Options._fields
+
+
+@pytest.mark.skipif("triton" not in FUSED, reason="about Triton's launchers")
+def test_an_architecture_with_kernels_of_its_own_takes_those(device: str, monkeypatch: pytest.MonkeyPatch):
+    from gptkernels._triton import hardware
+    from gptkernels.attention import triton as launchers
+
+    seen = []
+
+    def watched(launcher):
+        def run(*arguments):
+            seen.append(arguments[-1])
+            return launcher(*arguments)
+
+        return run
+
+    own = launchers.Launchers(*map(watched, launchers.LAUNCHERS["any"]))
+    q, k, v = (x.requires_grad_() for x in draw(1, 2, 9, 16, device=device))
+    for arch, calls in ((hardware(q).arch, 2), ("another", 0)):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setitem(launchers.LAUNCHERS, arch, own)
+            attention(q, k, v, is_causal=True, window=3, backend="triton").sum().backward()
+        assert [(options.is_causal, options.window, options.scale) for options in seen] == [(True, 3, 0.25)] * calls

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gptkernels._layout import empty_like_heads
 from gptkernels._triton import Hardware, Launch, cdiv, hardware, next_power_of_2, on_device, planned
 from gptkernels.attention import dropout
-from gptkernels.attention.api import empty_like_heads
+from gptkernels.attention.options import Options
 from gptkernels.attention.tiles import Tile, tile, whole_rows
 from gptkernels.attention.triton_backward import _delta_kernel, _dkdv_kernel, _dq_kernel
 from gptkernels.attention.triton_forward import _combine_kernel, _decode_kernel, _forward_kernel
@@ -47,7 +48,7 @@ _Strides = tuple[int, ...]
 
 
 class _Problem(NamedTuple):
-    """What every launch depends on beside strides and dtypes; its properties say it in the kernels' form."""
+    """What every launch depends on beside strides and dtypes; its properties give it in the kernels' form."""
 
     hardware: Hardware
     itemsize: int
@@ -56,12 +57,12 @@ class _Problem(NamedTuple):
     has_lengths: bool
     has_mask: bool
     packed_sequences: int | None
-    packed_queries: int  # of the longest sequence
-    packed_keys: int
-    is_causal: bool
-    window: int | None
-    scale: float
-    dropout_p: float
+    scalars: tuple[Any, ...]  # of the options
+
+    @property
+    def options(self) -> Options:
+        """Without their tensors."""
+        return Options(None, None, None, None, None, *self.scalars)
 
     @property
     def packed(self) -> bool:
@@ -93,29 +94,40 @@ class _Problem(NamedTuple):
 
     @property
     def max_queries(self) -> int:
-        return self.packed_queries if self.packed else self.queries
+        return self.options.max_queries if self.packed else self.queries
 
     @property
     def max_keys(self) -> int:
-        return self.packed_keys if self.packed else self.keys
+        return self.options.max_keys if self.packed else self.keys
 
     @property
     def block_d(self) -> int:
         return _block_d(self.head_dim)
 
     @property
+    def scale(self) -> float:
+        assert self.options.scale is not None
+        return self.options.scale
+
+    @property
     def has_dropout(self) -> bool:
-        return dropout.threshold(self.dropout_p) > 0
+        return dropout.threshold(self.options.dropout_p) > 0
 
     @property
     def is_plain(self) -> bool:
         """As `tiles.tile` has it."""
         others = self.has_dropout or self.has_lengths or self.has_mask or self.packed
-        return self.window is None and not others
+        return self.options.window is None and not others
 
     @property
-    def options(self) -> tuple[float, int, int]:
-        return dropout.rescale(self.dropout_p), dropout.threshold(self.dropout_p), self.window or 0
+    def window(self) -> int:
+        """As the kernels take it: 0 for none."""
+        return self.options.window or 0
+
+    @property
+    def dropout_numbers(self) -> tuple[float, int]:
+        """The kernels' `rescale` and `threshold`."""
+        return dropout.rescale(self.options.dropout_p), dropout.threshold(self.options.dropout_p)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -127,12 +139,12 @@ class _Problem(NamedTuple):
         return 0 if self.packed else self.heads * self.queries, self.queries
 
     @property
-    def flags(self) -> dict[str, Any]:
+    def constants(self) -> dict[str, Any]:
         return {
-            "IS_CAUSAL": self.is_causal,
+            "IS_CAUSAL": self.options.is_causal,
             "HAS_LENGTHS": self.has_lengths,
             "HAS_MASK": self.has_mask,
-            "HAS_WINDOW": self.window is not None,
+            "HAS_WINDOW": self.options.window is not None,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": self.block_d,
         }
@@ -149,13 +161,11 @@ class _Problem(NamedTuple):
         return not self.packed and self.queries % block_m == 0
 
 
-def _problem(
-    query: Tensor, key: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, cu_queries: Tensor | None,
-    max_queries: int, max_keys: int, is_causal: bool, window: int | None, scale: float, dropout_p: float,
-) -> _Problem:  # fmt: skip
+def _problem(query: Tensor, key: Tensor, options: Options) -> _Problem:
+    sequences = None if options.cu_queries is None else options.cu_queries.shape[0] - 1
     return _Problem(
-        hardware(query), query.dtype.itemsize, query.shape, key.shape, key_lengths is not None, key_mask is not None,
-        None if cu_queries is None else cu_queries.shape[0] - 1, max_queries, max_keys, is_causal, window, scale, dropout_p,
+        hardware(query), query.dtype.itemsize, query.shape, key.shape,
+        options.key_lengths is not None, options.key_mask is not None, sequences, options.scalars(),
     )  # fmt: skip
 
 
@@ -185,8 +195,8 @@ def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides
     t = choose("forward", p.hardware.arch, p.itemsize, p.block_d, p.has_dropout, p.is_plain)
     return Launch(
         _forward_kernel, (cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,),
-        (p.scale * LOG2_E, *p.options, *p.sizes, p.max_queries, *p.strides(*strides), *p.statistics_strides),
-        **p.flags, HAS_DROPOUT=p.has_dropout, PACKED=p.packed, EVEN_Q=p.even(t.block_m),
+        (p.scale * LOG2_E, *p.dropout_numbers, p.window, *p.sizes, p.max_queries, *p.strides(*strides), *p.statistics_strides),
+        **p.constants, HAS_DROPOUT=p.has_dropout, PACKED=p.packed, EVEN_Q=p.even(t.block_m),
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, **t.options,
     )  # fmt: skip
 
@@ -201,8 +211,8 @@ def _split(p: _Problem, t: Tile, *strides: _Strides) -> _Split:
     return _Split(
         Launch(
             _decode_kernel, (splits, kv_heads),
-            (p.scale * LOG2_E, p.options[-1], *p.sizes, chunk, *p.strides(*strides[:3])),
-            **p.flags, BLOCK_M=max(t.block_m, next_power_of_2(rows)), BLOCK_N=t.block_n,
+            (p.scale * LOG2_E, p.window, *p.sizes, chunk, *p.strides(*strides[:3])),
+            **p.constants, BLOCK_M=max(t.block_m, next_power_of_2(rows)), BLOCK_N=t.block_n,
             **t.options,
         ),
         Launch(
@@ -213,39 +223,17 @@ def _split(p: _Problem, t: Tile, *strides: _Strides) -> _Split:
     )  # fmt: skip
 
 
-def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    cu_queries: Tensor | None,
-    cu_keys: Tensor | None,
-    dropout_seed: Tensor | None,
-    max_queries: int,
-    max_keys: int,
-    is_causal: bool,
-    window: int | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """``(out, statistics)``: out (B, H, Tq, D) laid out (B, Tq, H, D), statistics float32 (1, B, H, Tq) or (2, B, H, Tq).
-
-    They are each row's log-sum-exp in base 2, +inf where it sees no key; of float32 inputs its maximum in those units and
-    its sum of exponentials over it, 0 and 0 where it sees no key.
-    """
+def _forward(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     out = empty_like_heads(query)
     numbers = 2 if query.dtype == torch.float32 else 1
     statistics = query.new_empty((numbers, *query.shape[:3]), dtype=torch.float32)
     query, key, value = _readable(query), _readable(key), _readable(value)
-    p = _problem(
-        query, key, key_lengths, key_mask, cu_queries, max_queries, max_keys, is_causal, window, scale, dropout_p
-    )  # fmt: skip
+    p = _problem(query, key, options)
     launch = _forward_launch(p, tile, query.stride(), key.stride(), value.stride(), out.stride())
     if launch is None:
         return out.zero_(), statistics.fill_(math.inf if numbers == 1 else 0.0)
     sums = statistics[1] if numbers == 2 else None
-    masks = _contiguous(key_lengths, key_mask)
+    masks = _contiguous(options.key_lengths, options.key_mask)
     with on_device(query):
         if isinstance(launch, _Split):
             partial = query.new_empty(launch.partial, dtype=torch.float32)
@@ -254,13 +242,13 @@ def attention_forward(
             launch.splits(query, key, value, partial, partial_maxima, partial_sums, *masks)
             launch.union(partial, partial_maxima, partial_sums, out, statistics, sums)
         else:
-            sequences = _contiguous(cu_queries, cu_keys)
-            seed = dropout_seed if dropout.threshold(dropout_p) else None
+            sequences = _contiguous(options.cu_queries, options.cu_keys)
+            seed = options.dropout_seed if dropout.threshold(options.dropout_p) else None
             launch(query, key, value, out, statistics, sums, *masks, *sequences, seed)
     return out, statistics
 
 
-class _Backward(NamedTuple):
+class _BackwardLaunches(NamedTuple):
     """The three kernels; `whole_rows` is whether they make the weights anew within a tile, without the saved sums."""
 
     delta: Launch
@@ -272,7 +260,7 @@ class _Backward(NamedTuple):
 @planned
 def _backward_launches(
     p: _Problem, choose: Callable[..., Tile], has_grad_lse: bool, *strides: _Strides
-) -> _Backward | None:
+) -> _BackwardLaunches | None:
     """As `_forward_launch`; `strides` are those of query, key, value, grad_out, out and of the three gradients."""
     if p.empty:
         return None
@@ -284,10 +272,10 @@ def _backward_launches(
     whole = whole_rows(next_power_of_2(p.max_keys), p.block_d) if p.itemsize == 4 else None
     if whole:
         dkdv, dq = whole
-    numbers = (p.scale, p.scale * LOG2_E, *p.options, *p.sizes)
+    numbers = (p.scale, p.scale * LOG2_E, *p.dropout_numbers, p.window, *p.sizes)
     given = (*p.strides(*inputs), *p.statistics_strides)
-    flags = {**p.flags, "HAS_DROPOUT": p.has_dropout, "PACKED": p.packed, "WHOLE_ROWS": bool(whole)}
-    return _Backward(
+    constants = {**p.constants, "HAS_DROPOUT": p.has_dropout, "PACKED": p.packed, "WHOLE_ROWS": bool(whole)}
+    return _BackwardLaunches(
         Launch(
             _delta_kernel, (cdiv(p.max_queries, DELTA_BLOCK) * p.sequences * p.heads,),
             (p.heads, p.queries, p.max_queries, *p.strides(out, inputs[3]), *p.statistics_strides),
@@ -297,45 +285,26 @@ def _backward_launches(
         Launch(
             _dkdv_kernel, (cdiv(p.max_keys, dkdv.block_n) * p.sequences * p.kv_heads,),
             (*numbers, p.max_keys, *given, *p.strides(*grads_key_value)),
-            **flags, EVEN_Q=p.even(dkdv.block_m), EVEN_K=not p.packed and p.keys % dkdv.block_n == 0,
+            **constants, EVEN_Q=p.even(dkdv.block_m), EVEN_K=not p.packed and p.keys % dkdv.block_n == 0,
             BLOCK_M=dkdv.block_m, BLOCK_N=dkdv.block_n, **dkdv.options,
         ),
         Launch(
             _dq_kernel, (cdiv(p.max_queries, dq.block_m) * p.sequences * p.heads,),
             (*numbers, p.max_queries, *given, *p.strides(grad_query)),
-            **flags, EVEN_Q=p.even(dq.block_m),
+            **constants, EVEN_Q=p.even(dq.block_m),
             BLOCK_M=dq.block_m, BLOCK_N=dq.block_n, **dq.options,
         ),
         bool(whole),
     )  # fmt: skip
 
 
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    cu_queries: Tensor | None,
-    cu_keys: Tensor | None,
-    dropout_seed: Tensor | None,
-    max_queries: int,
-    max_keys: int,
-    is_causal: bool,
-    window: int | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(grad_query, grad_key, grad_value)``, each laid out as the forward's output; the same bits on every run."""
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_query, grad_key, grad_value = empty_like_heads(query), empty_like_heads(key), empty_like_heads(value)
     query, key, value, grad_out = _readable(query), _readable(key), _readable(value), _readable(grad_out)
-    p = _problem(
-        query, key, key_lengths, key_mask, cu_queries, max_queries, max_keys, is_causal, window, scale, dropout_p
-    )  # fmt: skip
+    p = _problem(query, key, options)
     launches = _backward_launches(
         p, tile, grad_lse is not None, query.stride(), key.stride(), value.stride(), grad_out.stride(), out.stride(),
         grad_query.stride(), grad_key.stride(), grad_value.stride(),
@@ -343,9 +312,9 @@ def attention_backward(
     if launches is None:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
     sums = statistics[1] if len(statistics) == 2 and not launches.whole_rows else None
-    masks = _contiguous(key_lengths, key_mask)
-    cu_queries, cu_keys, grad_lse = _contiguous(cu_queries, cu_keys, grad_lse)
-    seed = dropout_seed if dropout.threshold(dropout_p) else None
+    masks = _contiguous(options.key_lengths, options.key_mask)
+    cu_queries, cu_keys, grad_lse = _contiguous(options.cu_queries, options.cu_keys, grad_lse)
+    seed = options.dropout_seed if dropout.threshold(options.dropout_p) else None
     delta = torch.empty_like(statistics[0] if len(statistics) == 2 else statistics)
     inputs = (query, key, value, grad_out, statistics, sums, delta, grad_lse)
     rest = (*masks, cu_queries, cu_keys, seed)
@@ -354,3 +323,33 @@ def attention_backward(
         launches.dkdv(*inputs, grad_key, grad_value, *rest)
         launches.dq(*inputs, grad_query, *rest)
     return grad_query, grad_key, grad_value
+
+
+class Launchers(NamedTuple):
+    """What computes attention's two ops on one architecture, from their tensors and the `Options`."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+LAUNCHERS = {"any": Launchers(_forward, _backward)}
+"""By architecture, as `Hardware.arch` names it; "any" serves those that have no kernels of their own."""
+
+
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """``(out, statistics)``: out (B, H, Tq, D) laid out (B, Tq, H, D), statistics float32 (1, B, H, Tq) or (2, B, H, Tq).
+
+    For 16-bit inputs the statistics are each row's log-sum-exp in base 2, +inf where it sees no key. For float32 inputs
+    they are the row's maximum in base-2 units and its sum of exponentials relative to that, both 0 where it sees no key.
+    """
+    return LAUNCHERS.get(hardware(query).arch, LAUNCHERS["any"]).forward(query, key, value, Options(*arguments))
+
+
+def attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(grad_query, grad_key, grad_value)``, each laid out as the forward's output; the same bits on every run."""
+    return LAUNCHERS.get(hardware(query).arch, LAUNCHERS["any"]).backward(
+        grad_out, grad_lse, query, key, value, out, statistics, Options(*arguments)
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
-from gptkernels.attention.api import empty_like_heads
+from gptkernels._layout import empty_like_heads
 from gptkernels.rotary import reference
 
 

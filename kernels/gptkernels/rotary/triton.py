@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptkernels._layout import empty_like_heads
 from gptkernels._triton import Launch, cdiv, next_power_of_2, on_device, planned
-from gptkernels.attention.api import empty_like_heads
 
 # What a program takes of each of its heads, and how many heads that share the angles: 16 elements a thread and head, so
 # that a thread has 128 bytes of 16-bit input under way.
