@@ -49,9 +49,17 @@ def stream(x: Tensor, residual: Tensor) -> None:
         raise TypeError(f"residual: got dtype {residual.dtype}; accepted is x's dtype, {x.dtype}, or torch.float32")
 
 
+def autocast_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# Dynamo cannot trace PyTorch 2.11's. As torch.compiler.assume_constant_result, which would import the compiler.
+autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts an operand like `x` to; None where it is off, or leaves `x` alone (float64)."""
     device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if x.dtype == torch.float64 or not autocast_available(device_type):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels import _flops
+from gptkernels import _check, _flops
 
 launchers: dict[str, Callable[[], Callable[..., Any]]] = {}
 """By op name, what imports and returns the function behind the op; filled by `register`, read by compile_report."""
@@ -125,6 +125,6 @@ def differentiated(
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off on `x`'s device, for an operation's own products: what is to be cast has been."""
     device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _check.autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
