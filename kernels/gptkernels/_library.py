@@ -18,7 +18,10 @@ from torch import Tensor
 from gptkernels import _check, _flops
 
 launchers: dict[str, Callable[[], Callable[..., Any]]] = {}
-"""By op name, what imports and returns the function behind the op; filled by `register`, read by compile_report."""
+"""By op name, what imports and returns its Triton launcher. `register` fills it."""
+
+FUSED: dict[str, tuple[str, ...]] = {}
+"""By public function, the backends that have a kernel for it; the reference has all. `register` fills it."""
 
 
 def register(
@@ -26,27 +29,38 @@ def register(
     schema: str,
     *,
     fake: Callable[..., Any],
-    module: str | None = None,
+    triton: bool = True,
+    functions: tuple[str, ...] = (),
     flops: Callable[..., int] | None = None,
 ) -> None:
-    """Defines the op ``{name}{schema}`` in the native namespace, and in triton's when there is a Triton launcher.
+    """Defines the op ``{name}{schema}`` in the native namespace and, unless `triton` is False, in triton's.
 
     The native op is implemented in C++ (``native.cpp``), which `gptkernels._native` loads at first use. The Triton op is
-    the function of that name in `module`, imported at the op's first call: `import gptkernels` must work, and be
-    quick, without triton. `fake` returns the outputs' shapes, dtypes and layouts. `flops` returns what a call with these
-    arguments counts in PyTorch's FlopCounterMode, by its conventions: two operations for each multiplication of a product
-    of matrices, causal or not, and nothing for the rest.
+    the function `name` of the ``triton.py`` in the folder of `fake`. It is imported at the op's first call: `import
+    gptkernels` must work, and be quick, without triton.
+
+    Args:
+        name: ``<function>_forward`` or ``<function>_backward``.
+        schema: arguments and results, as `torch.library.define` takes them.
+        fake: returns the outputs' shapes, dtypes and layouts.
+        triton: whether there is a Triton launcher.
+        functions: the public functions that call the op, where there are others than the one in `name`.
+        flops: returns what a call with these arguments counts in PyTorch's FlopCounterMode, by its conventions: two
+            operations for each multiplication of a product of matrices, causal or not, and nothing for the rest.
     """
+    for function in functions or (name.rpartition("_")[0],):
+        FUSED[function] = ("triton", "native") if triton else ("native",)
     torch.library.define(f"gptkernels_native::{name}", schema)
     torch.library.register_fake(f"gptkernels_native::{name}", fake)
     if flops is not None:
         _flops.register(getattr(torch.ops.gptkernels_native, name), flops)
-    if module is None:
+    if not triton:
         return
 
     @cache
     def load() -> Callable[..., Any]:
-        return getattr(importlib.import_module(module), name)
+        folder = fake.__module__.rpartition(".")[0]
+        return getattr(importlib.import_module(f"{folder}.triton"), name)
 
     launchers[name] = load
 

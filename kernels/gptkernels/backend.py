@@ -19,26 +19,11 @@ import torch
 from torch import Tensor
 
 from gptkernels import _native
+from gptkernels._library import FUSED
 
 BACKENDS = ("reference", "triton", "native")
 CHOICES = ("auto", *BACKENDS)
 
-# What each operation has beside its reference.
-FUSED: dict[str, tuple[str, ...]] = {
-    "layer_norm": ("triton", "native"),
-    "add_layer_norm": ("triton", "native"),
-    "rms_norm": ("triton", "native"),
-    "add_rms_norm": ("triton", "native"),
-    "softmax": ("triton", "native"),
-    "attention": ("triton", "native"),
-    "attention_varlen": ("triton", "native"),
-    "rotary": ("triton", "native"),
-    "linear": ("native",),
-    "gelu": ("triton", "native"),
-    "swiglu": ("triton", "native"),
-    "cross_entropy": ("triton", "native"),
-    "linear_cross_entropy": ("triton", "native"),
-}
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # "auto" takes the first of these that can run, and reference when none can.
 _PREFERRED = {"cuda": ("triton",), "cpu": ("native",)}

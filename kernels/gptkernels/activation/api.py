@@ -137,23 +137,19 @@ _library.register(
     "gelu_forward",
     "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
     fake=_fake_gelu_forward,
-    module="gptkernels.activation.triton",
 )
 _library.register(
     "gelu_backward",
     "(Tensor grad_out, Tensor x, Tensor? bias, bool tanh, bool need_bias) -> (Tensor grad_x, Tensor grad_bias)",
     fake=_fake_gelu_backward,
-    module="gptkernels.activation.triton",
 )
 _library.register(
     "swiglu_forward",
     "(Tensor gate, Tensor up) -> Tensor",
     fake=_fake_swiglu_forward,
-    module="gptkernels.activation.triton",
 )
 _library.register(
     "swiglu_backward",
     "(Tensor grad_out, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)",
     fake=_fake_swiglu_backward,
-    module="gptkernels.activation.triton",
 )

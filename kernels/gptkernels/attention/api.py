@@ -322,7 +322,7 @@ _library.register(
     "attention_forward",
     f"(Tensor query, Tensor key, Tensor value, {SCHEMA}) -> (Tensor out, Tensor statistics)",
     fake=_fake_forward,
-    module="gptkernels.attention.triton",
+    functions=("attention", "attention_varlen"),
     flops=lambda query, key, value, *arguments: 2 * _product_flops(query, key, Options(*arguments)),
 )
 _library.register(
@@ -330,7 +330,7 @@ _library.register(
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor statistics,"
     f" {SCHEMA}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake=_fake_backward,
-    module="gptkernels.attention.triton",
+    functions=("attention", "attention_varlen"),
     # The scores once more, and the four products of their gradients.
     flops=lambda grad_out, grad_lse, query, key, value, out, statistics, *arguments: (
         5 * _product_flops(query, key, Options(*arguments))

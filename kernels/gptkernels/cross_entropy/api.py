@@ -103,12 +103,10 @@ _library.register(
     "cross_entropy_forward",
     "(Tensor logits, Tensor target, int ignore_index) -> Tensor",
     fake=_fake_forward,
-    module="gptkernels.cross_entropy.triton",
 )
 # The losses, and with them the gradient of their sum weighted by row_weight (target's shape).
 _library.register(
     "cross_entropy_backward",
     "(Tensor logits, Tensor target, Tensor row_weight, int ignore_index) -> (Tensor losses, Tensor grad_logits)",
     fake=_fake_backward,
-    module="gptkernels.cross_entropy.triton",
 )

@@ -204,21 +204,18 @@ _library.register(
     "layer_norm_forward",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor out, Tensor mean, Tensor rstd)",
     fake=_fake_forward,
-    module="gptkernels.layer_norm.triton",
 )
 _library.register(
     "layer_norm_backward",
     "(Tensor grad_out, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool need_weight, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
-    module="gptkernels.layer_norm.triton",
 )
 _library.register(
     "add_layer_norm_forward",
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor out, Tensor summed, Tensor mean, Tensor rstd)",
     fake=_fake_add_forward,
-    module="gptkernels.layer_norm.triton",
 )
 # grad_x is empty unless x's dtype is not the sum's: grad_residual then serves both.
 _library.register(
@@ -226,5 +223,4 @@ _library.register(
     "(Tensor grad_out, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor mean, Tensor rstd, bool need_weight,"
     " bool need_bias, bool need_x) -> (Tensor grad_residual, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_add_backward,
-    module="gptkernels.layer_norm.triton",
 )

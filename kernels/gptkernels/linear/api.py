@@ -113,6 +113,7 @@ _library.register(
     "linear_forward",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=_fake_forward,
+    triton=False,
     flops=lambda x, weight, bias: _flops.product(x, weight),
 )
 _library.register(
@@ -120,6 +121,7 @@ _library.register(
     "(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
+    triton=False,
     flops=lambda grad_out, x, weight, need_x, need_weight, need_bias: (
         (need_x + need_weight) * _flops.product(x, weight)
     ),

@@ -181,7 +181,6 @@ _library.register(
     "linear_cross_entropy_forward",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index) -> Tensor",
     fake=_fake_forward,
-    module="gptkernels.linear_cross_entropy.triton",
     flops=lambda x, weight, *_: _flops.product(x, weight),
 )
 # The losses, and with them the gradients of their sum weighted by row_weight (target's shape).
@@ -190,6 +189,5 @@ _library.register(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, int ignore_index, bool need_x,"
     " bool need_weight, bool need_bias) -> (Tensor losses, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
-    module="gptkernels.linear_cross_entropy.triton",
     flops=_backward_flops,
 )

@@ -166,19 +166,16 @@ _library.register(
     "rms_norm_forward",
     "(Tensor x, Tensor? weight, float eps) -> (Tensor out, Tensor rstd)",
     fake=_fake_forward,
-    module="gptkernels.rms_norm.triton",
 )
 _library.register(
     "rms_norm_backward",
     "(Tensor grad_out, Tensor x, Tensor? weight, Tensor rstd, bool need_weight) -> (Tensor grad_x, Tensor grad_weight)",
     fake=_fake_backward,
-    module="gptkernels.rms_norm.triton",
 )
 _library.register(
     "add_rms_norm_forward",
     "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor out, Tensor summed, Tensor rstd)",
     fake=_fake_add_forward,
-    module="gptkernels.rms_norm.triton",
 )
 # grad_x is empty unless x's dtype is not the sum's: grad_residual then serves both.
 _library.register(
@@ -186,5 +183,4 @@ _library.register(
     "(Tensor grad_out, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor rstd, bool need_weight, bool need_x)"
     " -> (Tensor grad_residual, Tensor grad_x, Tensor grad_weight)",
     fake=_fake_add_backward,
-    module="gptkernels.rms_norm.triton",
 )

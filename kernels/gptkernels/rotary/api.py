@@ -99,11 +99,9 @@ _library.register(
     "rotary_forward",
     "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     fake=_fake,
-    module="gptkernels.rotary.triton",
 )
 _library.register(
     "rotary_backward",
     "(Tensor grad_out, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     fake=_fake,
-    module="gptkernels.rotary.triton",
 )

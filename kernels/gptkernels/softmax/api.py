@@ -93,11 +93,9 @@ _library.register(
     "softmax_forward",
     "(Tensor x, int dim, float scale, bool causal) -> Tensor",
     fake=_fake_forward,
-    module="gptkernels.softmax.triton",
 )
 _library.register(
     "softmax_backward",
     "(Tensor grad_out, Tensor out, int dim, float scale, bool causal) -> Tensor",
     fake=_fake_backward,
-    module="gptkernels.softmax.triton",
 )
