@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptkernels import _library
-from gptkernels.cross_entropy.triton import rows_cross_entropy
+from gptkernels._loss.triton import rows_cross_entropy
 
 # A fifth of the tokens is a chunk, but not fewer than keep the products efficient (each chunk reads the weight twice and
 # its float32 gradient once, writes that once), and not more than this many bytes of logits while that leaves enough.

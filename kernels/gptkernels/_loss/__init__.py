@@ -84,7 +84,7 @@ def take(ctx: Any, inputs: int, grad_out: Tensor) -> tuple[Tensor, ...]:
     # Almost always a 1, and no pass over the gradients. On a GPU the kernel looks: for the host to look would be to wait
     # for all the work before it.
     if gradients and ctx.backend == "triton":
-        from gptkernels.cross_entropy.triton import scale_
+        from gptkernels._loss.triton import scale_
 
         for gradient in gradients:
             scale_(gradient, grad_out)
