@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def empty_like_heads(x: Tensor) -> Tensor:
-    """Uninitialised, of x's shape (B, H, T, D), laid out (B, T, H, D): merging the heads again is then a view."""
+    """Returns an uninitialised tensor of x's shape (B, H, T, D), laid out (B, T, H, D): merging the heads is then a view."""
     batch, heads, tokens, head_dim = x.shape
     width = heads * head_dim
     return x.new_empty_strided((batch, heads, tokens, head_dim), (tokens * width, head_dim, width, 1))

@@ -1,7 +1,7 @@
-"""Registers a kernel as a PyTorch dispatcher op, so that torch.compile sees one opaque call with known outputs.
+"""Registers kernels as PyTorch dispatcher ops, which torch.compile treats as opaque calls with known outputs.
 
-Each backend has a namespace of its own (``torch.ops.gptkernels_triton``, ``torch.ops.gptkernels_native``) with the same
-op names and schemas; the autograd Functions differ between backends only in the namespace they call.
+Each backend has its own namespace (``torch.ops.gptkernels_triton``, ``torch.ops.gptkernels_native``) with the same op
+names and schemas. An autograd Function serves both backends: it is told which namespace to call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ launchers: dict[str, Callable[[], Callable[..., Any]]] = {}
 """By op name, what imports and returns its Triton launcher. `register` fills it."""
 
 FUSED: dict[str, tuple[str, ...]] = {}
-"""By public function, the backends that have a kernel for it; the reference has all. `register` fills it."""
+"""By public function, the backends beside the reference that have a kernel for it. `register` fills it."""
 
 
 def register(
@@ -81,8 +81,8 @@ def ops(backend: str) -> Any:
     return getattr(torch.ops, f"gptkernels_{backend}")
 
 
-class _Unrecorded:
-    """Takes what a Function's forward keeps for a backward that will not come."""
+class _InferenceContext:
+    """Stub ctx for inference: discards saved tensors."""
 
     needs_input_grad = (False,) * 16
 
@@ -94,38 +94,42 @@ class _Unrecorded:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``; where nothing is recorded its forward alone, without apply's 20 us a call.
+    """Calls ``function.apply(*args)``, or only its forward where no gradient is recorded.
 
-    A decoding step makes a hundred of these calls.
+    That saves the 20 us of `apply`; a decoding step makes a hundred of these calls.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function.apply(*args)
-    return function.forward(_Unrecorded(), *args)
+    return function.forward(_InferenceContext(), *args)
 
 
 def graph_wanted() -> bool:
-    """In a Function's backward: whether the gradients are to be differentiated themselves (``create_graph=True``).
+    """In a Function's backward: whether its gradients will be differentiated again (``create_graph=True``).
 
-    A kernel's result has no history, and autograd would take its derivative for zero: `differentiated` is called then.
-    Never under torch.compile, which refuses second derivatives itself.
+    Autograd records nothing inside a kernel and would take its derivative for zero, so the backward must then call
+    `differentiable_gradients`. False under torch.compile, which refuses second derivatives itself.
     """
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def differentiated(
+def differentiable_gradients(
     formula: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
     *grad_outs: Tensor | None,
 ) -> list[Any]:
-    """The gradients of the plain PyTorch ``formula(*inputs)``, recorded, so that they can be differentiated again.
+    """Returns the gradients of the plain PyTorch ``formula(*inputs)``, recorded so that they can be differentiated again.
 
-    `inputs` are what a Function saved, still in the graph that the forward built; `grad_outs` belong to the formula's
-    outputs, None for one without a gradient. An input that needs no gradient gets None.
+    Args:
+        formula: the operation in plain PyTorch.
+        inputs: the tensors that the Function saved, still part of the forward's graph. One that needs no gradient gets
+            None.
+        grad_outs: the gradients of the formula's outputs, None for an output without one.
     """
-    # A view of each: a tensor that is given twice gets two gradients, and one made from another its own alone.
+    # Differentiate with respect to views: a tensor that is passed twice then gets two gradients, and an input that was
+    # computed from another input does not add to that one's gradient.
     own = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
     asked = {i: x for i, x in enumerate(own) if x is not None and x.requires_grad}
-    with no_autocast(next(iter(asked.values()))):  # the inputs are what it has cast
+    with no_autocast(next(iter(asked.values()))):  # the inputs are already cast
         outs = formula(*own)
         reached = [(out, g) for out, g in zip(outs if isinstance(outs, tuple) else (outs,), grad_outs) if g is not None]
         grads = torch.autograd.grad(
@@ -137,7 +141,7 @@ def differentiated(
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Switches autocast off on `x`'s device, for an operation's own products: what is to be cast has been."""
+    """Switches autocast off on `x`'s device, around an operation whose inputs are already cast."""
     device_type = x.device.type
     if not _check.autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()

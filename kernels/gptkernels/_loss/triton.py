@@ -27,7 +27,7 @@ from gptkernels._triton import (
 # The longest row that one program keeps in registers: 32,768 float32 over 1,024 threads are 32 registers a thread.
 MAX_BLOCK = 32768
 MAX_THREADS = 1024
-# What one program of the scaling kernel takes at a time.
+# Elements that a program of the scaling kernel takes at a time.
 SCALE_BLOCK = 4096
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -39,12 +39,12 @@ def _rows_kernel(
     X, TARGET, WEIGHT, LOSS, DX, M, N, PADDED, stride_x, stride_dx, ignored,
     GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole rows: one read, and with GRADIENT one write. Columns from N to PADDED may be touched, and say nothing."""
+    """ROWS whole rows: one read, and with GRADIENT one write. Columns from N to PADDED may be accessed, and have no meaning."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     target = tl.load(TARGET + rows, mask=rows < M, other=0)
     counted = (rows < M) & (target != ignored)
-    known = (target >= 0) & (target < N)  # what is no class makes its row NaN
+    known = (target >= 0) & (target < N)  # a target that is not a class makes its row NaN
     target = target.to(tl.int32)
     chosen = tl.load(X + rows * stride_x + target, mask=counted & known, other=float("nan")).to(tl.float32)
     touched = (cols < PADDED)[None, :] & counted[:, None]
@@ -68,15 +68,15 @@ def _long_kernel(
     X, TARGET, WEIGHT, LOSS, DX, N, PADDED, stride_x, stride_dx, ignored,
     GRADIENT: tl.constexpr, PIECE: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One long row: maximum and sum online in one read; with GRADIENT a second read, of what the first left in cache.
+    """One long row: one read for maximum and sum; with GRADIENT a second one, mostly from cache.
 
-    Each of LANES columns of a tile keeps a maximum and a sum of its own, so that the loop waits for no other thread.
-    PIECE: 0, or the elements of 16 bytes where rows start anywhere. The loops then take the whole pieces that lie in the
-    row, from column `head` on, and the edges before and behind them are taken by themselves.
+    Each of the tile's LANES columns has its own maximum and sum, so that threads do not wait for each other in the loop.
+    PIECE is 0, or the number of elements in 16 bytes where rows do not start at multiples of 16 bytes. The loops then take
+    the aligned pieces of 16 bytes within the row, from column `head` on; the edges before and after are taken separately.
     """
     row = tl.program_id(0).to(tl.int64)
     head = 0
-    size = N  # columns of the loops that count
+    size = N  # columns of the loops
     touched = PADDED
     BODY = X + row * stride_x
     if PIECE > 0:
@@ -91,12 +91,12 @@ def _long_kernel(
     X += row * stride_x
     target = tl.load(TARGET + row)
     counted = target != ignored
-    known = (target >= 0) & (target < N)  # what is no class makes the row NaN
+    known = (target >= 0) & (target < N)  # a target that is not a class makes the row NaN
     target = target.to(tl.int32)
     chosen = tl.load(X + target, mask=counted & known, other=float("nan")).to(tl.float32)
     tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    read = tl.where(counted, touched, 0)  # of an ignored row nothing
-    m = tl.full((LANES,), LOWEST, tl.float32)  # not -inf, which would be subtracted from itself
+    read = tl.where(counted, touched, 0)  # nothing of an ignored row
+    m = tl.full((LANES,), LOWEST, tl.float32)  # not -inf: -inf - -inf would be NaN
     total = tl.zeros((LANES,), tl.float32)
     for start in range(0, read, DEPTH * LANES):
         cols = start + tile
@@ -122,7 +122,7 @@ def _long_kernel(
         DX += row * stride_dx
         weight = tl.where(known, tl.load(WEIGHT + row), float("nan"))
         factor = 1.0 / total
-        # From the end: what was read last is what the caches still hold. The gradient is not to drive it out.
+        # From the row's end, which the caches still hold. The gradient must not evict it.
         blocks = tl.cdiv(touched, DEPTH * LANES)
         for block in range(blocks):
             cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
@@ -139,7 +139,7 @@ def _long_kernel(
 
 @triton.jit
 def _scale_kernel(X, FACTOR, SIZE, BLOCK: tl.constexpr):
-    """X *= FACTOR, without touching X where the factor is 1: nobody on the host has to look."""
+    """X *= FACTOR, without accessing X where the factor is 1: the host need not wait for the factor."""
     factor = tl.load(FACTOR)
     if factor != 1.0:
         first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -151,7 +151,7 @@ def _scale_kernel(X, FACTOR, SIZE, BLOCK: tl.constexpr):
 
 
 def _short(columns: int, warp: int) -> tuple[int, dict[str, int]]:
-    """Rows a program and constants of the whole-row kernel: short rows share a program, about 16 elements a thread."""
+    """Rows a program, and constants, of the whole-row kernel: short rows share a program; about 16 elements a thread."""
     block = next_power_of_2(columns)
     per_program = max(1, min(256, 2048 // block))
     threads = min(MAX_THREADS, block * per_program // 16)
@@ -159,7 +159,7 @@ def _short(columns: int, warp: int) -> tuple[int, dict[str, int]]:
 
 
 def _piece(itemsize: int, columns: int, padded: int, strides: tuple[int, int]) -> int:
-    """PIECE of the long-row kernel: where rows do not all start at 16 bytes, but those of both tensors alike."""
+    """PIECE of the long-row kernel. Not 0 if rows are not aligned to 16 bytes, but those of both tensors are offset alike."""
     piece = 16 // itemsize
     wide = all(size % 16 == 0 for size in (padded, *strides))
     alike = padded == columns and strides[0] % piece == strides[1] % piece
@@ -192,11 +192,11 @@ def rows_cross_entropy(
     grad_logits: Tensor | None = None,
     padded: int | None = None,
 ) -> None:
-    """The launcher of both losses: writes `losses` and, where given, `grad_logits`, which may be `logits` itself.
+    """Writes the `losses` of rows and, where given, `grad_logits`, which may be `logits` itself.
 
-    `logits` and `grad_logits` are rows of V (those to be written can be read in place), the rest is one number a row and
-    contiguous. Of every row, the first `padded` columns may be read and written: where those are a multiple of 16 and V is
-    not, accesses stay wide.
+    `logits` and `grad_logits` are rows of V, evenly spaced in memory where they are written. The other tensors are
+    contiguous, with one number a row. The first `padded` columns of every row may be read and written: if `padded` is a
+    multiple of 16 and V is not, accesses stay wide.
     """
     given = logits
     logits, rows, columns, stride = rows_and_stride(logits)
@@ -217,7 +217,7 @@ def _scale_launch(device: Hardware, size: int) -> Launch:
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """``x *= factor`` for a contiguous `x` and one number on its device; free where the number is 1."""
+    """``x *= factor`` for a contiguous `x` and one number on its device; does nothing where the number is 1."""
     if x.numel():
         with on_device(x):
             _scale_launch(hardware(x), x.numel())(x, factor)

@@ -1,4 +1,4 @@
-"""Attention, padded and packed: the public functions, their checks and their autograd.Function."""
+"""Attention of padded and packed batches: the public functions, their checks and their autograd.Function."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """``dropout(softmax(query @ key^T * scale)) @ value`` over the keys each query may see, in memory linear in the tokens.
+    """``dropout(softmax(query @ key^T * scale)) @ value`` over the keys that each query may see.
 
-    Slices of a packed projection are read in place; the output is laid out ``(B, Tq, H, D)`` in memory, so that
-    ``out.transpose(1, 2).reshape(B, Tq, H * D)`` costs nothing. Softmax runs in float32; the backward is
-    deterministic. Under autocast, inputs are cast to autocast's dtype as PyTorch's own attention does. Gradients that are
-    to be differentiated again (``create_graph=True``) are computed step by step, in memory quadratic in the tokens.
+    Memory is linear in the tokens. Slices of a packed projection are read in place; the output is laid out ``(B, Tq, H,
+    D)`` in memory, so that ``out.transpose(1, 2).reshape(B, Tq, H * D)`` costs nothing. Softmax runs in float32; the
+    backward is deterministic. Autocast casts the inputs as it does for PyTorch's own attention. Gradients that will be
+    differentiated again (``create_graph=True``) are computed from the plain formula, in memory quadratic in the tokens.
 
     Args:
         query: ``(B, H, Tq, D)``, D at most 256.
-        key, value: ``(B, Hkv, Tk, D)``; Hkv divides H (fewer means grouped-query attention: query head h reads
-            key/value head ``h // (H / Hkv)``).
-        is_causal: query i sees keys up to ``i + Tk - Tq``: aligned bottom-right, the last query sees every key.
+        key, value: ``(B, Hkv, Tk, D)``; Hkv divides H. Fewer heads than H mean grouped-query attention: query head h reads
+            key/value head ``h // (H / Hkv)``.
+        is_causal: query i sees keys up to ``i + Tk - Tq`` (aligned bottom-right: the last query sees every key).
         scale: positive; None for ``1 / sqrt(D)``.
-        dropout_p: probability that a weight is dropped, from 0 to 1, rounded to a multiple of 2^-16. Always applied:
+        dropout_p: probability that a weight is dropped, from 0 to 1, rounded to a multiple of 2^-16. It is always applied:
             pass 0 outside training.
-        dropout_seed: ``(B,)`` int64, a seed for each sequence; None draws them from PyTorch's generator. A weight's fate
-            depends on its sequence's seed, its head and its two positions alone (`attention_dropout_mask`).
+        dropout_seed: ``(B,)`` int64, a seed for each sequence; None draws them from PyTorch's generator. Whether a weight
+            is dropped depends only on its sequence's seed, its head and its two positions (`attention_dropout_mask`).
         key_lengths: ``(B,)`` integers: sequence b sees only its first ``key_lengths[b]`` keys (right padding), and
             the work on the others is skipped. Causal alignment stays that of the padded tensors.
-        key_mask: ``(B, Tk)`` bool, True = attend; serves left padding.
-        window: with `is_causal`, a query sees at most the `window` keys that end with its own; work outside is skipped.
+        key_mask: ``(B, Tk)`` bool, True = attend; for left padding.
+        window: with `is_causal`, a query sees at most the `window` keys that end with its own; work on others is skipped.
         return_lse: also return the logarithm of each query's sum of exponentials; it has a gradient.
         backend: overrides `use_backend` for this call.
 
@@ -103,18 +103,18 @@ def attention_varlen(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """`attention` of sequences of different lengths that lie one behind the other, without padding between them.
+    """`attention` of sequences of different lengths that are packed one after another, without padding.
 
     The arguments are those of FlashAttention's function for packed batches. Sequence s owns the tokens
-    ``cu_seqlens[s]`` to ``cu_seqlens[s + 1] - 1``; each attends within itself, as if it were alone.
+    ``cu_seqlens[s]`` to ``cu_seqlens[s + 1] - 1`` and attends only to itself.
 
     Args:
         query: ``(total_q, H, D)``, D at most 256.
         key, value: ``(total_k, Hkv, D)``; Hkv divides H.
         cu_seqlens_q, cu_seqlens_k: ``(sequences + 1,)`` int32 or int64 on query's device: cumulative lengths, from 0 to
-            total_q and total_k, never decreasing. On the CPU this is checked; on a GPU a check would wait for the device
-            at every call, and lengths that do not add up read and write what does not belong to them.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence's length; checked likewise.
+            total_q and total_k, never decreasing. They are checked on the CPU. On a GPU they are not, since that would
+            wait for the device at every call: wrong lengths there read and write memory out of bounds.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence's length; checked on the CPU too.
         dropout_seed: ``(sequences,)`` int64; positions in `attention_dropout_mask` count within the sequence.
         is_causal, scale, dropout_p, window, return_lse, backend: as in `attention`, for each sequence.
 
@@ -219,7 +219,7 @@ def _validate_lengths(query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor, ma
         if cumulative.dim() != 1 or len(cumulative) == 0:
             raise ValueError(f"{name}: got shape {tuple(cumulative.shape)}; accepted is (sequences + 1,)")
         _check.same_device(name, cumulative, "query", query)
-        # A fake tensor, as all are while a graph is made of them, has no numbers to check.
+        # Fake tensors, which torch.compile and torch.export trace with, have no numbers to check.
         if cumulative.device.type == "cpu" and type(cumulative) is Tensor and not torch.compiler.is_compiling():
             ends = cumulative.tolist()
             lengths = [after - before for before, after in itertools.pairwise(ends)]
@@ -243,13 +243,13 @@ def _cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Te
     return query, key, value
 
 
-# The kernels' own maxima and log-sum-exps are to this base's logarithm: base 2 in Triton.
+# What converts the kernels' maxima and log-sum-exps to natural logarithms: Triton's are in base 2.
 _NATURAL = {"triton": math.log(2.0), "native": 1.0}
 
 
 def _log_sum_exp(statistics: Tensor, unit: float) -> Tensor:
-    """The public log-sum-exp, natural, -inf where no key is seen."""
-    if len(statistics) == 1:  # the kernels' own, +inf where no key is seen: a weight recomputed from it is then 0
+    """Returns the public log-sum-exp: natural logarithm, -inf where no key is seen."""
+    if len(statistics) == 1:  # the kernels' log-sum-exp is +inf where no key is seen, so that recomputed weights are 0
         return (statistics[0] * unit).masked_fill_(statistics[0] == math.inf, -math.inf)
     maximum, total = statistics.double()
     return (maximum * unit + total.log()).float()
@@ -284,7 +284,7 @@ class AttentionFunction(torch.autograd.Function):
             def formula(query: Tensor, key: Tensor, value: Tensor) -> reference.Attended:
                 return reference.attend(query, key, value, options, return_lse=True)
 
-            grads = _library.differentiated(formula, (query, key, value), grad_out, grad_lse)
+            grads = _library.differentiable_gradients(formula, (query, key, value), grad_out, grad_lse)
         else:
             if grad_out is None:
                 grad_out = torch.zeros_like(out)
@@ -306,14 +306,14 @@ def _fake_backward(
 
 
 def _product_flops(query: Tensor, key: Tensor, options: Options) -> int:
-    """Operations of one of attention's products: every query with every key of its sequence."""
+    """Counts the operations of one of attention's products: every query with every key of its sequence."""
     batch, heads, queries, head_dim = query.shape
     pairs = batch * queries * key.shape[2]
     cu_queries, cu_keys = options.cu_queries, options.cu_keys
     if cu_queries is not None and cu_keys is not None:
         if type(cu_queries) is Tensor and cu_queries.device.type != "meta":
             pairs = int((cu_queries.diff() * cu_keys.diff()).sum())
-        else:  # a fake one has no values: as if all were as long as the longest
+        else:  # a fake tensor has no values: count every sequence as the longest
             pairs = (len(cu_queries) - 1) * options.max_queries * options.max_keys
     return 2 * heads * head_dim * pairs
 
@@ -331,7 +331,7 @@ _library.register(
     f" {SCHEMA}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     fake=_fake_backward,
     functions=("attention", "attention_varlen"),
-    # The scores once more, and the four products of their gradients.
+    # The scores are recomputed, and there are four products of gradients.
     flops=lambda grad_out, grad_lse, query, key, value, out, statistics, *arguments: (
         5 * _product_flops(query, key, Options(*arguments))
     ),

@@ -1,4 +1,4 @@
-"""Attention's options: one record from the public functions to the kernels' launchers."""
+"""Attention's options as one record, passed from the public functions to the kernels' launchers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Options(NamedTuple):
     ``Options(*arguments)`` collects them again. A named tuple: making a frozen dataclass takes three times as long, 2 us
     of every call.
 
-    `cu_queries` and `cu_keys` make it a packed batch, ``(1, H, total, D)``, whose sequences have at most `max_queries`
+    With `cu_queries` and `cu_keys` the batch is packed, ``(1, H, total, D)``; its sequences then have at most `max_queries`
     queries and `max_keys` keys.
     """
 
@@ -34,7 +34,7 @@ class Options(NamedTuple):
         return self.key_lengths, self.key_mask, self.cu_queries, self.cu_keys, self.dropout_seed
 
     def scalars(self) -> tuple[Any, ...]:
-        """The rest: with them ``Options(*tensors, *scalars)`` is whole again."""
+        """The other fields: ``Options(*tensors, *scalars)`` restores the record."""
         return self.max_queries, self.max_keys, self.is_causal, self.window, self.scale, self.dropout_p
 
 

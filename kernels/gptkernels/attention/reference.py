@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: `scaled_dot_product_attention` with this library's masks, and the textbook form."""
+"""Attention in plain PyTorch: `scaled_dot_product_attention` with this library's masks, or the formula step by step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def visible_keys(query: Tensor, key: Tensor, options: Options) -> Tensor | None:
 def _explicit(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float, kept: Tensor | None, rescale: float
 ) -> tuple[Tensor, Tensor]:
-    """``(softmax(scores) with the weights that are `kept`, rescaled) @ value`` step by step, and the log-sum-exp."""
+    """Returns ``dropout(softmax(scores)) @ value``, computed step by step, and the log-sum-exp."""
     group = query.shape[1] // max(key.shape[1], 1)
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     scores = (query * scale) @ key.transpose(-2, -1)  # (B, H, Tq, Tk)
@@ -45,7 +45,7 @@ def _explicit(
     sees_any = torch.ones((), dtype=torch.bool, device=query.device)
     if visible is not None:
         sees_any = visible.any(dim=-1, keepdim=True)
-        # A fully masked row is NaN in softmax, and so are its gradients: let it see everything, then discard it.
+        # Softmax and its gradients are NaN for a fully masked row: let it see every key, then set it to 0.
         wide = wide.masked_fill(~(visible | ~sees_any), -math.inf)
     if key.shape[2] == 0:
         sees_any = torch.zeros_like(sees_any)
@@ -89,7 +89,7 @@ def attention_varlen(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, options: Options, return_lse: bool = False) -> Attended:
-    """`attention` of query (B, H, Tq, D), key and value (B, Hkv, Tk, D), packed batches among them."""
+    """`attention` of query (B, H, Tq, D), key and value (B, Hkv, Tk, D): a padded batch, or a packed one of B = 1."""
     is_causal, scale = options.is_causal, options.scale
     visible, kept = None, None
     if options.cu_queries is not None:
@@ -102,7 +102,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options, return_l
                 options.dropout_seed, query.shape[1], query.shape[2], key.shape[2], options.dropout_p
             )  # (B, H, Tq, Tk)
         masked = options.key_lengths is not None or options.key_mask is not None or options.window is not None
-        # Equal lengths: PyTorch's top-left causal mask is the bottom-right one, and its fused kernels apply.
+        # PyTorch aligns its causal mask top-left. For equal lengths that is the bottom-right one: leave it to PyTorch, whose
+        # fused kernels then run.
         if masked or return_lse or kept is not None or (is_causal and query.shape[-2] != key.shape[-2]):
             visible = visible_keys(query, key, options)
             is_causal = False
@@ -110,24 +111,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options, return_l
         scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
         out, lse = _explicit(query, key, value, visible, scale, kept, dropout.rescale(options.dropout_p))
         return (out, lse) if return_lse else out
-    # A branch, not the comparison itself: of sizes that torch.compile leaves open that is a symbol, which SDPA does not take.
+    # Branch on the comparison: with dynamic sizes under torch.compile its result is a symbol, which SDPA does not accept.
     grouped: Any = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     if visible is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, **grouped)
     sees_any = visible.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(  # as in `_explicit`: rows without a key see everything, then are discarded
+    out = F.scaled_dot_product_attention(  # as in `_explicit`: rows without a key see every key, then are set to 0
         query, key, value, attn_mask=visible | ~sees_any, scale=scale, **grouped
     )
     return out.masked_fill(~sees_any, 0.0)
 
 
 def _packed_masks(query: Tensor, key: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
-    """Which keys each query of a packed batch sees, (1, 1, total_q, total_k), and which weights dropout keeps."""
+    """Returns which keys each query of a packed batch sees, (1, 1, total_q, total_k), and which weights dropout keeps."""
     assert options.cu_queries is not None
     assert options.cu_keys is not None
 
     def place(cumulative: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For each token its sequence, its position there, and that sequence's length."""
+        """Returns each token's sequence, its position there, and that sequence's length."""
         cumulative = cumulative.long()
         token = torch.arange(tokens, device=cumulative.device)
         sequence = torch.searchsorted(cumulative[1:], token, right=True)
@@ -137,7 +138,7 @@ def _packed_masks(query: Tensor, key: Tensor, options: Options) -> tuple[Tensor,
     sequence_k, at_k, length_k = place(options.cu_keys, key.shape[2])  # (total_k,)
     visible = sequence_q == sequence_k  # (total_q, total_k)
     if options.is_causal:
-        ahead = at_k - (at_q + length_k - length_q)  # 0: the query's own place, aligned bottom-right
+        ahead = at_k - (at_q + length_k - length_q)  # 0 at the query's own position, aligned bottom-right
         visible = visible & (ahead <= 0)
         if options.window is not None:
             visible = visible & (ahead > -options.window)

@@ -1,9 +1,9 @@
-"""Attention in Triton: tiles with an online softmax forward, and two deterministic loops backward. The launchers.
+"""Attention in Triton: the launchers. The kernels are in `triton_forward` and `triton_backward`.
 
-The kernels (`triton_forward`, `triton_backward`) walk the tiles that need no mask in one loop and the others (the causal
-diagonal, a window's edge, the ragged end) in loops of their own, so that most of the work is free of comparisons. Scores
-are kept raw: ``qk * scale - max`` is one fused multiply-add, exponentials are base 2, and the saved log-sum-exp is base 2
-too. The derivation is in MATH.md.
+The forward computes an online softmax over tiles of keys; the backward has two deterministic loops. The tiles that need no
+mask have a loop of their own, apart from those on the causal diagonal, a window's edge and the ragged end: most of the work
+is done without comparisons. Scores are kept unscaled, so that ``qk * scale - max`` is one fused multiply-add; exponentials
+and the saved log-sum-exp are base 2. The derivation is in MATH.md.
 """
 
 from __future__ import annotations
@@ -25,30 +25,33 @@ from gptkernels.attention.triton_forward import _combine_kernel, _decode_kernel,
 
 LOG2_E = math.log2(math.e)
 DELTA_BLOCK = 32
-# Up to so many queries share a program with their group's other heads, the keys split over programs.
+# The most queries, and rows (queries times heads of a group), for which the keys are split over programs.
 DECODE_QUERIES = 8
 DECODE_ROWS = 64
-# Within a tile of at most 128 tokens, offsets are 32 bits: twice as many registers would be spilled for wider ones.
+# Offsets within a tile of at most 128 tokens are 32-bit: with wider ones the kernels would spill registers.
 MAX_TOKEN_STRIDE = 2**24
-# The fewest tiles of keys that are worth a program of their own.
+# The fewest tiles of keys in a split.
 DECODE_TILES = 4
 
 
 def _readable(x: Tensor) -> Tensor:
-    """`x` itself where head_dim has stride 1 (slices of a packed projection have) and tokens lie close enough, else a copy."""
+    """Returns `x` itself if the kernels can read it, as they can a slice of a packed projection; else a contiguous copy.
+
+    They need head_dim to have stride 1, and a stride of tokens below `MAX_TOKEN_STRIDE`.
+    """
     *_, token, last = x.stride()
     return x if token < MAX_TOKEN_STRIDE and (last == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
 def _block_d(head_dim: int) -> int:
-    return max(16, next_power_of_2(head_dim))  # the matrix units' smallest inner dimension is 16
+    return max(16, next_power_of_2(head_dim))  # 16 is the matrix units' smallest inner dimension
 
 
 _Strides = tuple[int, ...]
 
 
 class _Problem(NamedTuple):
-    """What every launch depends on beside strides and dtypes; its properties give it in the kernels' form."""
+    """What a launch depends on beside strides and dtypes. The properties are in the form that the kernels take."""
 
     hardware: Hardware
     itemsize: int
@@ -115,7 +118,7 @@ class _Problem(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """As `tiles.tile` has it."""
+        """The `is_plain` of `tiles.tile`."""
         others = self.has_dropout or self.has_lengths or self.has_mask or self.packed
         return self.options.window is None and not others
 
@@ -135,7 +138,7 @@ class _Problem(NamedTuple):
 
     @property
     def statistics_strides(self) -> tuple[int, int]:
-        # Of a packed batch the one batch entry holds all sequences.
+        # All sequences of a packed batch are in its one batch entry.
         return 0 if self.packed else self.heads * self.queries, self.queries
 
     @property
@@ -174,7 +177,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 class _Split(NamedTuple):
-    """The forward of few queries: as many splits of the keys as fill the GPU twice, then their union."""
+    """The forward of few queries: one launch over splits of the keys, one that joins their results."""
 
     splits: Launch
     union: Launch
@@ -183,9 +186,9 @@ class _Split(NamedTuple):
 
 @planned
 def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides) -> Launch | _Split | None:
-    """None where there is nothing to compute. `strides` are those of query, key, value and out.
+    """Returns None if there is nothing to compute. `strides` are those of query, key, value and out.
 
-    `choose` is `tile`: an argument, so that another choice (bench.tune tries many) finds launches of its own.
+    `choose` is `tile`. It is an argument so that other choices, as bench.tune makes, do not get this one's cached launches.
     """
     if p.empty:
         return None
@@ -204,7 +207,7 @@ def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides
 def _split(p: _Problem, t: Tile, *strides: _Strides) -> _Split:
     rows = p.queries * p.heads // p.kv_heads
     kv_heads = p.sequences * p.kv_heads
-    wanted = cdiv(2 * p.hardware.multiprocessors, kv_heads)
+    wanted = cdiv(2 * p.hardware.multiprocessors, kv_heads)  # splits that fill the GPU twice
     tiles = cdiv(p.keys, t.block_n)
     chunk = max(DECODE_TILES, cdiv(tiles, wanted)) * t.block_n
     splits = cdiv(p.keys, chunk)
@@ -249,7 +252,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tup
 
 
 class _BackwardLaunches(NamedTuple):
-    """The three kernels; `whole_rows` is whether they make the weights anew within a tile, without the saved sums."""
+    """The launches of the three kernels. `whole_rows`: they compute the weights within a tile, without the saved sums."""
 
     delta: Launch
     dkdv: Launch
@@ -261,7 +264,7 @@ class _BackwardLaunches(NamedTuple):
 def _backward_launches(
     p: _Problem, choose: Callable[..., Tile], has_grad_lse: bool, *strides: _Strides
 ) -> _BackwardLaunches | None:
-    """As `_forward_launch`; `strides` are those of query, key, value, grad_out, out and of the three gradients."""
+    """As `_forward_launch`. `strides` are those of query, key, value, grad_out, out and the three gradients."""
     if p.empty:
         return None
     arch, inputs, (out, grad_query, *grads_key_value) = p.hardware.arch, strides[:4], strides[4:]
@@ -349,7 +352,7 @@ def attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``(grad_query, grad_key, grad_value)``, each laid out as the forward's output; the same bits on every run."""
+    """``(grad_query, grad_key, grad_value)``, each laid out as the forward's output. Every run gives the same bits."""
     return LAUNCHERS.get(hardware(query).arch, LAUNCHERS["any"]).backward(
         grad_out, grad_lse, query, key, value, out, statistics, Options(*arguments)
     )

@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear layer's output in plain PyTorch: all logits are held, twice."""
+"""The cross-entropy of a linear layer's output in plain PyTorch, which holds all logits twice."""
 
 from __future__ import annotations
 
