@@ -42,7 +42,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int
     draws = Draws(device, seed)
     p = case.parameters
     *lead, columns = p["shape"]
-    # A mean well off zero shows a variance that was computed as E[x^2] - E[x]^2.
+    # A mean far from zero would reveal a variance computed as E[x^2] - E[x]^2.
     if p["layout"] == "slice":  # rows inside a wider tensor, as in a packed projection
         x = (draws.normal(*lead, columns + 5) + 3.0).to(device, dtype)[..., 2 : 2 + columns]
     elif p["layout"] == "transposed":
@@ -167,7 +167,7 @@ def add_norm(name: str, function: Callable[..., Output], reference: Callable[...
 
 
 def without_bias(other: OpSpec) -> OpSpec:
-    """`other` of a norm that takes no bias: its cases without those that differ in the bias alone."""
+    """Returns `other` for a norm without a bias, without the cases that differ only in the bias."""
 
     def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         inputs = other.make_inputs(case, dtype, device, seed)

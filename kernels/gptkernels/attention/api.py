@@ -199,7 +199,7 @@ def _validate_numbers(head_dim: int, is_causal: bool, scale: float | None, windo
 
 
 def _seeds(dropout_p: float, dropout_seed: Tensor | None, sequences: int, query: Tensor) -> Tensor | None:
-    """The seeds of dropout, checked; drawn where there is dropout and none are given."""
+    """Checks dropout's options; returns the seeds, drawn if there is dropout and none are given."""
     dropout.check_probability(dropout_p)
     if dropout_seed is not None:
         dropout.check_seed(dropout_seed, sequences)
