@@ -152,9 +152,10 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, dimensions: tuple[str, 
         _check.floating(name, x)
         if x.dim() != len(dimensions):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted is ({', '.join(dimensions)})")
-        if x is not query:
-            _check.same_device(name, x, "query", query)
-    query_shape, key_shape = query.shape, key.shape
+    device, query_shape, key_shape = query.device, query.shape, key.shape
+    if key.device != device or value.device != device:
+        _check.same_device("key", key, "query", query)
+        _check.same_device("value", value, "query", query)
     head_dim, at = query_shape[-1], dimensions.index("heads")
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"query: got head_dim {head_dim}; accepted is at most {MAX_HEAD_DIM}")
@@ -164,7 +165,8 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, dimensions: tuple[str, 
         raise ValueError(
             f"key: got shape {tuple(key_shape)}; accepted is (batch {query_shape[0]}, heads, tokens, head_dim)"
         )
-    _check.shape("value", value, key_shape)
+    if value.shape != key_shape:
+        _check.shape("value", value, tuple(key_shape))
     heads, kv_heads = query_shape[at], key_shape[at]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(f"key: got {kv_heads} heads; accepted are counts that divide query's {heads}")
@@ -200,12 +202,13 @@ def _validate_numbers(head_dim: int, is_causal: bool, scale: float | None, windo
 
 def _seeds(dropout_p: float, dropout_seed: Tensor | None, sequences: int, query: Tensor) -> Tensor | None:
     """Checks dropout's options; returns the seeds, drawn if there is dropout and none are given."""
+    if dropout_seed is None and dropout_p == 0.0:
+        return None
     dropout.check_probability(dropout_p)
-    if dropout_seed is not None:
-        dropout.check_seed(dropout_seed, sequences)
-        _check.same_device("dropout_seed", dropout_seed, "query", query)
-    elif dropout_p > 0.0:
+    if dropout_seed is None:
         return dropout.draw_seeds(sequences, query.device)
+    dropout.check_seed(dropout_seed, sequences)
+    _check.same_device("dropout_seed", dropout_seed, "query", query)
     return dropout_seed
 
 
@@ -278,8 +281,8 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         query, key, value, out, statistics, *tensors = ctx.saved_tensors
-        options = Options(*tensors, *ctx.scalars)
         if _library.graph_wanted():
+            options = Options(*tensors, *ctx.scalars)
 
             def formula(query: Tensor, key: Tensor, value: Tensor) -> reference.Attended:
                 return reference.attend(query, key, value, options, return_lse=True)
@@ -289,7 +292,7 @@ class AttentionFunction(torch.autograd.Function):
             if grad_out is None:
                 grad_out = torch.zeros_like(out)
             grads = _library.ops(ctx.backend).attention_backward(
-                grad_out, grad_lse, query, key, value, out, statistics, *options
+                grad_out, grad_lse, query, key, value, out, statistics, *tensors, *ctx.scalars
             )
         return *grads, None, None, None
 

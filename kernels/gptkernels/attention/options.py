@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+_TENSORS = 5  # the first fields of `Options` are tensors
+
 
 class Options(NamedTuple):
     """How a query, a key and a value attend.
@@ -31,11 +33,11 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.key_lengths, self.key_mask, self.cu_queries, self.cu_keys, self.dropout_seed
+        return self[:_TENSORS]
 
     def scalars(self) -> tuple[Any, ...]:
         """The other fields: ``Options(*tensors, *scalars)`` restores the record."""
-        return self.max_queries, self.max_keys, self.is_causal, self.window, self.scale, self.dropout_p
+        return self[_TENSORS:]
 
 
 SCHEMA = (

@@ -164,10 +164,10 @@ class _Problem(NamedTuple):
         return not self.packed and self.queries % block_m == 0
 
 
-def _problem(query: Tensor, key: Tensor, options: Options) -> _Problem:
+def _problem(device: Hardware, query: Tensor, key: Tensor, options: Options) -> _Problem:
     sequences = None if options.cu_queries is None else options.cu_queries.shape[0] - 1
     return _Problem(
-        hardware(query), query.dtype.itemsize, query.shape, key.shape,
+        device, query.dtype.itemsize, query.shape, key.shape,
         options.key_lengths is not None, options.key_mask is not None, sequences, options.scalars(),
     )  # fmt: skip
 
@@ -226,12 +226,12 @@ def _split(p: _Problem, t: Tile, *strides: _Strides) -> _Split:
     )  # fmt: skip
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def _forward(device: Hardware, query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     out = empty_like_heads(query)
     numbers = 2 if query.dtype == torch.float32 else 1
     statistics = query.new_empty((numbers, *query.shape[:3]), dtype=torch.float32)
     query, key, value = _readable(query), _readable(key), _readable(value)
-    p = _problem(query, key, options)
+    p = _problem(device, query, key, options)
     launch = _forward_launch(p, tile, query.stride(), key.stride(), value.stride(), out.stride())
     if launch is None:
         return out.zero_(), statistics.fill_(math.inf if numbers == 1 else 0.0)
@@ -302,12 +302,12 @@ def _backward_launches(
 
 
 def _backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor,
-    options: Options,
+    device: Hardware, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    statistics: Tensor, options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_query, grad_key, grad_value = empty_like_heads(query), empty_like_heads(key), empty_like_heads(value)
     query, key, value, grad_out = _readable(query), _readable(key), _readable(value), _readable(grad_out)
-    p = _problem(query, key, options)
+    p = _problem(device, query, key, options)
     launches = _backward_launches(
         p, tile, grad_lse is not None, query.stride(), key.stride(), value.stride(), grad_out.stride(), out.stride(),
         grad_query.stride(), grad_key.stride(), grad_value.stride(),
@@ -329,7 +329,7 @@ def _backward(
 
 
 class Launchers(NamedTuple):
-    """What computes attention's two ops on one architecture, from their tensors and the `Options`."""
+    """What computes attention's two ops on one architecture, from the hardware, the ops' tensors and the `Options`."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -345,7 +345,9 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any
     For 16-bit inputs the statistics are each row's log-sum-exp in base 2, +inf where it sees no key. For float32 inputs
     they are the row's maximum in base-2 units and its sum of exponentials relative to that, both 0 where it sees no key.
     """
-    return LAUNCHERS.get(hardware(query).arch, LAUNCHERS["any"]).forward(query, key, value, Options(*arguments))
+    device = hardware(query)
+    launchers = LAUNCHERS.get(device.arch, LAUNCHERS["any"])
+    return launchers.forward(device, query, key, value, Options(*arguments))
 
 
 def attention_backward(
@@ -353,6 +355,6 @@ def attention_backward(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``(grad_query, grad_key, grad_value)``, each laid out as the forward's output. Every run gives the same bits."""
-    return LAUNCHERS.get(hardware(query).arch, LAUNCHERS["any"]).backward(
-        grad_out, grad_lse, query, key, value, out, statistics, Options(*arguments)
-    )
+    device = hardware(query)
+    launchers = LAUNCHERS.get(device.arch, LAUNCHERS["any"])
+    return launchers.backward(device, grad_out, grad_lse, query, key, value, out, statistics, Options(*arguments))
