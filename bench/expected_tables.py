@@ -12,26 +12,23 @@ from gptkernels.testing import SPECS, Case, OpSpec
 from bench import expected, h100
 from bench.h100 import H100
 from bench.measure import BF16
+from bench.rows import directions, row_name, work
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu-model.md"
 
 
 def _rows() -> Iterator[tuple[OpSpec, Case, str, list[dict[str, Any]]]]:
+    """The rows of bench.gpu that the saved file holds, with their launches."""
     for spec in SPECS:
         for case in spec.bench_cases:
-            for direction in expected.directions(spec):
-                if launches := expected.saved()["rows"].get(expected.row_name(spec, case, BF16, direction)):
+            for direction in directions(spec):
+                if launches := expected.saved()["rows"].get(row_name(spec, case, BF16, direction)):
                     yield spec, case, direction, launches
 
 
 def _rate(spec: OpSpec, case: Case, direction: str, time: float) -> str:
-    """Of the least work that the spec counts: FLOP/s where it is a matter of products, else bytes/s."""
-    cost = spec.cost(case, BF16)
-    flops, moved = {
-        "forward": (cost.forward_flops, cost.forward_bytes),
-        "backward": (cost.backward_flops, cost.backward_bytes),
-        "with gradient": (cost.forward_flops + cost.backward_flops, cost.backward_bytes),
-    }[direction]
+    """The rate of the work that the spec counts: FLOP/s of operations made of matrix products, else bytes/s."""
+    flops, moved = work(spec, case, BF16, direction)
     if flops > 100 * moved:
         return f"{flops / time / 1e12:,.0f} TFLOP/s, {flops / time / H100.product_rate:.0%}"
     return f"{moved / time / 1e9:,.0f} GB/s, {moved / time / H100.bandwidth:.0%}"
@@ -66,7 +63,7 @@ def rows_table() -> str:
 
 
 def attention_table() -> str:
-    """Attention's kernels, each once: what a tile consists of, and how long each part takes."""
+    """Attention's kernels, each once: the work of a tile, and how long each part of it takes."""
     seen: set[tuple[str, ...]] = set()
 
     def cells() -> Iterator[list[str]]:
@@ -107,7 +104,7 @@ def attention_table() -> str:
 
 
 def streaming_table() -> str:
-    """The kernels that memory bounds and that take a tenth of their row or more: bytes, loads in flight, instructions."""
+    """The memory-bound kernels that take at least a tenth of their row: bytes, loads in flight, instructions."""
 
     def cells() -> Iterator[list[str]]:
         for spec, case, direction, launches in _rows():
@@ -136,7 +133,7 @@ def streaming_table() -> str:
 
 
 def training_table() -> str:
-    """The training step by what its time is spent on."""
+    """The parts of the training step and their times."""
     parts, total = expected.training_parts(), expected.training_seconds()
     rows = [[name, f"{1e3 * part:.2f}", f"{part / total:.0%}"] for name, part in parts.items()]
     tokens = expected.BATCH * 1024
@@ -150,9 +147,9 @@ def _case(op: str, name: str) -> tuple[OpSpec, Case]:
 
 
 def worked_streaming() -> str:
-    """A kernel that memory bounds, step by step."""
+    """A memory-bound kernel, step by step."""
     spec, case = _case("layer_norm", "4096x8192")
-    (launch,) = expected.saved()["rows"][expected.row_name(spec, case, BF16, "forward")]
+    (launch,) = expected.saved()["rows"][row_name(spec, case, BF16, "forward")]
     figures = expected.saved()["kernels"][launch["figures"]]
     together, warps = h100.at_a_time(launch, figures), launch["warps"]
     loads, instructions = figures["straight"]["loads"], figures["straight"]["instructions"]
@@ -180,7 +177,7 @@ def worked_streaming() -> str:
 def worked_attention() -> str:
     """An attention kernel, step by step."""
     spec, case = _case("attention", "B4-H12-T4096-D64-causal")
-    (launch,) = expected.saved()["rows"][expected.row_name(spec, case, BF16, "forward")]
+    (launch,) = expected.saved()["rows"][row_name(spec, case, BF16, "forward")]
     figures, sizes, warps = expected.saved()["kernels"][launch["figures"]], launch["constants"], launch["warps"]
     tiles = expected.attention_tiles(launch)
     time = expected.seconds(spec, case, BF16, "forward")
@@ -191,7 +188,7 @@ def worked_attention() -> str:
     flops = 2 * 2 * m * n * 64
     loops = [loop for loop in figures["loops"] if loop.get("flops")]
     loop = min(loops, key=lambda loop: loop["instructions"] / loop["flops"])
-    of_tile = flops / loop["flops"]  # from what a warp does in a turn of the loop to what all do for a tile
+    of_tile = flops / loop["flops"]  # work of all warps for a tile / work of one warp in a turn of the loop
     instructions, special = loop["instructions"] * of_tile, loop["special"] * of_tile * 32
     together = h100.at_a_time(launch, figures)
     costs = [kind.seconds(together, H100.overlap) for kind in tiles]
@@ -241,10 +238,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def rewritten(text: str) -> str:
-    """The document's `text` with everything between its markers made anew.
+    """The document's `text` with a new table or example between each pair of markers.
 
     Raises:
-        ValueError: a section's markers are missing, or there more than once.
+        ValueError: a section has no markers, or several pairs.
     """
     for name, section in SECTIONS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"

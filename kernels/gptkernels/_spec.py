@@ -78,6 +78,7 @@ class OpSpec:
     `make_inputs(case, dtype, device, seed)` draws the inputs by `Draws`.
     `reference` takes the same keyword arguments as `function`, without `backend`. `compile_cases` are for compile_report
     alone, where tensors have no data: each variant of the Triton kernels once or twice, at the size that users run.
+    `cpu_cases` are what bench.cpu times; `bench_cases` are sized for a GPU.
     """
 
     name: str
@@ -88,3 +89,4 @@ class OpSpec:
     cases: tuple[Case, ...]
     bench_cases: tuple[Case, ...]
     compile_cases: tuple[Case, ...] = ()
+    cpu_cases: tuple[Case, ...] = ()

@@ -14,12 +14,13 @@ from gptkernels.backend import FUSED
 from gptkernels.testing import SPECS, Case, Inputs, OpSpec, assert_within_budget, check_op, outputs, random_grads, run
 from torch import Tensor
 
+from bench.measure import CapturedGraph
+
 pytestmark = pytest.mark.gpu
 
 TRITON = [spec for spec in SPECS if "triton" in FUSED[spec.name]]
-MOST_BYTES = (
-    1.2e9  # of a case's float32 inputs and outputs: the float64 result and its gradients take many times as much
-)
+# Of a case's float32 inputs and outputs: the float64 result and its gradients take many times as much.
+MOST_BYTES = 1.2e9
 INT32 = 2**31
 
 
@@ -80,7 +81,7 @@ def test_inductor_equals_eager(spec: OpSpec):
 
 @each_op
 def test_cuda_graph_replays_forward_and_backward(spec: OpSpec):
-    """Captured on one draw and replayed on another, in the same memory: nothing of the first is baked in."""
+    """A graph captured with one set of inputs gives, after others are copied into the same memory, the results of those."""
     function = partial(spec.function, backend="triton")
     inputs, grads = prepared(spec)
     leaves = inputs.mapped(lambda t: t.detach().clone().requires_grad_())
@@ -90,22 +91,14 @@ def test_cuda_graph_replays_forward_and_backward(spec: OpSpec):
         outs = outputs(function(**leaves.tensors, **leaves.options))
         return *outs, *torch.autograd.grad(outs, tensors, [g.to(o.dtype) for g, o in zip(grads, outs)])
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay = CapturedGraph(step)
     other, _ = prepared(spec, seed=1)
     with torch.no_grad():
         for leaf, new in zip(tensors, other.differentiable().values()):
             leaf.copy_(new)
-    graph.replay()
+    actuals = replay()
     torch.cuda.synchronize()
-    for actual, expected in zip(captured, step()):
+    for actual, expected in zip(actuals, step()):
         assert torch.equal(actual, expected)
 
 
