@@ -1,7 +1,7 @@
-"""Hardware counters of attention's kernels, by Nsight Compute: ``python -m bench.counters --out FOLDER``.
+"""Reads hardware counters of attention's kernels with Nsight Compute: ``python -m bench.counters --out FOLDER``.
 
-Forward, dK/dV and dQ at two shapes, every counter, at the clocks that the GPU has (``--clock-control none``). The folder
-gets attention.ncu-rep for Nsight Compute's own window, counters.txt with its explanations, and counters.csv.
+Forward, dK/dV and dQ run at two shapes, with all counters and without fixing the GPU's clocks. The folder gets
+attention.ncu-rep for Nsight Compute's window, counters.txt with its explanations, and counters.csv.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(dry: bool) -> None:
 
 
 def shown(raw: str) -> str:
-    """The most telling counters from ncu's raw page as CSV: names, units, then a line for each kernel."""
+    """The counters of `SHOWN`, a line for each kernel. `raw`: ncu's raw page as CSV, with a line of names and one of units."""
     rows = list(csv.reader(line for line in raw.splitlines() if line.startswith('"')))
     if len(rows) < 3:
         return "ncu reported no kernel"
@@ -65,11 +65,16 @@ def shown(raw: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.counters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.counters",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m bench.counters --out /tmp/counters",
     )
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for the three files (default: this one)")
-    parser.add_argument("--run", action="store_true", help="only run the kernels, for a profiler of your own")
-    parser.add_argument("--dry-run", action="store_true", help="run them tiny and anywhere, without ncu")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), help="folder for the three files (default: the current one)"
+    )
+    parser.add_argument("--run", action="store_true", help="only run the kernels, under a profiler of your choice")
+    parser.add_argument("--dry-run", action="store_true", help="only run the kernels, at tiny sizes and without a GPU")
     options = parser.parse_args(arguments)
     if options.run or options.dry_run:
         run(options.dry_run)

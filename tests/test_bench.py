@@ -13,6 +13,7 @@ from gptkernels.testing import SPECS, OpSpec
 from bench import cpu, rows
 from bench.measure import BF16, FP32, affordable, in_turns, own_backends, results
 from bench.peers import flex_attention, peers
+from bench.picture import lines
 from bench.report import main, read, table
 
 SMALL = {
@@ -162,3 +163,14 @@ def test_the_work_of_a_row():
         cost = op.cost(small, FP32)
         assert both[0] == cost.forward_flops + cost.backward_flops
         assert both[1] == (sum(moved for _, moved in alone) or 2 * 33 * 17 * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("softmax fp32, 4096x1024: forward + backward", ("softmax fp32: forward + backward", "4096x1024")),
+        ("GPT-2 124M training step, fp32, B2 T512", ("GPT-2 124M training step", "fp32, B2 T512")),
+    ],
+)
+def test_the_picture_names_work_and_size_in_two_lines(name: str, expected: tuple):
+    assert lines(name) == expected
