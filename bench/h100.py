@@ -107,8 +107,8 @@ def in_flight(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card 
 def read_again(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card = H100) -> float:
     """Bytes that are read from memory more than once: by every loop but the first, as far as the cache no longer holds them.
 
-    Between two reads of the same bytes the cache takes in what all running programs read. It holds its size of that; a loop
-    that walks backwards finds it there first.
+    Between two reads of the same bytes the cache takes in what all running programs read, and keeps the last of it, which a
+    loop that walks backwards reads first.
     """
     between = launch["read"] / launch["programs"] * at_a_time(launch, figures, card) * card.multiprocessors
     lost = max(0.0, 1 - card.cache_bytes / between) if between else 0.0

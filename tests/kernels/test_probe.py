@@ -14,7 +14,7 @@ from gptkernels import replace_modules, restore_modules
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.kernels.strangers import RMSNorm
+from tests.kernels.foreign import RMSNorm
 
 
 class ShiftedRMSNorm(RMSNorm):
@@ -153,21 +153,21 @@ LEFT = {
     "EpsilonOutsideRMSNorm does not compute x / rms(x) * weight": EpsilonOutsideRMSNorm(16),
     "GroupedRMSNorm does not compute x / rms(x) * weight": GroupedRMSNorm(16),
     "BrokenRMSNorm does not compute x / rms(x) * weight": BrokenRMSNorm(16),
-    "QuickGELU is another function than GELU or its tanh form": QuickGELU(),
-    "ClippedGELU is another function than GELU or its tanh form": ClippedGELU(),
+    "QuickGELU computes neither GELU nor its tanh form": QuickGELU(),
+    "ClippedGELU computes neither GELU nor its tanh form": ClippedGELU(),
     "InputClampedRMSNorm does not compute x / rms(x) * weight": InputClampedRMSNorm(16),
     "OutputClampedRMSNorm does not compute x / rms(x) * weight": OutputClampedRMSNorm(16),
     "HalfClampedRMSNorm does not compute x / rms(x) * weight": HalfClampedRMSNorm(16),
     "WideRMSNorm does not compute x / rms(x) * weight": WideRMSNorm(16),
-    "WidelyClippedGELU is another function than GELU or its tanh form": WidelyClippedGELU(),
-    "FiniteGELU is another function than GELU or its tanh form": FiniteGELU(),
+    "WidelyClippedGELU computes neither GELU nor its tanh form": WidelyClippedGELU(),
+    "FiniteGELU computes neither GELU nor its tanh form": FiniteGELU(),
     "DroppingGELU draws random numbers": DroppingGELU().eval(),
     "RarelyDroppingGELU draws random numbers": RarelyDroppingGELU().eval(),
     "CountingGELU changes its 'calls' when it is called": CountingGELU(),
     "ConfiguredGELU reads its 'config', which may change": ConfiguredGELU(),
     "InPlaceGELU changes its input": InPlaceGELU(),
-    "StraightThroughGELU is another function than GELU or its tanh form": StraightThroughGELU(),
-    "TwoValuedGELU is another function than GELU or its tanh form": TwoValuedGELU(),
+    "StraightThroughGELU computes neither GELU nor its tanh form": StraightThroughGELU(),
+    "TwoValuedGELU computes neither GELU nor its tanh form": TwoValuedGELU(),
 }
 
 
@@ -253,7 +253,7 @@ def test_a_forward_that_a_library_put_in_pytorchs_place_is_left(monkeypatch: pyt
 
 
 def known() -> nn.ModuleDict:
-    """One of each kind, PyTorch's and strangers'."""
+    """One of each kind, PyTorch's and foreign'."""
     return nn.ModuleDict(
         {
             "layer norm": nn.LayerNorm(16),

@@ -13,7 +13,7 @@ from gptkernels import replace_modules, restore_modules
 from gptkernels.swap import Swapped
 from torch import Tensor, nn
 
-from tests.kernels.strangers import RMSNorm
+from tests.kernels.foreign import RMSNorm
 
 
 class GatedRMSNorm(RMSNorm):
@@ -210,7 +210,7 @@ def test_a_module_of_two_owners_is_restored_by_its_class_alone():
     model = nn.Sequential(nn.LayerNorm(4))
     replace_modules(model)
     model[0].__class__ = type("FSDPLayerNorm", (type(model[0]),), {})
-    assert restore_modules(model).left == {"0": "its class was exchanged again, for FSDPLayerNorm"}
+    assert restore_modules(model).left == {"0": "its class was replaced again, by FSDPLayerNorm"}
 
 
 def test_a_norm_given_a_gate_or_another_dtype_is_its_own():

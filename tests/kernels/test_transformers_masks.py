@@ -23,7 +23,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from tests.kernels.strangers import SIZES
+from tests.kernels.foreign import SIZES
 
 RULES = {
     "causal": (causal_mask_function, {}),

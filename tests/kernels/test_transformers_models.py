@@ -19,7 +19,7 @@ from gptkernels.integrations.transformers.attention import own_eager
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from tests.kernels.strangers import SIZES
+from tests.kernels.foreign import SIZES
 
 TEXT = {**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 VISION = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -151,15 +151,15 @@ def forecast(model: Any) -> Tensor:
 
 STATIC = {"cache_implementation": "static"}
 OWN: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str]] = {
-    "git": (git, text, 'GitForCausalLM opts out of "sdpa"'),
+    "git": (git, text, 'GitForCausalLM does not support "sdpa"'),
     "bridgetower": (
         bridgetower,
         lambda m: m(IDS, attention_mask=PADDING, pixel_values=ramp(2, 3, 16, 16)).text_features,
-        'BridgeTowerModel opts out of "sdpa"',
+        'BridgeTowerModel does not support "sdpa"',
     ),
-    "informer": (informer, forecast, 'InformerModel opts out of "sdpa"'),
-    "gpt_oss": (gpt_oss, text, 'GptOssForCausalLM opts out of "sdpa"'),
-    "deepseek_v32": (deepseek, text, 'DeepseekV32Attention makes a mask of its own, for "eager" and "sdpa" alone'),
+    "informer": (informer, forecast, 'InformerModel does not support "sdpa"'),
+    "gpt_oss": (gpt_oss, text, 'GptOssForCausalLM does not support "sdpa"'),
+    "deepseek_v32": (deepseek, text, 'DeepseekV32Attention makes its own mask, only for "eager" and "sdpa"'),
 }
 OURS: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
     "gemma4": (gemma4, text),

@@ -17,9 +17,9 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tests.kernels import strangers
+from tests.kernels import foreign
 
-SIZES = {**strangers.SIZES, "pad_token_id": 0}
+SIZES = {**foreign.SIZES, "pad_token_id": 0}
 LLAMA = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 FAMILIES = {
@@ -73,7 +73,7 @@ LEFT_MLPS = {
     "ClampedMLP does not compute down(silu(gate(x)) * up(x))": lambda: ClampedMLP(LLAMA),
     "WidelyClampedMLP does not compute down(silu(gate(x)) * up(x))": lambda: WidelyClampedMLP(LLAMA),
     "DroppingMLP draws random numbers": lambda: DroppingMLP(LLAMA),
-    "GemmaMLP has another activation than SiLU": lambda: GemmaMLP(transformers.GemmaConfig(**SIZES)),
+    "GemmaMLP has an activation other than SiLU": lambda: GemmaMLP(transformers.GemmaConfig(**SIZES)),
     "DroppingGPT2MLP draws random numbers": lambda: DroppingGPT2MLP(48, transformers.GPT2Config(**GPT2)),
     "ClampedGPT2MLP does not compute dropout(c_proj(gelu(c_fc(x))))": lambda: ClampedGPT2MLP(
         48, transformers.GPT2Config(**GPT2)
