@@ -47,7 +47,7 @@ lint: $(READY) ## ruff (lint and format) and the type checker
 bench: $(READY) ## time every op and a training step beside PyTorch's own
 	$(BIN)/python -m pytest bench --benchmark-only -q
 
-bench-cpu: $(READY) ## the native kernels against PyTorch on this CPU: the table of docs/benchmarks.md, about ten minutes
+bench-cpu: $(READY) ## time the native kernels against PyTorch on this CPU (docs/benchmarks.md), about fifteen minutes
 	$(BIN)/python -m bench.cpu --out bench/results
 
 gpu-test: ## on a machine with a GPU: the kernels on it, real sizes, past 2^31 elements, under CUDA graphs (about ten minutes)

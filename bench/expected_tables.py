@@ -161,13 +161,13 @@ def worked_streaming() -> str:
         f"Bytes: {read / 1e6:.1f} MB are read and {launch['written'] / 1e6:.1f} MB written. "
         f"At 3.0 TB/s these {moved / 1e6:.1f} MB take {1e6 * moved / H100.bandwidth:.1f} us.",
         "Loads under way: for 3.0 TB/s to arrive after a latency of 0.7 us, 3.0e12 x 0.7e-6 / 132 = "
-        f"{needed / 1e3:.1f} kB must be under way to each multiprocessor; nobody waits for what is written, which leaves "
-        f"{waited / 1e3:.1f} kB. A program has {warps} warps and {figures['registers']} registers a thread, so that "
-        f"{together} share a multiprocessor. A thread asks for {loads} bytes at once and waits for half of its life: "
+        f"{needed / 1e3:.1f} kB must be under way to each multiprocessor; for the reads alone, since nothing waits for writes, "
+        f"these are {waited / 1e3:.1f} kB. A program has {warps} warps and {figures['registers']} registers a thread, so that "
+        f"{together} share a multiprocessor. A thread requests {loads} bytes at once and waits for them half of the time: "
         f"{together} x {warps} x 32 x {loads} / 2 = {flying / 1e3:.0f} kB. "
-        + ("Enough." if flying >= waited else f"Only {flying / waited:.0%} of that: the bytes take longer."),
+        + ("Enough." if flying >= waited else f"This is only {flying / waited:.0%} of that: the bytes take longer."),
         f"Instructions: {launch['programs']:,} programs x {warps} warps x {instructions}, 4 a cycle on each of 132 "
-        f"multiprocessors at 1.75 GHz, are {1e6 * issuing:.1f} us. They go on beside the loads: the longer counts.",
+        f"multiprocessors at 1.75 GHz, are {1e6 * issuing:.1f} us. They overlap with the loads: the longer time counts.",
         f"The launch: 2.5 us. Together **{1e6 * time:.1f} us**, or {moved / time / 1e9:,.0f} GB/s.",
     ]
     title = "`layer_norm` of 4,096 rows of 8,192 bfloat16 numbers, forward:"
@@ -197,32 +197,32 @@ def worked_attention() -> str:
     work = sum(count * seconds for count, seconds in zip(counts, costs)) / H100.multiprocessors
     waiting = 2 * H100.latency * launch["programs"] / H100.multiprocessors / together
     done = spec.cost(case, BF16).forward_flops
-    hidden = f"less {H100.overlap[1]:.0%} of the shorter, because programs share the multiprocessor"
+    hidden = f"less {H100.overlap[1]:.0%} of the shorter time, because programs share the multiprocessor"
     steps = [
         f"Products of a tile, scores and output: 2 x 2 x {m} x {n} x 64 = {flops / 1e6:.2f} MFLOP. A multiprocessor's share of "
         f"798 TFLOP/s is 6.05 TFLOP/s: {1e9 * plain.multiply:.0f} ns. Its shared memory moves "
         f"{loop['shared_bytes'] * of_tile / 1024:.0f} KiB for them, 128 bytes a cycle: {1e9 * plain.feed:.0f} ns.",
         f"Softmax of a tile: {special:,.0f} exponentials, 16 a cycle, are {special / 16:.0f} cycles; {instructions:,.0f} "
-        f"instructions of {warps} warps, 4 a cycle, are {instructions / 4:.0f}. The longer counts, at 1.75 GHz: "
+        f"instructions of {warps} warps, 4 a cycle, are {instructions / 4:.0f}. The longer time counts, at 1.75 GHz: "
         f"{1e9 * plain.softmax:.0f} ns.",
         f"Loads of a tile, keys and values: {2 * n * 64 * 2 / 1024:.0f} KiB. The second-level cache gives all 132 "
-        f"multiprocessors 5.5 TB/s: {1e9 * plain.loads:.0f} ns, beside the rest.",
+        f"multiprocessors 5.5 TB/s: {1e9 * plain.loads:.0f} ns, at the same time as the rest.",
         f"A tile: products and softmax one after the other{', ' + hidden if together > 1 else ''}: {1e9 * costs[0]:.0f} ns. "
-        f"One that the diagonal crosses has a mask to compute: {1e9 * costs[1]:.0f} ns.",
+        f"A tile on the diagonal also computes the mask: {1e9 * costs[1]:.0f} ns.",
         f"All tiles: the program of a head's last {m} queries has {programs[0][0]} whole tiles and {programs[0][1]} on the "
         f"diagonal, that of its first {programs[len(programs) // 48 - 1][0]} and {programs[len(programs) // 48 - 1][1]}. Over "
         f"48 heads they are {counts[0]:,} and {counts[1]:,}, on 132 multiprocessors {1e6 * work:.0f} us.",
         f"Waiting: each of {launch['programs']:,} programs waits twice for memory, 0.7 us each, {together} at a time on a "
         f"multiprocessor: {1e6 * waiting:.0f} us.",
-        "The tail: programs do not end together. Started in the order of the launch, where there is room first, the last "
-        f"one ends {1e6 * (time - work - waiting - H100.launch):.0f} us later than if they did.",
+        "The tail: programs do not all end at once. They start in the order of the launch, each where there is room first; "
+        f"the last one ends {1e6 * (time - work - waiting - H100.launch):.0f} us later than if all ended at once.",
         f"The launch: 2.5 us. Together **{1e6 * time:.0f} us**; {done / 1e9:.0f} GFLOP (half of the square counted) are "
         f"{done / time / 1e12:.0f} TFLOP/s.",
     ]
     title = (
         "`attention` of 4 sequences, 12 heads, 4,096 tokens, head_dim 64, causal, forward. A program takes "
-        f"{m} queries and walks their keys in tiles of {n}, with {warps} warps and {figures['registers']} registers a thread; "
-        f"{together} on a multiprocessor at a time:"
+        f"{m} queries and iterates over their keys in tiles of {n}, with {warps} warps and {figures['registers']} registers a "
+        f"thread; {together} on a multiprocessor at a time:"
     )
     return "\n".join([title, "", *(f"{number}. {step}" for number, step in enumerate(steps, 1))])
 

@@ -1,4 +1,4 @@
-"""The benches compare like with like, and the report shows what was measured."""
+"""The benches' peers compute the same as our operations, bench.cpu times all of them, and the report shows the results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_op_is_timed_somewhere(spec: OpSpec):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_the_interpreter_is_never_timed():
+def test_triton_is_not_timed_on_a_cpu():
     assert "triton" not in own_backends()
 
 
@@ -78,7 +78,7 @@ def test_report(tmp_path, capsys):
         assert name in capsys.readouterr().err
 
 
-def test_turns_are_taken_and_medians_quoted():
+def test_contenders_are_timed_in_turns():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
     medians = in_turns(calls, rounds=4, seconds=60.0)
