@@ -10,11 +10,18 @@ import argparse
 import csv
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from gptkernels.attention.spec import SPEC
+from gptkernels.testing import outputs
 
-SHAPES = ((16, 12, 1024, 64), (4, 16, 4096, 128))  # batch, heads, tokens, head_dim
+from bench.measure import BF16
+from bench.rows import calls, output_gradients, with_gradients
+
+CASES = ("B16-H12-T1024-D64-causal", "B4-H16-T4096-D128-causal")
+DRY_CASES = ("B2-H3-T37-D64-causal",)
 KERNELS = ("_forward_kernel", "_dkdv_kernel", "_dq_kernel")
 SHOWN = {
     "gpu__time_duration.sum": "time",
@@ -34,17 +41,14 @@ SHOWN = {
 
 
 def run(dry: bool) -> None:
-    """One forward and backward of each shape."""
-    import gptkernels
-
+    """One forward and backward of each case."""
     device, backend = ("cpu", "auto") if dry else ("cuda", "triton")
-    for batch, heads, tokens, head_dim in ((1, 2, 40, 16),) if dry else SHAPES:
-        query, key, value = (
-            torch.randn(batch, heads, tokens, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-            for _ in range(3)
-        )
-        out = gptkernels.causal_attention(query, key, value, backend=backend)
-        torch.autograd.grad(out, (query, key, value), torch.randn_like(out))
+    function = partial(SPEC.function, backend=backend)
+    known = {case.name: case for case in (*SPEC.bench_cases, *SPEC.cases)}
+    for name in DRY_CASES if dry else CASES:
+        leaves = with_gradients(SPEC.make_inputs(known[name], BF16, torch.device(device), 0))
+        outs = outputs(function(**leaves.tensors, **leaves.options))
+        calls(function, leaves, outs, output_gradients(SPEC, outs))["backward"]()
     if not dry:
         torch.cuda.synchronize()
 
@@ -83,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = options.out / "attention.ncu-rep"
     kernels = f"regex:^({'|'.join(KERNELS)})$"
     ncu = ["ncu", "--clock-control", "none", "--set", "full", "--force-overwrite", "--export", str(report)]
-    ncu += ["--kernel-name", kernels, "--launch-count", str(len(KERNELS) * len(SHAPES))]
+    ncu += ["--kernel-name", kernels, "--launch-count", str(len(KERNELS) * len(CASES))]
     done = subprocess.run([*ncu, sys.executable, "-m", "bench.counters", "--run"], check=False)
     for page, file in (("details", "counters.txt"), ("raw", "counters.csv")):
         command = ["ncu", "--import", str(report), "--page", page, *(["--csv"] if page == "raw" else [])]

@@ -22,7 +22,7 @@ from typing import Any
 import gptkernels
 import torch
 from gptkernels.backend import FUSED
-from gptkernels.testing import Case, OpSpec, outputs, random_grads
+from gptkernels.testing import Case, OpSpec, outputs
 
 from bench import rows
 from bench.measure import BF16, FP32, add_saving_options, ceilings, in_turns, save, short, verify, versions
@@ -91,7 +91,7 @@ SHOWN = {
 
 
 def dtypes(spec: OpSpec) -> tuple[torch.dtype, ...]:
-    # Without bfloat16 products PyTorch takes minutes for this one in bfloat16.
+    # On a CPU without bfloat16 products, PyTorch takes minutes for this loss in bfloat16.
     return (TRAINED_IN,) if spec.name == "linear_cross_entropy" else DTYPES
 
 
@@ -101,6 +101,7 @@ def directions(spec: OpSpec) -> tuple[str, ...]:
 
 
 def row_name(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str) -> str:
+    """A row's name in tables and saved results, which are compared by it."""
     shown = SHOWN.get((spec.name, case.name), Shown())
     return f"{shown.title or spec.name} {short(dtype)}, {shown.size or case.name}: {direction}"
 
@@ -115,8 +116,7 @@ def op_rows(spec: OpSpec, case: Case, dtype: torch.dtype, check: bool = True) ->
     found, grad_outs = [], None
     for function in (peers(spec, "cpu", compiled=False)["eager"], ours):
         outs = outputs(function(**leaves.tensors, **leaves.options))
-        # The gradient of a mean loss is 1, as in training: another one costs one more pass over the saved gradient.
-        grad_outs = grad_outs or (tuple(map(torch.ones_like, outs)) if rows.is_loss(spec) else random_grads(outs, 0))
+        grad_outs = grad_outs or rows.output_gradients(spec, outs)
         found.append(rows.calls(function, leaves, outs, grad_outs))
     theirs, mine = found
     shown = SHOWN.get((spec.name, case.name), Shown())

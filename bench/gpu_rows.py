@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from gptkernels.backend import FUSED
-from gptkernels.testing import SPECS, Case, Inputs, OpSpec, outputs, random_grads
+from gptkernels.testing import SPECS, Case, Inputs, OpSpec, outputs
 from torch import Tensor
 
 from bench import rows
@@ -198,8 +198,7 @@ def op_rows(spec: OpSpec, case: Case, plan: Plan, late: bool = False) -> Iterato
     def add(name: str, function: Callable[..., Any]) -> None:
         nonlocal grad_outs, results
         outs = outputs(function(**leaves.tensors, **leaves.options))
-        # The gradient of a mean loss is 1, as in training: another one costs one more pass over the saved gradient.
-        grad_outs = grad_outs or (tuple(map(torch.ones_like, outs)) if rows.is_loss(spec) else random_grads(outs, 0))
+        grad_outs = grad_outs or rows.output_gradients(spec, outs)
         calls = rows.calls(function, leaves, outs, grad_outs)
         found = *(out.detach() for out in outs), *calls["backward"]()
         results = results or found

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from gptkernels.testing import SPECS, Case, Inputs, OpSpec, Output, outputs
+from gptkernels.testing import SPECS, Case, Inputs, OpSpec, Output, outputs, random_grads
 from torch import Tensor
 
 from bench.measure import short
@@ -61,14 +61,22 @@ def with_gradients(inputs: Inputs) -> Inputs:
     return inputs.mapped(lambda t: t.detach().requires_grad_())
 
 
+def output_gradients(spec: OpSpec, outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of `outs` to differentiate with: random ones; for a loss 1, as in training.
+
+    Another gradient of a mean loss would cost one more pass over the logits' saved gradient.
+    """
+    return tuple(map(torch.ones_like, outs)) if is_loss(spec) else random_grads(outs, 0)
+
+
 def calls(
-    function: Callable[..., Output], leaves: Inputs, outs: Iterable[Tensor], grad_outs: Iterable[Tensor]
+    function: Callable[..., Output], leaves: Inputs, outs: tuple[Tensor, ...], grad_outs: tuple[Tensor, ...]
 ) -> dict[str, Callable[[], Any]]:
     """`function` on `leaves` as a call for each of `DIRECTIONS`.
 
     The forward records no gradients. The backward differentiates `outs`, which `function` returned, as often as it is called.
     """
-    tensors, grad_outs = list(leaves.differentiable().values()), tuple(grad_outs)
+    tensors = list(leaves.differentiable().values())
 
     def run() -> Output:
         return function(**leaves.tensors, **leaves.options)
@@ -76,5 +84,5 @@ def calls(
     def both() -> Any:
         return torch.autograd.grad(outputs(run()), tensors, grad_outs)
 
-    backward = partial(torch.autograd.grad, tuple(outs), tensors, grad_outs, retain_graph=True)
+    backward = partial(torch.autograd.grad, outs, tensors, grad_outs, retain_graph=True)
     return {"forward": torch.no_grad()(run), "backward": backward, BOTH: both}

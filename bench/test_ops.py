@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from gptkernels.testing import SPECS, Case, OpSpec, assert_within_budget, outputs, random_grads
+from gptkernels.testing import SPECS, Case, OpSpec, assert_within_budget, outputs
 
 from bench import rows
 from bench.measure import affordable, ceilings, device, own_backends, rounds_within, waiting
@@ -40,7 +40,7 @@ def test_op(benchmark, spec: OpSpec, case: Case, dtype: torch.dtype, direction: 
             assert_within_budget(contender, *triple, plain_error=1e-4 if triple[0].numel() == 1 else None)
     flops, moved = rows.work(spec, case, dtype, direction)
     benchmark.group = rows.row_name(spec, case, dtype, direction)
-    run = waiting(rows.calls(function, leaves, outs, random_grads(outs, 0))[direction])
+    run = waiting(rows.calls(function, leaves, outs, rows.output_gradients(spec, outs))[direction])
     benchmark.pedantic(run, rounds=rounds_within(run, 4.0) if device() == "cpu" else 50, warmup_rounds=1)
     seconds = benchmark.stats.stats.median
     bandwidth, rate = ceilings(dtype)
