@@ -205,7 +205,7 @@ def measured(group: str, check: bool) -> Iterator[dict[str, Any]]:
 
 
 def _peak_of_loss(name: str) -> int:
-    """Bytes by which one loss of a linear layer raises this process's memory at most, beside its gradients (Linux)."""
+    """Peak bytes that one loss of a linear layer adds to this process's memory, without its gradients (Linux)."""
     (spec,) = (spec for spec in rows.specs_of("losses") if spec.name == "linear_cross_entropy")
     function = partial(spec.function, backend="native") if name == "ours" else peers(spec, "cpu", False)["eager"]
     leaves = rows.with_gradients(spec.make_inputs(spec.cpu_cases[0], TRAINED_IN, torch.device("cpu"), 0))
@@ -272,7 +272,7 @@ def table(saved: dict[str, Any]) -> str:
         peer, ours = (f"{saved['memory'][name] / 2**20:,.0f} MiB" for name in ("peer", "ours"))
         ratio = saved["memory"]["peer"] / max(saved["memory"]["ours"], 1)
         lines.append(
-            f"| linear_cross_entropy's memory beside the gradients | {peer} | {ours} | {ratio:.1f}x | 8x | | |"
+            f"| linear_cross_entropy's peak memory without the gradients | {peer} | {ours} | {ratio:.1f}x | 8x | | |"
         )
     return "\n".join(lines)
 

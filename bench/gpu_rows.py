@@ -366,7 +366,7 @@ def pinned_sdpa(backend: Any) -> AbstractContextManager[object]:
 
 
 def memory(plan: Plan) -> dict[str, int]:
-    """Peak bytes that the loss of a linear layer allocates beside its gradients: plain PyTorch's, and ours."""
+    """Peak bytes that the loss of a linear layer allocates without its gradients: plain PyTorch's, and ours."""
     spec = next(spec for spec in SPECS if spec.name == "linear_cross_entropy")
     inputs = spec.make_inputs(plan.cases(spec)[-1], BF16, plan.device, 0)
     leaves = inputs.mapped(lambda t: t.detach().requires_grad_())

@@ -57,7 +57,7 @@ def table(saved: dict[str, Any]) -> str:
     if memory := saved.get("memory"):
         eager, ours = memory["eager"] / 2**20, memory["ours"] / 2**20
         met = "met" if 5 * ours <= eager else "missed"
-        work = "linear_cross_entropy's memory beside the gradients"
+        work = "linear_cross_entropy's peak memory without the gradients"
         lines.append(
             f"| {work} | {ours:,.0f} MiB | | | | a fifth: {met} | {eager:,.0f} MiB (eager) | {eager / ours:.1f}x | |"
         )

@@ -213,7 +213,7 @@ def results(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def save(saved: dict[str, Any], file: Path) -> None:
-    """Writes a result as JSON, by renaming a finished file: whoever reads it meanwhile finds the old or the new one, whole."""
+    """Writes a result as JSON. The file is never half-written: a finished one is renamed over it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".part")
     unfinished.write_text(json.dumps(saved, indent=1) + "\n")

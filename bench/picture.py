@@ -11,7 +11,7 @@ from typing import Any
 from bench.measure import RESULTS
 
 PICTURE = Path(__file__).parents[1] / "docs/speed.svg"
-INK, GREY, BLUE = "#1f2328", "#57606a", "#2f6fb0"  # on white, whatever the colours of the page are
+INK, GREY, BLUE = "#1f2328", "#57606a", "#2f6fb0"  # on a white background, readable on light and dark pages
 
 
 def times(saved: dict[str, Any]) -> dict[str, tuple[float, float]]:

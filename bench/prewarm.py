@@ -35,7 +35,7 @@ def warm(launch: compile_report.Launch, load: bool) -> str:
         kernel: Any = triton.compile(launch.source, target=launch.gpu, options=launch.options)
         if load:
             kernel._init_handles()  # builds and caches the launcher, and loads the kernel on the GPU
-    except Exception as error:  # reported here; whoever launches it fails again
+    except Exception as error:  # reported; the launch will raise it again
         what = f"{launch.op} {launch.case} {launch.dtype} {launch.source.fn.fn.__name__}"
         return f"{what}: {type(error).__name__}: {error}".strip()[:300]
     return ""

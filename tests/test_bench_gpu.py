@@ -206,7 +206,7 @@ def test_gpu_table(result: dict, tmp_path, capsys, monkeypatch: pytest.MonkeyPat
         "not judged | 150.000"
     )
     assert lines[4].startswith(
-        "| linear_cross_entropy's memory beside the gradients | 1,024 MiB | | | | a fifth: met |"
+        "| linear_cross_entropy's peak memory without the gradients | 1,024 MiB | | | | a fifth: met |"
     )
     assert len({line.count("|") for line in lines}) == 1
     brief = short_table(result).splitlines()

@@ -48,7 +48,7 @@ class SwapReport:
 
 
 class Swapped:
-    """A base of every replaced class, beside the module's own class and the class with its new forward (its kind)."""
+    """The first base of every class that replaces a module's; the others are the class with the new forward, and the original."""
 
     _gptkernels_original: type[nn.Module]
     _gptkernels_kind: type
@@ -116,7 +116,7 @@ class UnaryForward:
 
     def __init_subclass__(cls) -> None:
         if "_gptkernels_original" not in vars(cls):
-            return  # a kind itself, or a class that somebody derived from a replaced one
+            return  # a kind itself, or a class that other code derived from a replaced one
         original: Any = vars(cls)["_gptkernels_original"].forward
         fused, (_, first, *_) = vars(cls)["_gptkernels_kind"].fused, inspect.signature(original).parameters
 
