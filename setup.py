@@ -3,9 +3,10 @@
 `kernels/` itself is not a package (Hugging Face owns that import name), so only its leaf folder is installed.
 Everything else about the project stands in pyproject.toml.
 
-With ``GPTKERNELS_PREBUILD=1`` the native kernels are compiled into the wheel, once for each level of instructions, for the
-PyTorch that is installed here: ``GPTKERNELS_PREBUILD=1 pip wheel . --no-deps --no-build-isolation``. Without it they are
-compiled at first use, and installing needs neither PyTorch nor a compiler.
+With ``GPTKERNELS_PREBUILD=1`` the native kernels are compiled into the wheel, once for each level of instructions:
+``GPTKERNELS_PREBUILD=1 pip wheel . --no-deps --no-build-isolation``. That one wheel serves every Python and every PyTorch
+that the project supports. Without it the kernels are compiled at first use, and installing needs neither PyTorch nor a
+compiler.
 """
 
 import importlib.util
@@ -19,7 +20,14 @@ from setuptools import find_packages, setup
 
 def prebuilt() -> dict[str, Any]:
     """Arguments of `setup` that compile the native kernels ahead of time."""
+    from setuptools.command.bdist_wheel import bdist_wheel
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class Wheel(bdist_wheel):
+        """Its tag names the platform alone: the libraries use nothing of Python."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
 
     # By path: the package itself is what is being built.
     spec = importlib.util.spec_from_file_location("_native", Path(__file__).parent / "kernels/gptkernels/_native.py")
@@ -33,15 +41,16 @@ def prebuilt() -> dict[str, Any]:
         CppExtension(
             f"gptkernels.{native.PREBUILT.name}.{native.prebuilt(level).stem}",
             sources,
-            include_dirs=[str(root / "kernels/gptkernels/csrc")],
+            include_dirs=[str(root / "kernels/gptkernels")],
             extra_compile_args=[*native.FLAGS, *level.flags],
+            py_limited_api=True,  # links nothing of Python
         )
         for level in native.LEVELS
         if level.name == "portable" or os.uname().machine == "x86_64"
     ]
     return {
         "ext_modules": extensions,
-        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True), "bdist_wheel": Wheel},
     }
 
 

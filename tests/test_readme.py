@@ -1,4 +1,4 @@
-"""README and docs tell the truth: their Python runs, their commands are the demo's, their links lead somewhere."""
+"""README and docs are right: their Python runs, `make demo` runs their commands, their links and figures exist."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_command_is_run_by_make_demo():
     for command in commands:
         if command.startswith("make "):
             assert command.split()[1] in targets
-        elif command.startswith("python -m bench."):  # each has tests of its own
+        elif command.startswith("python -m bench."):  # other tests run these
             assert (ROOT / f"{command.split()[2].replace('.', '/')}.py").exists()
         elif command != "pip install .":
             assert f".venv/bin/{command}\n" in demo
@@ -54,7 +54,7 @@ def test_links_lead_somewhere(path: Path):
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "gpt"])
 def test_tables_are_made_from_saved_results(kind: str):
-    """The table of a kind of machine is one of its saved results; there is none before there is a result."""
+    """docs/benchmarks.md has a table for each kind of machine with saved results, made from one of them."""
     import bench.cpu
     import bench.gpt
     import bench.gpu

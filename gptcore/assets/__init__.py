@@ -1,4 +1,4 @@
-"""Data, vocabularies and weights that `gptcore fetch` brings: the catalogue and the download."""
+"""Data, vocabularies and weights that `gptcore fetch` downloads: the catalogue, and the download itself."""
 
 from gptcore.assets.catalogue import CATALOGUE, Entry
 from gptcore.assets.download import cache_folder, fetch, find, table

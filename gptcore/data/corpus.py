@@ -1,17 +1,15 @@
-"""Streams of documents from files of text and of records, folders, globs, datasets and Python's own documentation.
+"""Reads a corpus: a stream of documents from files, folders, globs, datasets and Python's own documentation.
 
-Nothing here holds a file in memory, arrays in JSON apart: a document is a handle that yields its text in pieces.
+A :class:`Document` yields its text in pieces, so that a corpus may be larger than memory. Only JSON arrays are read
+whole.
 """
 
 from __future__ import annotations
 
-import ast
 import glob
 import hashlib
 import os
 import platform
-import sysconfig
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,9 @@ from functools import partial
 from pathlib import Path
 
 from gptcore import _extras, assets
+from gptcore.data.python_docs import PYTHON_DOCS, python_texts
 from gptcore.data.readers import (
+    BYTE_ORDER_MARK,
     HUGGING_FACE,
     RECORD_SUFFIXES,
     dataset_state,
@@ -30,9 +30,6 @@ from gptcore.data.readers import (
     require_packages,
 )
 
-PYTHON_DOCS = "python-docs"
-"""The name of the built-in corpus. A file or folder of that name is reached as ``./python-docs``."""
-
 # fmt: off
 TEXT_SUFFIXES = frozenset([
     ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex",
@@ -40,19 +37,16 @@ TEXT_SUFFIXES = frozenset([
     ".sh", ".sql", ".jl", ".lua", ".rb",
 ])
 # fmt: on
-"""The files of text that are read when a source is a folder; one that is named itself, or by a glob, may have any."""
+"""A folder's files with these endings are read as text. A file that is named, or that a glob matches, may have any."""
 
 _PIECE_BYTES = 1 << 18
-_MIN_DOCSTRING = 80
-_BOM = b"\xef\xbb\xbf"
-_NOT_DOCUMENTATION = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True)
 class Document:
     """One text of a corpus: a file, a record, or one module or topic of ``python-docs``.
 
-    ``pieces()`` yields the text from its beginning, in strings of at most 256 KiB, each time it is called.
+    Each call of ``pieces()`` yields the whole text again, in strings of at most 256 KiB.
     """
 
     name: str
@@ -60,41 +54,41 @@ class Document:
 
 
 def documents(sources: str | Path | Sequence[str | Path], *, field: str = "text") -> Iterator[Document]:
-    """The documents of a corpus, in the order of its sources and, within each, sorted by path.
+    """Yield the documents of a corpus, in the order of its sources; within a source, sorted by path.
 
-    A source is one of these; a file that several sources name comes once.
+    A source is one of the following. A file that several sources name is read once.
 
-    - A file. It is one document, unless its name ends with one of
-      :data:`~gptcore.data.readers.RECORD_SUFFIXES`, or with ``.json`` and it holds an array: then each record is one.
-      If its name ends with ``.gz``, it is unpacked as it is read.
-    - A folder, searched to any depth for files with one of those endings or of :data:`TEXT_SUFFIXES`, ``.gz`` after
-      it or not (names that begin with a dot are passed over, links to folders are not followed). What else there is,
-      ``.json`` too, since it is settings more often than text, :func:`unread_files` counts.
-    - A glob such as ``"books/**/*.txt"``, which matches files of any suffix.
-    - ``"python-docs"``: the standard library's docstrings of more than 80 characters, one document per module
-      (parsed, not imported; tests are left out), and the articles that Python's ``help()`` shows, one document per
-      topic; about 2 MB.
-    - A corpus that ``gptcore fetch`` brought, by its name, such as ``"shakespeare"``.
-    - ``"hf:NAME"``, ``"hf:NAME:CONFIG"`` or ``"hf:NAME:CONFIG:SPLIT"``: a Hugging Face dataset (its split ``train``
-      unless named), a document a row.
+    - A file. A file of records (its name ends with one of :data:`~gptcore.data.readers.RECORD_SUFFIXES`, or with
+      ``.json`` and it holds an array) gives one document per record; any other file is one document. A name that ends
+      with ``.gz`` is decompressed.
+    - A folder. All its files, at any depth, that hold records or end with one of :data:`TEXT_SUFFIXES` are read,
+      compressed with gzip or not. Not read are names that begin with a dot, links to folders, and other files,
+      ``.json`` among them because it mostly holds settings; :func:`unread_files` counts these.
+    - A glob such as ``"books/**/*.txt"``. It matches files with any ending.
+    - ``"python-docs"``: the documentation that comes with Python (:mod:`gptcore.data.python_docs`), one document per
+      module and per help topic.
+    - The name of a corpus that ``gptcore fetch`` downloaded, such as ``"shakespeare"``.
+    - ``"hf:NAME"``, ``"hf:NAME:CONFIG"`` or ``"hf:NAME:CONFIG:SPLIT"``: a Hugging Face dataset, one document per row.
+      The split is ``train`` unless it is named.
 
-    A file of text is read as UTF-8, in pieces that end at line breaks unless one line is longer than a piece; line
-    endings are kept, a byte order mark is not. A file that is named like a built-in corpus is reached as ``./NAME``.
+    Text files are UTF-8. Their pieces end at line breaks, unless a line is longer than a piece. Line endings are kept,
+    and a byte order mark is dropped. A file with the name of a corpus is reached as ``./NAME``.
 
     Args:
         sources: one source or several.
         field: the field of records that holds the text.
 
-    Raises (before the first document comes, except for what only reading can show):
-        ValueError: if there are no sources, a file is not UTF-8 (when its pieces are read), or a record is bad.
+    Raises:
+        ValueError: if there are no sources, a file is not UTF-8, or a record is bad. The last two are raised when the
+            text is read, all other errors before the first document.
         FileNotFoundError: if a source names nothing, a folder has no such file, or a corpus has not been fetched.
-        MissingPackageError: if a library that a source needs is not installed.
+        MissingPackageError: if a package that a source needs is not installed.
         RuntimeError: if a dataset cannot be loaded.
         OSError: if a file or folder cannot be read.
     """
     for source, files in _resolve(sources):
         if source == PYTHON_DOCS:
-            yield from _in_memory(_python_texts())
+            yield from _in_memory(python_texts())
         elif source.startswith(HUGGING_FACE):
             yield from _in_memory(read_dataset(source, field))
         for path in files:
@@ -105,10 +99,10 @@ def documents(sources: str | Path | Sequence[str | Path], *, field: str = "text"
 
 
 def sources_state(sources: str | Path | Sequence[str | Path]) -> str:
-    """32 hexadecimal digits that change when a file of the corpus is added, removed, renamed or changed.
+    """A hash, 32 hexadecimal digits, that changes when a file of the corpus is added, removed, renamed or changed.
 
-    Files are told apart by path, size and time of change, so this is quick however large they are;
-    ``python-docs`` by Python's version. Raises as :func:`documents` does.
+    Files are compared by path, size and modification time, so this is quick for files of any size; ``python-docs`` is
+    compared by Python's version. Raises as :func:`documents` does.
     """
     entries = []
     for source, files in _resolve(sources):
@@ -123,20 +117,20 @@ def sources_state(sources: str | Path | Sequence[str | Path]) -> str:
 
 
 def unread_files(sources: str | Path | Sequence[str | Path]) -> dict[str, int]:
-    """What folders hold besides the files that are read: how many files of each ending, the most first.
+    """Count by ending the files that are not read although they lie in a source's folder, the most frequent first.
 
-    Neither names that begin with a dot count, nor files that another source names. Raises as :func:`documents` does.
+    Names that begin with a dot do not count. Raises as :func:`documents` does.
     """
     read = {os.path.realpath(path) for _, files in _resolve(sources) for path in files}
     unread: dict[Path, str] = {}
     for source in source_list(sources):
-        if not _is_named(source) and (folder := _place(source)).is_dir():
+        if _stands_for_files(source) and (folder := _source_path(source)).is_dir():
             unread |= {path: kind for path, kind in _walk(folder) if kind and os.path.realpath(path) not in read}
     return dict(sorted(Counter(unread.values()).items(), key=lambda item: (-item[1], item[0])))
 
 
 def source_list(sources: str | Path | Sequence[str | Path]) -> list[str]:
-    """One source or several as a list of strings. Raises ``ValueError`` if there are none."""
+    """The sources as a list of strings. Raises ``ValueError`` if there are none."""
     if isinstance(sources, str | Path):
         sources = [sources]
     if not sources:
@@ -145,15 +139,15 @@ def source_list(sources: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, list[Path]]]:
-    """Each source, once, with the files it stands for that no earlier source named."""
+    """Each source once, with its files that no earlier source named."""
     seen: set[str] = set()
     resolved = []
     for source in dict.fromkeys(source_list(sources)):
         new = []
         if source.startswith(HUGGING_FACE):
             _extras.load("datasets", source)
-        for path in [] if _is_named(source) else _files(source):
-            if (real := os.path.realpath(path)) not in seen:  # Path.resolve stumbles over links in a circle
+        for path in _files(source) if _stands_for_files(source) else []:
+            if (real := os.path.realpath(path)) not in seen:  # Path.resolve fails on links in a circle
                 seen.add(real)
                 new.append(path)
                 require_packages(path)
@@ -161,12 +155,13 @@ def _resolve(sources: str | Path | Sequence[str | Path]) -> list[tuple[str, list
     return resolved
 
 
-def _is_named(source: str) -> bool:
-    """Whether a source is ``python-docs`` or a dataset, which are no files."""
-    return source == PYTHON_DOCS or source.startswith(HUGGING_FACE)
+def _stands_for_files(source: str) -> bool:
+    """Whether a source names files, unlike ``python-docs`` and Hugging Face datasets."""
+    return source != PYTHON_DOCS and not source.startswith(HUGGING_FACE)
 
 
-def _place(source: str) -> Path:
+def _source_path(source: str) -> Path:
+    """The path that a source names: itself, or the folder of a fetched corpus."""
     if (entry := assets.CATALOGUE.get(source)) is not None and entry.kind == "text":
         fetched = assets.find(source)
         if fetched is None:
@@ -176,19 +171,19 @@ def _place(source: str) -> Path:
 
 
 def _files(source: str) -> list[Path]:
-    """The files that a source other than ``python-docs`` and datasets stands for, sorted."""
-    path = _place(source)
+    """The files of a source that is a file, a folder, a glob or a fetched corpus, sorted."""
+    path = _source_path(source)
     if path.is_file():
         return [path]
     if path.is_dir():
         files = list(_walk(path))
         found = sorted(file for file, unread in files if not unread)
         if not found:
-            looked_for = ", ".join(sorted([*TEXT_SUFFIXES, *RECORD_SUFFIXES]))
+            accepted = ", ".join(sorted([*TEXT_SUFFIXES, *RECORD_SUFFIXES]))
             held = ", ".join(sorted({unread for _, unread in files})) or "nothing"
             raise FileNotFoundError(
-                f"the folder {source!r} has no text files (looked for {looked_for}); it holds {held}: "
-                "name the files, or a glob that matches them, to read others"
+                f"the folder {source!r} has no text files (looked for {accepted}); it holds {held}: "
+                "to read other files, name them or give a glob that matches them"
             )
         return found
     matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
@@ -196,13 +191,13 @@ def _files(source: str) -> list[Path]:
     if not found:
         raise FileNotFoundError(
             f"source {source!r} is no file and no folder, and as a glob it matches no file; "
-            f"sources are files, folders, globs, {PYTHON_DOCS!r}, names of fetched texts and {HUGGING_FACE}NAME"
+            f"accepted are files, folders, globs, {PYTHON_DOCS!r}, names of fetched texts and {HUGGING_FACE}NAME"
         )
     return found
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """The files of a folder; of those that are not read with what they are counted as, otherwise with nothing."""
+    """Yield ``(file, kind)`` for each file of a folder. The kind of a file that is read is "", of others their ending."""
 
     def stop(error: OSError) -> None:
         raise error  # a folder that cannot be listed must not silently shrink the corpus
@@ -219,42 +214,43 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _read_pieces(path: Path) -> Iterator[str]:
-    offset = 0  # of the first byte of `rest` in the file
-    rest = b""
+    """Yield the text of a file, in pieces."""
+    buffer = b""
+    offset = 0  # where the buffer begins in the file, in bytes
     with open_bytes(path) as file:
-        while block := file.read(_PIECE_BYTES - len(rest)):
-            rest += block
-            if len(rest) < _PIECE_BYTES:  # a short read: more may come, and the end is handled below
+        while block := file.read(_PIECE_BYTES - len(buffer)):
+            buffer += block
+            if len(buffer) < _PIECE_BYTES:  # a short read, or the end of the file
                 continue
-            cut = _cut(rest)
-            yield from _decode(path, rest[:cut], offset)
-            offset += cut
-            rest = rest[cut:]
-    yield from _decode(path, rest, offset)
+            end = _piece_end(buffer)
+            yield from _decode(path, buffer[:end], offset)
+            offset += end
+            buffer = buffer[end:]
+    yield from _decode(path, buffer, offset)
 
 
-def _cut(block: bytes) -> int:
-    """Where to end a piece: after the last line break or, in one long line, before the last character."""
-    cut = block.rfind(b"\n") + 1
-    if cut:
-        return cut
-    for cut in range(len(block) - 1, len(block) - 5, -1):
-        if block[cut] & 0xC0 != 0x80:  # not a continuation byte: a character begins here
-            return cut
-    return len(block)  # not UTF-8, which decoding will say
+def _piece_end(block: bytes) -> int:
+    """Where to end a piece: after the last line break or, if there is none, before the last character."""
+    end = block.rfind(b"\n") + 1
+    if end:
+        return end
+    for end in range(len(block) - 1, len(block) - 5, -1):
+        if block[end] & 0xC0 != 0x80:  # not a UTF-8 continuation byte: a character begins here
+            return end
+    return len(block)  # the block is not UTF-8: decoding raises the error
 
 
 def _decode(path: Path, block: bytes, offset: int) -> Iterator[str]:
-    """The text of a block of a file that begins ``offset`` bytes into it; nothing if there is none."""
-    if offset == 0 and block.startswith(_BOM):
-        block = block[len(_BOM) :]
-        offset = len(_BOM)
+    """Yield the text of a block that begins at ``offset`` in the file, unless it is empty."""
+    if offset == 0 and block.startswith(BYTE_ORDER_MARK):
+        block = block[len(BYTE_ORDER_MARK) :]
+        offset = len(BYTE_ORDER_MARK)
     try:
         text = block.decode("utf-8")
     except UnicodeDecodeError as error:
-        where = offset + error.start
+        position = offset + error.start
         raise ValueError(
-            f"{path} is not valid UTF-8: byte 0x{block[error.start]:02x} at offset {where} ({error.reason}); "
+            f"{path} is not valid UTF-8: byte 0x{block[error.start]:02x} at offset {position} ({error.reason}); "
             "convert the file to UTF-8, or leave it out"
         ) from error
     if text:
@@ -262,44 +258,17 @@ def _decode(path: Path, block: bytes, offset: int) -> Iterator[str]:
 
 
 def _in_memory(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
-    """Documents of texts that are held in memory, one at a time: ``(name, text)`` of each."""
+    """Yield a document for each ``(name, text)``."""
     for name, text in texts:
         yield Document(name, partial(_text_pieces, text))
 
 
 def _text_pieces(text: str) -> Iterator[str]:
-    start, most = 0, _PIECE_BYTES // 4  # characters of at most 4 bytes
-    while len(text) - start > most:
-        cut = text.rfind("\n", start, start + most) + 1 or start + most
-        yield text[start:cut]
-        start = cut
+    """Yield a text in pieces."""
+    start, longest = 0, _PIECE_BYTES // 4  # a character has at most 4 bytes
+    while len(text) - start > longest:
+        end = text.rfind("\n", start, start + longest) + 1 or start + longest
+        yield text[start:end]
+        start = end
     if start < len(text):
         yield text[start:]
-
-
-def _python_texts() -> Iterator[tuple[str, str]]:
-    from pydoc_data.topics import topics
-
-    root = Path(sysconfig.get_path("stdlib"))
-    modules = (path.relative_to(root) for path in root.rglob("*.py"))
-    for module in sorted(path.as_posix() for path in modules if not _NOT_DOCUMENTATION & set(path.parts[:-1])):
-        text = _docstrings((root / module).read_bytes())
-        if text:
-            yield f"{PYTHON_DOCS}:{module}", text
-    for topic, article in sorted(topics.items()):
-        yield f"{PYTHON_DOCS}:topics/{topic}", article.strip() + "\n"
-
-
-def _docstrings(source: bytes) -> str:
-    """The docstrings of a module and of the classes and functions in it, in the order they are written."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old modules hold escapes that today's compiler warns of
-        tree = ast.parse(source)
-    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, documented):
-            text = ast.get_docstring(node)  # cleaned by inspect.cleandoc
-            if text is not None and len(text) > _MIN_DOCSTRING:
-                found.append((getattr(node, "lineno", 0), text.strip() + "\n"))
-    return "\n".join(text for _, text in sorted(found))

@@ -1,7 +1,8 @@
-"""Sources of many documents each: JSON Lines, arrays in JSON, Parquet, Hugging Face datasets. One record is one document.
+"""Reads sources that hold many documents: JSON Lines, JSON arrays, Parquet files and Hugging Face datasets.
 
-A record's text is one of its fields, and must be a string. The first that is not stops the reading with an error
-that names the file, the line or row, and what came: nothing is passed over.
+Each record (a line, an array element or a row) is one document. Its text is one of its fields, which must be a string.
+A record without such a field stops the reading with an error that names the file, the record and the value; no record
+is skipped.
 """
 
 from __future__ import annotations
@@ -18,30 +19,31 @@ from typing import Any
 from gptcore import _extras
 
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".parquet")
-"""The endings of files that hold records; others hold one text, unless they are an array in JSON."""
+"""A file whose name ends with one of these holds records; so does a ``.json`` file that holds an array."""
 HUGGING_FACE = "hf:"
-"""What the name of a Hugging Face dataset begins with: ``hf:NAME``, ``hf:NAME:CONFIG`` or ``hf:NAME:CONFIG:SPLIT``."""
-RECORD_BYTES = 64 << 20
-"""The longest line of JSON and the longest text of a record, in bytes: longer ones are an error."""
+"""The prefix of Hugging Face datasets: ``hf:NAME``, ``hf:NAME:CONFIG`` or ``hf:NAME:CONFIG:SPLIT``."""
+MAX_RECORD_BYTES = 64 << 20
+"""The longest line of JSON, and the longest text of a record. A longer one is an error."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""The UTF-8 byte order mark, which some programs put before a text. It is not part of the text."""
 
-_ROWS = 256  # read at a time
-_PEEK = 1 << 10
-_BOM = b"\xef\xbb\xbf"
+_ROWS_PER_READ = 256
+_PEEK_BYTES = 1 << 10
 
 
 def holds_records(path: Path) -> bool:
-    """Whether a file is read as records: by the end of its name or, for ``.json``, if it begins as an array does."""
+    """Whether a file holds records. The name tells, except for ``.json``: there the file must begin with ``[``."""
     if _is_json(path):
         with open_bytes(path) as file:
-            return file.read(_PEEK).removeprefix(_BOM).lstrip().startswith(b"[")
+            return file.read(_PEEK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
     return path.name.lower().endswith(RECORD_SUFFIXES)
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BufferedIOBase]:
-    """A file's bytes, unpacked if its name ends with ``.gz``.
+    """Open a file for reading bytes, and decompress it if its name ends with ``.gz``.
 
-    Raises ``ValueError`` if what is unpacked in the block is damaged, ``OSError`` if the file cannot be read.
+    Raises ``ValueError`` if the compressed data that the block reads is damaged, ``OSError`` if the file cannot be read.
     """
     with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
         try:
@@ -51,16 +53,16 @@ def open_bytes(path: Path) -> Iterator[BufferedIOBase]:
 
 
 def require_packages(path: Path) -> None:
-    """Raises ``MissingPackageError`` if the file cannot be read for want of a package, without reading it."""
+    """Raise ``MissingPackageError`` if the package that reads this kind of file is not installed. Reads nothing."""
     if path.name.lower().endswith(".parquet"):
         _extras.load("pyarrow", str(path))
 
 
 def read_records(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """The ``(name, text)`` of each record of a file; the name tells the line, or the row, from 1.
+    """Yield ``(name, text)`` for each record of a file. The name ends with the number of the line or row, from 1.
 
     Raises:
-        ValueError: if the file is damaged, has no such field, or a record's is no string.
+        ValueError: if the file is damaged, or a record's ``field`` is missing or is no string.
         MissingPackageError: if the file is Parquet and pyarrow is not installed.
         OSError: if the file cannot be read.
     """
@@ -72,20 +74,20 @@ def read_records(path: Path, field: str) -> Iterator[tuple[str, str]]:
 
 
 def read_dataset(source: str, field: str) -> Iterator[tuple[str, str]]:
-    """The ``(name, text)`` of each row of a Hugging Face dataset. Raises as :func:`read_records` does."""
+    """Yield ``(name, text)`` for each row of a Hugging Face dataset. Raises as :func:`read_records` does."""
     dataset = _load_dataset(source)
     if field not in dataset.column_names:
         raise ValueError(f"{source} has no field {field!r}; its fields are {', '.join(dataset.column_names)}")
     row = 0
-    for batch in dataset.select_columns(field).iter(_ROWS):
+    for batch in dataset.select_columns(field).iter(_ROWS_PER_READ):
         for text in batch[field]:
             row += 1
             name = f"{source}, row {row}"
-            yield name, _text(text, name, field)
+            yield name, _checked_text(text, name, field)
 
 
 def dataset_state(source: str) -> str:
-    """What changes when the stored copy of a Hugging Face dataset does."""
+    """A string that changes when the local copy of a Hugging Face dataset changes."""
     dataset = _load_dataset(source)
     files = sorted(Path(file["filename"]) for file in dataset.cache_files)
     stamps = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
@@ -97,47 +99,47 @@ def _is_json(path: Path) -> bool:
 
 
 def _read_json_array(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """The records of one array. All are in memory at a time: JSON Lines are for more than that holds."""
+    """Yield the records of one array. The whole array is in memory; a larger corpus should be JSON Lines."""
     with open_bytes(path) as file:
-        records = _parse(file.read(), str(path))
+        records = _parse_json(file.read(), str(path))
     if not isinstance(records, list):
-        raise ValueError(f"{path}: must be a JSON array of objects; got {_kind(records)}")
+        raise ValueError(f"{path}: must be a JSON array of objects; got {_shown(records)}")
     for number, record in enumerate(records, 1):
         name = f"{path}, record {number}"
-        yield name, _text_of(record, name, field)
+        yield name, _record_text(record, name, field)
 
 
 def _read_json_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
     with open_bytes(path) as file:
         number = 0
-        while line := file.readline(RECORD_BYTES + 1):
+        while line := file.readline(MAX_RECORD_BYTES + 1):
             number += 1
             name = f"{path}, line {number}"
-            if len(line) > RECORD_BYTES:
-                raise ValueError(f"{name}: is longer than {RECORD_BYTES} bytes, the most that a record may have")
-            line = line.rstrip(b"\r\n")  # so that the place of an error lies in it
+            if len(line) > MAX_RECORD_BYTES:
+                raise ValueError(f"{name}: is longer than {MAX_RECORD_BYTES} bytes, the most that a record may have")
+            line = line.rstrip(b"\r\n")  # an error at the end of the line has a position in the line, not after it
             if not line.strip():
                 continue
-            yield name, _text_of(_parse(line, name), name, field)
+            yield name, _record_text(_parse_json(line, name), name, field)
 
 
-def _parse(line: bytes, name: str) -> Any:
+def _parse_json(data: bytes, name: str) -> Any:
     try:
-        return json.loads(line.removeprefix(_BOM).decode())
+        return json.loads(data.removeprefix(BYTE_ORDER_MARK).decode())
     except UnicodeDecodeError as error:
         where = f"byte 0x{error.object[error.start]:02x} at offset {error.start} ({error.reason})"
         raise ValueError(f"{name}: is not valid UTF-8: {where}") from error
     except (ValueError, RecursionError) as error:
-        said = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
-        raise ValueError(f"{name}: is not valid JSON: {said}") from error
+        cause = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{name}: is not valid JSON: {cause}") from error
 
 
-def _text_of(record: Any, name: str, field: str) -> str:
+def _record_text(record: Any, name: str, field: str) -> str:
     if not isinstance(record, dict):
-        raise ValueError(f"{name}: must be a JSON object; got {_kind(record)}")
+        raise ValueError(f"{name}: must be a JSON object; got {_shown(record)}")
     if field not in record:
         raise ValueError(f"{name}: has no field {field!r}; its fields are {', '.join(record) or 'none'}")
-    return _text(record[field], name, field)
+    return _checked_text(record[field], name, field)
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
@@ -148,18 +150,18 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
             names = file.schema_arrow.names
             if field not in names:
                 raise ValueError(f"{path} has no field {field!r}; its fields are {', '.join(names) or 'none'}")
-            for batch in file.iter_batches(_ROWS, columns=[field]):
+            for batch in file.iter_batches(_ROWS_PER_READ, columns=[field]):
                 for value in batch.column(0):
                     row += 1
                     name = f"{path}, row {row}"
-                    yield name, _text(_value(value, name), name, field)
-    except (pa.ArrowException, OSError) as error:  # for a damaged page it is an OSError, without a number
+                    yield name, _checked_text(_parquet_value(value, name), name, field)
+    except (pa.ArrowException, OSError) as error:  # pyarrow reports a damaged page as an OSError without errno
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{path} is truncated or damaged: {' '.join(str(error).split())}") from error
 
 
-def _value(scalar: Any, name: str) -> Any:
+def _parquet_value(scalar: Any, name: str) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
@@ -167,32 +169,34 @@ def _value(scalar: Any, name: str) -> Any:
 
 
 def _load_dataset(source: str) -> Any:
-    """A dataset as a table that is mapped into memory. The first time, it is downloaded."""
+    """The dataset's table, mapped into memory. The first call downloads it."""
     datasets = _extras.load("datasets", source)
-    name, config, split = [*source.removeprefix(HUGGING_FACE).split(":", 2), "", ""][:3]  # a split may be train[:9]
+    # Split twice at most: a split such as train[:9] holds a colon itself.
+    name, config, split = [*source.removeprefix(HUGGING_FACE).split(":", 2), "", ""][:3]
     if not name:
         raise ValueError(f"source: got {source!r}; accepted are hf:NAME, hf:NAME:CONFIG and hf:NAME:CONFIG:SPLIT")
     try:
         return datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # of a hub, a network, a dozen file formats: there is no common class
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RuntimeError(f"{source}: could not be loaded: {said}") from error
+    except Exception as error:  # the hub, the network and a dozen file formats share no base class
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeError(f"{source}: could not be loaded: {cause}") from error
 
 
-def _text(value: Any, name: str, field: str) -> str:
+def _checked_text(value: Any, name: str, field: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name}: the field {field!r} must be a string; got {_kind(value)}")
+        raise ValueError(f"{name}: the field {field!r} must be a string; got {_shown(value)}")
     try:
         size = len(value) if value.isascii() else len(value.encode())
     except UnicodeEncodeError as error:
         what = f"half of a surrogate pair (U+{ord(value[error.start]):04X}) at character {error.start}"
         raise ValueError(f"{name}: the field {field!r} is no text: it holds {what}") from error
-    if size > RECORD_BYTES:
-        raise ValueError(f"{name}: the field {field!r} has {size} bytes; a record may have {RECORD_BYTES}")
+    if size > MAX_RECORD_BYTES:
+        raise ValueError(f"{name}: the field {field!r} has {size} bytes; a record may have {MAX_RECORD_BYTES}")
     return value
 
 
-def _kind(value: Any) -> str:
+def _shown(value: Any) -> str:
+    """The type and the beginning of a value, for an error."""
     if value is None:
         return "null"
     shown = repr(value)

@@ -1,4 +1,4 @@
-"""What of a corpus is for validation: whole documents as far as that meets the share, and otherwise the end of one."""
+"""Splits a corpus into training and validation: by whole documents where they meet the share, else one document is cut."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from numpy.typing import NDArray
 
 from gptcore.data.corpus import Document
 
-CHANGED = "the sources changed while they were being read; run it again"
-RULE = 2
-"""Which way to split this is: 1, of earlier versions, took each document by its hash alone, whatever its size."""
+SOURCES_CHANGED = "the sources changed while they were being read; run it again"
+SPLIT_VERSION = 2
+"""The version of this way to split. Version 1 chose documents by their hash alone, whatever their size."""
 TOLERANCE = 0.1
-"""How far whole documents may miss the smaller side's bytes, as a share of them, before a document is cut."""
+"""A document is cut when whole documents miss the wanted bytes by more than this share of the smaller split."""
 TRAIN, VAL, CUT = 0, 1, 2
-_HIGHEST = (1 << 64) - 1
+_MAX_KEY = (1 << 64) - 1
 
 Advance = Callable[[int], None]
-"""Called with a number of characters as they are done."""
+"""Moves a progress bar: called with the number of characters that were processed since the last call."""
 
 
 @dataclass(frozen=True)
 class Piece:
+    """A piece of a document, which lies in one split."""
+
     text: str
     in_val: bool
     is_last: bool
-    """Of its document, or of the part of it that is in this split."""
+    """Whether it ends its document or, if the document is cut, the part of it in this split."""
 
 
 @dataclass(frozen=True)
@@ -38,39 +40,40 @@ class Split:
     """Which documents of a corpus are for validation."""
 
     sides: NDArray[np.uint8]
-    """``TRAIN``, ``VAL`` or ``CUT``, for each document, in order, empty ones included."""
+    """``TRAIN``, ``VAL`` or ``CUT`` for each document, in order, empty documents included."""
     cut: int
-    """About so many bytes of a document that is cut are for training, and the rest for validation."""
+    """About how many bytes at the beginning of a cut document are for training; the rest is for validation."""
     slack: int
-    """The cut may come up to so many bytes earlier, for a paragraph, a line or a word to end there."""
+    """The cut may come up to this many bytes earlier, so that it falls on the end of a paragraph, a line or a word."""
     characters: int
-    """In the whole corpus."""
+    """Number of characters in the whole corpus."""
     empty: int
-    """Documents without text."""
+    """Number of documents without text."""
 
     @property
     def cut_documents(self) -> int:
-        """How many documents are cut: none, one, or all copies of one."""
+        """Number of documents that are cut: none, one, or all copies of one."""
         return int((self.sides == CUT).sum())
 
     def pieces(self, corpus: Iterable[Document], advance: Advance) -> Iterator[Piece]:
-        """Read the corpus again, and tell where each piece of it belongs.
+        """Read the corpus again, and yield its pieces with the split that each belongs to.
 
-        Raises ``RuntimeError`` if there are not as many documents as were surveyed.
+        Raises ``RuntimeError`` if the number of documents is not that of `plan_split`.
         """
         for document, side in zip_longest(corpus, self.sides):
             if document is None or side is None:
-                raise RuntimeError(CHANGED)
-            in_val, position = bool(side == VAL), 0  # bytes of the document so far
+                raise RuntimeError(SOURCES_CHANGED)
+            in_val = bool(side == VAL)
+            position = 0  # bytes of the document before this piece
             for text, is_last in _mark_last(document.pieces()):
                 block = text.encode() if side == CUT and not in_val else b""
                 if position < self.cut <= position + len(block):
-                    at = _place(block, self.cut - position, self.slack)
-                    if is_last and at == len(block) and position:  # one character, and the rest is for training
-                        at = 0
-                    yield Piece(block[:at].decode(), False, True)
+                    cut = _cut_position(block, self.cut - position, self.slack)
+                    if is_last and cut == len(block) and position:
+                        cut = 0  # the piece is one character, which validation needs: training has the pieces before
+                    yield Piece(block[:cut].decode(), False, True)
                     in_val = True
-                    if rest := block[at:].decode():
+                    if rest := block[cut:].decode():
                         yield Piece(rest, True, is_last)
                 else:
                     yield Piece(text, in_val, is_last)
@@ -78,18 +81,18 @@ class Split:
                 advance(len(text))
 
 
-def survey(corpus: Iterable[Document], val_fraction: float, advance: Advance) -> Split:
-    """Read every document once, and decide what is for validation; of each, 16 bytes are kept meanwhile.
+def plan_split(corpus: Iterable[Document], val_fraction: float, advance: Advance) -> Split:
+    """Read every document once, and decide what is for validation. 16 bytes are kept per document.
 
-    Documents are taken by the hash of their text, the smallest first, so that neither names nor order matter and copies
-    stay together, as long as they fit into what is missing of ``val_fraction`` of all UTF-8 bytes; one that does not is
-    passed over, unless it exceeds that by less than the tolerance. If more than the tolerance is still missing then, it
-    is taken from the end of the largest document left.
+    Documents are taken in the order of the hash of their text, so that neither names nor order matter and copies stay
+    together, until ``val_fraction`` of all UTF-8 bytes is reached. A document that is larger than what is still missing
+    is passed over, unless it exceeds it by less than the tolerance. If more than the tolerance is missing at the end, it
+    is cut from the end of the largest document that is left.
 
     Raises:
         ValueError: if no document holds text, or there is only one, of a single character.
     """
-    keys, sizes = array("Q"), array("Q")  # the first 8 bytes of a hash; bytes of UTF-8
+    keys, sizes = array("Q"), array("Q")  # for each document the first 8 bytes of its hash, and its length in bytes
     characters = 0
     for document in corpus:
         digest, size = hashlib.blake2b(digest_size=16), 0
@@ -112,14 +115,14 @@ def _plan(keys: NDArray[np.uint64], sizes: NDArray[np.uint64], val_fraction: flo
     def total(chosen: NDArray[np.bool_]) -> int:
         return int(sizes.sum(where=chosen))
 
-    free = sizes > 0  # neither taken nor passed over
+    free = sizes > 0  # documents that are neither taken nor passed over yet
     empty, whole = int((~free).sum()), int(sizes.sum())
     missing = min(max(round(whole * val_fraction), 1), whole - 1)
     slack = int(TOLERANCE * min(missing, whole - missing))
     sides = np.full(len(keys), TRAIN, dtype=np.uint8)
     while missing > slack and free.any():
         free &= sizes <= missing + slack
-        low, high = 0, _HIGHEST  # bisect for the highest key below which all free documents fit
+        low, high = 0, _MAX_KEY  # bisect for the highest key such that all free documents below it fit
         while low < high:
             middle = (low + high + 1) // 2
             fits = total(free & (keys < middle)) <= missing
@@ -128,37 +131,40 @@ def _plan(keys: NDArray[np.uint64], sizes: NDArray[np.uint64], val_fraction: flo
         sides[taken] = VAL
         missing -= total(taken)
         free &= ~taken
-        following = free & (keys == keys.min(where=free, initial=_HIGHEST))
-        if missing > slack and 0 < total(following) <= missing + slack:
-            sides[following] = VAL
-            missing -= total(following)
-        free &= ~following
+        next_one = free & (keys == keys.min(where=free, initial=_MAX_KEY))  # and its copies, which have its key
+        if missing > slack and 0 < total(next_one) <= missing + slack:
+            sides[next_one] = VAL
+            missing -= total(next_one)
+        free &= ~next_one
     if missing <= slack:
         return Split(sides, 0, 0, characters, empty)
     left = sides == TRAIN
     largest = sizes.max(where=left, initial=0)
     left &= sizes == largest
-    copies = keys == keys.min(where=left, initial=_HIGHEST)
+    copies = keys == keys.min(where=left, initial=_MAX_KEY)
     sides[copies] = CUT
     count = int(copies.sum())
     end = min(max(round(missing / count), 1), int(largest) - 1)
     return Split(sides, int(largest) - end, slack // count, characters, empty)
 
 
-def _place(block: bytes, wanted: int, slack: int) -> int:
-    """Where to cut UTF-8 text: at the end of a paragraph, of a line or of a word up to ``slack`` bytes before
-    ``wanted``; otherwise between the characters nearest to it. The whole length if there is but one character."""
+def _cut_position(block: bytes, wanted: int, slack: int) -> int:
+    """The offset at which to cut UTF-8 text.
+
+    It is the last end of a paragraph within ``slack`` bytes before ``wanted``, else of a line, else of a word; else the
+    boundary of characters that is nearest to ``wanted``. A text of one character is not cut: its length is returned.
+    """
     for mark, kept in (b"\n\n", 2), (b"\n", 1), (b" ", 0):  # tokenizers join a space to the word after it
         found = block.rfind(mark, max(wanted - slack, 1), wanted)
         if found > 0:
             return found + kept
     near = range(max(wanted - 3, 1), min(wanted + 4, len(block)))
-    starts = [place for place in near if block[place] & 0xC0 != 0x80]  # of a character: not a continuation byte
-    return min(starts, key=lambda place: abs(place - wanted), default=len(block))
+    boundaries = [offset for offset in near if block[offset] & 0xC0 != 0x80]  # not a UTF-8 continuation byte
+    return min(boundaries, key=lambda offset: abs(offset - wanted), default=len(block))
 
 
 def _mark_last(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
-    """Each text, with whether no other follows."""
+    """Yield each text with whether it is the last."""
     text = next(texts, None)
     for following in texts:
         assert text is not None

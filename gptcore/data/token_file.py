@@ -1,4 +1,4 @@
-"""Files of token ids: a 40-byte header, then the ids as little-endian unsigned integers.
+"""Token files: a header of 40 bytes, then token ids as little-endian unsigned integers.
 
 | bytes | field |
 | --- | --- |
@@ -9,7 +9,7 @@
 | 16 to 23 | number of ids |
 | 24 to 39 | fingerprint of the tokenizer |
 
-A long text is split into several such files, shards: see :class:`ShardWriter`.
+A long text is stored in several token files, its shards: see :class:`ShardWriter`.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 class TokenWriter:
     """Stream token ids into a token file. Use it in a ``with`` block.
 
-    The ids go to a temporary file beside ``path``, which becomes ``path`` only when the block ends without an
-    exception; until then nothing at ``path`` changes.
+    The ids go to a temporary file beside ``path``. It replaces ``path`` when the block ends without an exception, and is
+    deleted otherwise.
 
     Args:
         path: the file to write; replaced if it exists.
-        vocab_size: ids must be less; it decides between 2 and 4 bytes per id.
-        fingerprint: 32 hexadecimal digits, :attr:`gptcore.text.tokenizer.Tokenizer.fingerprint`.
+        vocab_size: every id must be less than this. An id takes 2 bytes up to 65,536, and 4 bytes above.
+        fingerprint: the tokenizer's, :attr:`gptcore.text.tokenizer.Tokenizer.fingerprint`, 32 hexadecimal digits.
 
     Raises:
         ValueError: if ``vocab_size`` is not in 1 to 2**32 - 1 or ``fingerprint`` is not 32 hexadecimal
@@ -72,7 +72,7 @@ class TokenWriter:
 
     def __enter__(self) -> TokenWriter:
         self._file = self._temporary.open("xb")
-        self._file.write(bytes(_HEADER.size))  # no magic yet: an abandoned temporary file is never valid
+        self._file.write(bytes(_HEADER.size))  # the magic is written last: a file left behind by a crash is not valid
         return self
 
     def __exit__(
@@ -87,7 +87,7 @@ class TokenWriter:
                 publish(self._file, self.path)
         finally:
             try:
-                self._file.close()  # what is still buffered may find the disk full, too
+                self._file.close()  # may raise too: it writes what is buffered, and the disk may be full
             finally:
                 self._temporary.unlink(missing_ok=True)
 
@@ -116,31 +116,31 @@ class TokenWriter:
 class ShardWriter:
     """Stream token ids into shards: ``NAME-00000.bin``, ``NAME-00001.bin``, ... Use it in a ``with`` block.
 
-    Each shard is a token file of ``shard_tokens`` ids, the last one of what is left; there is one even if there are no
-    ids. Where a shard ends says nothing about the text: a document may go on in the next. If the block ends with an
-    exception, the shards that were full by then stay.
+    Each shard is a token file of ``shard_tokens`` ids, except that the last one may be shorter. There is always one
+    shard, even for no ids. A document may begin in one shard and go on in the next. If the block ends with an exception,
+    the shards that are complete stay on disk.
 
     Args:
         folder: where to write.
-        name: what the shards' names begin with.
+        name: the beginning of the shards' names.
         shard_tokens: ids in a shard; at least 1.
-        vocab_size, fingerprint: as of :class:`TokenWriter`.
+        vocab_size, fingerprint: as for :class:`TokenWriter`.
 
     Raises:
-        ValueError: if ``shard_tokens`` is less than 1; otherwise as :class:`TokenWriter`.
+        ValueError: if ``shard_tokens`` is less than 1, or as for :class:`TokenWriter`.
     """
 
     def __init__(self, folder: str | Path, name: str, shard_tokens: int, *, vocab_size: int, fingerprint: str) -> None:
         _check_positive("shard_tokens", shard_tokens)
         self._folder, self._name, self._shard_tokens = Path(folder), name, shard_tokens
-        self._about = {"vocab_size": vocab_size, "fingerprint": fingerprint}
-        self._done: list[int] = []
-        self._writer = self._next()
+        self._vocab_size, self._fingerprint = vocab_size, fingerprint
+        self._full: list[int] = []  # number of ids of each shard before the current one
+        self._writer = self._next_writer()
 
     @property
     def shards(self) -> tuple[int, ...]:
-        """How many ids each shard has so far."""
-        return (*self._done, self._writer.count)
+        """Number of ids in each shard so far."""
+        return (*self._full, self._writer.count)
 
     def __enter__(self) -> ShardWriter:
         self._writer.__enter__()
@@ -156,34 +156,35 @@ class ShardWriter:
         while len(tokens) > (room := self._shard_tokens - self._writer.count):
             self._writer.write(tokens[:room])
             self._writer.__exit__(None, None, None)
-            self._done.append(self._writer.count)
-            self._writer = self._next().__enter__()
+            self._full.append(self._writer.count)
+            self._writer = self._next_writer().__enter__()
             tokens = tokens[room:]
         self._writer.write(tokens)
 
-    def _next(self) -> TokenWriter:
-        return TokenWriter(self._folder / shard_name(self._name, len(self._done)), **self._about)
+    def _next_writer(self) -> TokenWriter:
+        path = self._folder / shard_name(self._name, len(self._full))
+        return TokenWriter(path, vocab_size=self._vocab_size, fingerprint=self._fingerprint)
 
 
 def shard_name(name: str, index: int) -> str:
-    """The name of a shard's file."""
+    """The file name of a shard."""
     return f"{name}-{index:05}.bin"
 
 
 @dataclass(frozen=True, eq=False)
 class TokenFile:
-    """Token ids mapped from a file, or from the shards of one split as if they were one file; ``len()`` counts ids.
+    """Token ids of one file, or of all shards of a split as if they were one file. ``len()`` is the number of ids.
 
-    Opening is instant, and only what is used is read.
+    The files are mapped into memory: opening is instant, and only the ids that are used are read.
     """
 
     path: Path
-    """The file; of several shards, their folder and the first part of their name."""
+    """The file. For several shards: their folder and the beginning of their names."""
     shards: tuple[NDArray[np.uint16 | np.uint32], ...]
     """The ids, in order: a read-only ``numpy.memmap`` for each file."""
     vocab_size: int
     fingerprint: str
-    """Of the tokenizer that made the ids."""
+    """The fingerprint of the tokenizer that made the ids."""
 
     @classmethod
     def open(cls, path: str | Path) -> TokenFile:
@@ -191,8 +192,7 @@ class TokenFile:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is not a token file, is of another version, or is longer or shorter than it
-                says.
+            ValueError: if it is not a token file, has another version, or its length is not what its header says.
         """
         path = Path(path)
         if not path.exists():
@@ -207,12 +207,12 @@ class TokenFile:
         if version != _VERSION:
             raise ValueError(f"{path} has format version {version}; this gptcore reads {_VERSION}")
         if width not in _DTYPES:
-            raise ValueError(f"{path} is damaged: it says {width} bytes per token; 2 and 4 are possible")
+            raise ValueError(f"{path} is damaged: it says {width} bytes per token; accepted are 2 and 4")
         expected, actual = _HEADER.size + count * width, path.stat().st_size
         if actual != expected:
             state = "truncated" if actual < expected else "damaged"
             raise ValueError(f"{path} is {state}: {count} tokens make {expected} bytes, but it has {actual}")
-        if count == 0:  # nothing to map
+        if count == 0:  # an empty range cannot be mapped
             tokens = np.empty(0, _DTYPES[width])
         else:
             tokens = np.memmap(path, _DTYPES[width], "r", _HEADER.size, (count,))
@@ -220,11 +220,15 @@ class TokenFile:
 
     @classmethod
     def open_shards(cls, folder: str | Path, name: str, counts: Sequence[int]) -> TokenFile:
-        """Map the shards that :class:`ShardWriter` wrote, given how many ids it says that each has.
+        """Map the shards that :class:`ShardWriter` wrote.
+
+        Args:
+            folder, name: as they were given to :class:`ShardWriter`.
+            counts: the number of ids in each shard, :attr:`ShardWriter.shards`.
 
         Raises:
             FileNotFoundError: if a shard is missing; names it.
-            ValueError: if one is damaged, has another number of ids, or is of another tokenizer than the first.
+            ValueError: if a shard is damaged, has another number of ids, or another tokenizer than the first.
         """
         files = [cls.open(Path(folder) / shard_name(name, index)) for index in range(len(counts))]
         for file, count in zip(files, counts):
@@ -245,11 +249,11 @@ class TokenFile:
 
     @property
     def tokens(self) -> NDArray[np.uint16 | np.uint32]:
-        """All ids, ``(len(self),)``: the mapped file, or a copy in memory of several shards."""
+        """All ids, ``(len(self),)``: the mapped file or, if there are several shards, a copy in memory."""
         return self.read(0, len(self))
 
     def read(self, start: int, stop: int) -> NDArray[np.uint16 | np.uint32]:
-        """The ids from ``start`` to ``stop``, ``(stop - start,)``; a copy only if they lie in several shards."""
+        """The ids from ``start`` to ``stop``, ``(stop - start,)``. They are copied only if they lie in several shards."""
         parts = []
         index = bisect_right(self._ends, start)
         while start < stop:
@@ -268,16 +272,23 @@ class TokenFile:
         generator: torch.Generator | None = None,
         rows: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random windows and, for each of their tokens, the next one.
+        """Return random windows of the text and, for each of their tokens, the next token.
 
-        Every window of ``context + 1`` tokens is equally likely, those that lie in two shards included. Returns
-        ``(x, y)``, int64 on the CPU, each ``(batch_size, context)``, with ``y[:, t]`` the token after ``x[:, t]``.
-        ``generator`` (a CPU one) makes the choice repeatable. Of the batch only ``rows`` are read and returned:
-        processes that share one batch draw alike and take a part each.
+        Every window of ``context + 1`` tokens is equally likely, also one that lies in two shards.
+
+        Args:
+            batch_size: number of windows.
+            context: tokens of a window.
+            generator: a CPU generator, which makes the choice repeatable.
+            rows: the rows of the batch to read and return. Processes that share one batch draw the same windows and
+                take a part each.
+
+        Returns:
+            ``(x, y)``, int64 on the CPU, each ``(rows, context)``, where ``y[:, t]`` is the token after ``x[:, t]``.
 
         Raises:
-            ValueError: if ``batch_size`` or ``context`` is less than 1, the file has fewer than ``context +
-                1`` tokens, or a token is past the vocabulary (a damaged file).
+            ValueError: if ``batch_size`` or ``context`` is less than 1, the file has fewer than ``context + 1`` tokens,
+                or an id is outside the vocabulary (a damaged file).
         """
         _check_positive("batch_size", batch_size)
         starts = torch.randint(self._starts(context), (batch_size,), generator=generator)
@@ -286,12 +297,12 @@ class TokenFile:
     def windows(
         self, context: int, batch_size: int = 1, count: int | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All tokens in order, for evaluation: every one but the first is a target once, whatever the shards.
+        """Yield windows that cover the text in order without overlap, for evaluation.
 
-        Yields ``(x, y)`` as :meth:`batch` does, of ``batch_size`` windows that do not overlap; the last batch
-        may have fewer. The last ``(len(self) - 1) % context`` targets, which fill no window, are left out.
-        With ``count``, less than there are windows, it is that many of them: the middle one of each of ``count`` equal
-        stretches of the text. Raises as :meth:`batch` does.
+        Every token but the first is a target once, except for the last ``(len(self) - 1) % context`` tokens, which fill
+        no window. Yields ``(x, y)`` as :meth:`batch` returns them, ``batch_size`` windows at a time; the last batch may
+        have fewer. With ``count``, only that many windows come, spread evenly: the text is divided into ``count`` equal
+        parts, and the middle window of each is taken. Raises as :meth:`batch` does.
         """
         _check_positive("batch_size", batch_size)
         starts: Sequence[int] = range(0, self._starts(context), context)
@@ -302,10 +313,10 @@ class TokenFile:
         return (self._gather(starts[i : i + batch_size], context) for i in batches)
 
     def digest(self) -> str:
-        """32 hexadecimal digits that change with the ids, however they are split into shards.
+        """A hash of the ids, 32 hexadecimal digits, which does not depend on how they are split into shards.
 
-        Of more than a million ids 256 pieces of 4,096, spread evenly, count, and how many there are: an id put in or
-        left out moves all that follow it.
+        Of more than a million ids it reads 256 evenly spread pieces of 4,096. An id that is inserted or removed changes
+        the hash too, because it changes the length and shifts all ids after it.
         """
         digest = hashlib.blake2b(f"{len(self)} {self.vocab_size} {self.fingerprint}".encode(), digest_size=16)
         for start in range(0, len(self), max(len(self) // 256, 4096)):
@@ -313,7 +324,7 @@ class TokenFile:
         return digest.hexdigest()
 
     def _starts(self, context: int) -> int:
-        """How many windows of ``context + 1`` tokens there are."""
+        """Number of windows of ``context + 1`` tokens, one for each position where a window can begin."""
         _check_positive("context", context)
         if len(self) < context + 1:
             raise ValueError(
@@ -323,6 +334,7 @@ class TokenFile:
         return len(self) - context
 
     def _gather(self, starts: Sequence[int], context: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The windows that begin at ``starts``, as inputs and targets."""
         rows = np.stack([self.read(start, start + context + 1) for start in starts])  # (B, T + 1)
         if (highest := int(rows.max())) >= self.vocab_size:
             raise ValueError(

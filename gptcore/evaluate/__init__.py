@@ -1,1 +1,1 @@
-"""Looking at trained models: what they are made of, and which tokens they look at."""
+"""Looks at trained models: a table of their parts, sentence vectors, attention maps."""

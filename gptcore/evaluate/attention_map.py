@@ -1,4 +1,4 @@
-"""Which tokens of a text look at which: the attention weights of a model, and a picture of them."""
+"""Computes a model's attention weights for a text, and draws them as heatmaps."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ if TYPE_CHECKING:
     from gptcore.models import GPT
     from gptcore.text import PretrainedTokenizer, Tokenizer
 
-_LABELLED = 40
-"""Most tokens whose texts still fit along the side of a map."""
-_MOST = 512
-"""Most tokens of a map: of one head alone each is two pixels wide, and memory grows with the square."""
+_MAX_LABELS = 40
+"""A map of more tokens has no labels: they would not fit along its sides."""
+_MAX_TOKENS = 512
+"""Longest text of a map: then a token of a single map is two pixels wide. Memory grows with the square of the length."""
 
 
 @torch.no_grad()
 def attention_weights(model: GPT, tokens: Sequence[int], layers: Sequence[int], heads: Sequence[int]) -> Tensor:
-    """``(layers, heads, T, T)`` float32: how much of each token's (row's) attention goes to each (column).
+    """Returns the attention weights of these layers and heads, ``(layers, heads, T, T)`` float32.
+
+    A row holds the weights of one query token, a column those of one key token; a row sums to 1.
 
     Raises:
-        ValueError: a model whose attention is fused and never holds the weights; no tokens, or more than the context or 512.
+        ValueError: fused attention, which never stores the weights; no tokens, more than the context, or more than 512.
     """
-    most = min(_MOST, model.config.context)
-    if not 0 < len(tokens) <= most:
-        raise ValueError(f"text: got {len(tokens) or 'no'} tokens; accepted are 1 to {most}")
+    longest = min(_MAX_TOKENS, model.config.context)
+    if not 0 < len(tokens) <= longest:
+        raise ValueError(f"text: got {len(tokens) or 'no'} tokens; accepted are 1 to {longest}")
     device = next(model.parameters()).device
     _, weights = model(torch.tensor([list(tokens)], device=device), return_attention=True)
     return torch.stack([weights[layer][0, list(heads)] for layer in layers]).float().cpu()
@@ -47,17 +49,17 @@ def draw_attention(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Tensor:
-    """Draws a heatmap for each of `layers` (rows of the picture) and `heads` (columns) and writes a PNG.
+    """Draws a heatmap for each layer (a row of the picture) and head (a column), and writes a PNG.
 
     Args:
-        model: with ``attention_impl="explicit"``.
-        tokenizer: the model's.
-        text: what it reads, up to 512 tokens.
-        out: the picture; appears whole or not at all.
-        layers, heads: counted from 0; None for all.
+        model: a model with ``attention_impl="explicit"``.
+        tokenizer: the model's tokenizer.
+        text: the text that the model reads, up to 512 tokens.
+        out: the file to write; it appears complete or not at all.
+        layers, heads: which to draw, counted from 0; None draws all.
 
     Returns:
-        What is drawn, ``(layers, heads, T, T)``.
+        The weights that are drawn, ``(layers, heads, T, T)``.
 
     Raises:
         ValueError: a layer or head that the model does not have, or as `attention_weights`.
@@ -74,10 +76,9 @@ def draw_attention(
     rows, columns = chosen
     tokens = tokenizer.encode_prompt(text)
     weights = attention_weights(model, tokens, rows, columns)
-    labels = [repr(tokenizer.decode([token]))[1:-1] for token in tokens]  # line ends and their like as they are typed
+    labels = [repr(tokenizer.decode([token]))[1:-1] for token in tokens]  # with line breaks as \n
     single = len(rows) * len(columns) == 1
-    # Inches: room for the labels, where there are some.
-    side = max(3.0, 0.28 * min(len(tokens), _LABELLED)) if single else 1.3
+    side = max(3.0, 0.28 * min(len(tokens), _MAX_LABELS)) if single else 1.3  # inches; a single map has labels
     figure = Figure(figsize=(side * len(columns) + 1.2, side * len(rows) + 0.9), layout="constrained")
     grid: list[list[Axes]] = figure.subplots(len(rows), len(columns), squeeze=False).tolist()
     image = None
@@ -90,7 +91,7 @@ def draw_attention(
                 axes.set_title(f"head {columns[head]}", fontsize=8)
             if head == 0:
                 axes.set_ylabel(f"layer {rows[layer]}", fontsize=8)
-            if single and len(tokens) <= _LABELLED:
+            if single and len(tokens) <= _MAX_LABELS:
                 axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8, parse_math=False)
                 axes.set_yticks(range(len(tokens)), labels, fontsize=8, parse_math=False)
     figure.suptitle("rows look at columns", fontsize=9)

@@ -1,4 +1,4 @@
-"""What a model is made of and what it costs, as a table for people."""
+"""Describes a model for people: its parameters, memory, operations and kernels."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _PARTS = {
     "MLP": ".mlp.",
     "output layer": "head.",
 }
-"""What is shown of a model's parameters, by what their names hold; the rest are norms."""
+"""The groups of parameters that are shown -> a part of their names. All other parameters are norms'."""
 
 
 def describe(model: Model) -> str:
-    """A table for people: parameters and where they are, memory, floating-point operations, and each kernel's backend.
+    """Returns a table of a model's parameters, memory, floating-point operations, and the backend of each kernel.
 
-    Memory of training counts float32 weights, gradients and AdamW's two moments, and no activations.
+    The memory of training counts float32 weights, gradients and AdamW's two moments, without activations.
     """
     import gptkernels
 
     config = model.config
     groups = dict.fromkeys(_PARTS, 0)
-    for full, parameter in model.named_parameters():
-        name = next((name for name, part in _PARTS.items() if part in full), "norms")
-        groups[name] = groups.get(name, 0) + parameter.numel()
+    for name, parameter in model.named_parameters():
+        group = next((group for group, part in _PARTS.items() if part in name), "norms")
+        groups[group] = groups.get(group, 0) + parameter.numel()
     total = model.num_parameters()
     lines = [
         model.summary(),
         "",
         f"{'parameters':<22}{total:>16,}",
-        *(f"  {name:<20}{count:>16,}  {count / total:6.1%}" for name, count in groups.items() if count),
+        *(f"  {group:<20}{count:>16,}  {count / total:6.1%}" for group, count in groups.items() if count),
         "",
         f"{'weights':<22}{_size(4 * total):>16}  in fp32, {_size(2 * total)} in bf16",
         f"{'training':<22}{_size(16 * total):>16}  fp32 weights, gradients and AdamW's moments, without activations",
@@ -59,7 +59,7 @@ def describe(model: Model) -> str:
 
 
 def cache_bytes_per_token(model: GPT, itemsize: int) -> int:
-    """Bytes of keys and values that a token leaves in the cache, with values of `itemsize` bytes."""
+    """Bytes that one token takes in the key/value cache, if a value takes `itemsize` bytes."""
     config = model.config
     return 2 * config.n_layer * config.kv_heads * config.head_dim * itemsize
 

@@ -1,29 +1,34 @@
-"""Sentence vectors of an encoder such as BERT, and how alike they are."""
+"""Sentence vectors from an encoder such as BERT, and a table of their similarities."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gptcore.nn.mode import evaluation_mode
+
 if TYPE_CHECKING:
     from gptcore.models import BERT
+    from gptcore.text import PretrainedTokenizer, Tokenizer
 
 
 @torch.no_grad()
-def embed(model: BERT, tokenizer: Any, texts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """A vector of length 1 for each text, ``(N, C)`` float32 on the CPU; see `BERT.embed`.
+def embed(
+    model: BERT, tokenizer: Tokenizer | PretrainedTokenizer, texts: Sequence[str], batch_size: int = 32
+) -> Tensor:
+    """Returns a vector of length 1 for each text, ``(N, C)`` float32 on the CPU; see `BERT.embed`.
 
     Args:
         model: runs in evaluation mode; its mode is restored afterwards.
-        tokenizer: the model's.
-        texts: each up to the model's context.
-        batch_size: texts at a time.
+        tokenizer: the model's tokenizer.
+        texts: one text or more, each no longer than the model's context.
+        batch_size: number of texts that run together.
 
     Raises:
-        ValueError: no text, or one that is longer than the context.
+        ValueError: no texts, or one that is longer than the context.
     """
     if not texts:
         raise ValueError("texts: got none; accepted are one or more")
@@ -34,27 +39,23 @@ def embed(model: BERT, tokenizer: Any, texts: Sequence[str], batch_size: int = 3
                 f"texts: got one of {len(row)} tokens ({text[:40]!r}...); accepted are up to the context, {model.config.context}"
             )
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # those of like length together: little padding
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of similar length together: less padding
     vectors: list[Tensor] = [torch.empty(0)] * len(rows)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             lengths = torch.tensor([len(rows[i]) for i in chosen])
             tokens = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.long)
             for row, i in enumerate(chosen):
                 tokens[row, : len(rows[i])] = torch.tensor(rows[i])
-            found = model.embed(tokens.to(device), lengths=lengths.to(device)).cpu()
-            for i, vector in zip(chosen, found):
+            embedded = model.embed(tokens.to(device), lengths=lengths.to(device)).cpu()
+            for i, vector in zip(chosen, embedded):
                 vectors[i] = vector
-    finally:
-        model.train(was_training)
     return torch.stack(vectors)
 
 
 def similarity_table(texts: Sequence[str], vectors: Tensor) -> str:
-    """The cosines between all pairs of vectors ``(N, C)`` of length 1, for people to read."""
+    """A table of the cosine similarities of all pairs of vectors ``(N, C)`` of length 1, for people to read."""
     cosines = vectors @ vectors.T
     lines = [" " * 4 + "".join(f"{i + 1:>7}" for i in range(len(texts)))]
     lines += [

@@ -1,4 +1,4 @@
-"""Generation: sampling, decoding with a key/value cache, text in and out, and chat (`gptcore.generate.chat`)."""
+"""Generation: sampling, decoding with a key/value cache, text from text, and chat (`gptcore.generate.chat`)."""
 
 from gptcore.generate.decode import generate, generate_stream, pad_left
 from gptcore.generate.sampling import Sampling, keep_likely, penalise

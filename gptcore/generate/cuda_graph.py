@@ -1,4 +1,4 @@
-"""A decoding step as a CUDA graph: captured once, replayed for each token."""
+"""Decoding with a CUDA graph: one step is captured once, and replayed for each token."""
 
 from __future__ import annotations
 
@@ -14,23 +14,32 @@ if TYPE_CHECKING:
 
 
 class DecodingGraph:
-    """A decoding step, captured once for a cache and repeated."""
+    """The decoding step of a model and a cache as a CUDA graph: the host makes one launch instead of hundreds.
+
+    Args:
+        model: the model.
+        cache: the cache, which holds the prompt already.
+        tokens: ``(B, 1)`` ids of the first step.
+    """
 
     def __init__(self, model: GPT, cache: KeyValueCache, tokens: Tensor) -> None:
         self.cache = cache
         self.tokens = tokens.clone()
         cache.at = torch.tensor([cache.length], device=tokens.device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # compiles and allocates; what it stores is stored again by the first real step
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            for _ in range(
+                3
+            ):  # compile and allocate before the capture; the first real step overwrites the cache entry
                 model.next_logits(self.tokens, cache)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(side_stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = model.next_logits(self.tokens, cache)
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        """Runs a step: stores the keys and values of `tokens` ``(B, 1)``, and returns the next logits ``(B, vocab)``."""
         assert self.cache.at is not None
         self.tokens.copy_(tokens)
         self.cache.at.fill_(self.cache.length)

@@ -1,4 +1,4 @@
-"""Decoding: one token after the other with a key/value cache; token ids in and out."""
+"""Decoding: generates token ids one after the other, with a key/value cache."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from torch import Tensor
 
 from gptcore.generate.cuda_graph import DecodingGraph
 from gptcore.generate.sampling import Sampling, keep_likely, penalise
+from gptcore.nn.mode import evaluation_mode
 
 if TYPE_CHECKING:
     from gptcore.models.gpt import GPT
 
 
 def pad_left(prompts: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Prompts of different lengths as one batch: ids ``(B, longest)`` and ``(B,)`` how many of each row's are padding.
+    """Pads prompts of different lengths on the left to one batch.
+
+    Returns:
+        The ids ``(B, longest)``, and the number of padding tokens of each row ``(B,)``.
 
     Raises:
         ValueError: no prompts, or an empty one.
@@ -39,9 +43,9 @@ def generate_stream(
     use_cache: bool = True,
     **sampling: Any,
 ) -> Iterator[Tensor]:
-    """Yields the next ids ``(B,)``, one position after the other; the arguments are those of `generate`.
+    """Yields the next ids ``(B,)`` of each step. Arguments and errors are those of `generate`.
 
-    Arguments are checked here, before the first token is asked for.
+    The arguments are checked by the call itself, before the first step.
     """
     options = Sampling(**sampling)
     if max_new_tokens < 0:
@@ -62,10 +66,10 @@ def generate_stream(
                 f"padding: got {padding.tolist()}; accepted are {tokens.shape[0]} numbers from 0 to {tokens.shape[1] - 1}"
             )
         if not use_cache:
-            raise ValueError("padding: got it without a cache; accepted is use_cache=True")
+            raise ValueError("padding: got it with use_cache=False; accepted is padding with use_cache=True")
         padding = padding.to(tokens.device) if padding.any() else None
     stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
-    stops = [i for i in stops if 0 <= i < vocab_size]  # others, of tokens that were added later, cannot come
+    stops = [i for i in stops if 0 <= i < vocab_size]  # the model never gives an id that it has no logit for
     return _stream(model, tokens, max_new_tokens, padding, stops, use_cache, options)
 
 
@@ -87,20 +91,18 @@ def _stream(
         generator.manual_seed(options.seed)
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     ends = torch.tensor(stops, device=tokens.device)
-    seen = _seen(tokens, padding, model.config.vocab_size) if options.repetition_penalty != 1.0 else None
-    window = tokens  # what the model sees, (B, n)
-    was_training = model.training
-    model.eval()
-    steps = _Steps(model, use_cache, tokens.shape[1] + max_new_tokens, padding)
-    try:
+    seen = _seen_ids(tokens, padding, model.config.vocab_size) if options.repetition_penalty != 1.0 else None
+    window = tokens  # the tokens that the model sees, (B, n)
+    next_logits = _NextLogits(model, use_cache, tokens.shape[1] + max_new_tokens, padding)
+    with evaluation_mode(model):
         for _ in range(max_new_tokens):
             if window.shape[1] > context:
-                # A full context cannot slide, the positions of what is kept would change: its newer half starts a new one.
+                # The window cannot slide by one token: the cached keys have fixed positions. Start anew with its newer half.
                 dropped = window.shape[1] - max(context // 2, 1)
                 window = window[:, dropped:]
                 padding = None if padding is None else (padding - dropped).clamp(min=0)
-                steps = _Steps(model, use_cache, context, padding)
-            logits = steps(window).float()  # (B, vocab)
+                next_logits = _NextLogits(model, use_cache, context, padding)
+            logits = next_logits(window).float()  # (B, vocab)
             if seen is not None:
                 logits = penalise(logits, seen, options.repetition_penalty)
             if options.temperature == 0.0:
@@ -118,12 +120,10 @@ def _stream(
             if seen is not None:
                 seen.scatter_(1, ids[:, None], True)
             window = torch.cat([window, ids[:, None].to(window.dtype)], dim=1)
-    finally:
-        model.train(was_training)
 
 
-def _seen(tokens: Tensor, padding: Tensor | None, vocab_size: int) -> Tensor:
-    """``(B, vocab)`` True where an id comes in a row's prompt; padding is none."""
+def _seen_ids(tokens: Tensor, padding: Tensor | None, vocab_size: int) -> Tensor:
+    """``(B, vocab)``, True for the ids in a row's prompt; padding does not count."""
     counts = torch.zeros(tokens.shape[0], vocab_size, device=tokens.device)
     real = torch.ones_like(tokens, dtype=counts.dtype)
     if padding is not None:
@@ -131,9 +131,11 @@ def _seen(tokens: Tensor, padding: Tensor | None, vocab_size: int) -> Tensor:
     return counts.scatter_add_(1, tokens.long(), real) > 0
 
 
-class _Steps:
-    """Logits ``(B, vocab)`` after the last token of a growing window ``(B, n)``, each token computed once where there is
-    a cache; on a GPU single tokens repeat a CUDA graph, so that the host has one launch to make instead of hundreds."""
+class _NextLogits:
+    """Computes the logits ``(B, vocab)`` after the last token of a growing window ``(B, n)``.
+
+    With a cache each token is computed once, and on a GPU the steps of a single token run as a CUDA graph.
+    """
 
     def __init__(self, model: GPT, use_cache: bool, capacity: int, padding: Tensor | None) -> None:
         self.model = model
@@ -163,20 +165,21 @@ def generate(
 ) -> Tensor:
     """Continues `tokens`, sampling one token after the other.
 
-    When prompt and continuation outgrow the context, the newer half of what the model sees is kept and the rest
-    forgotten; what is returned is whole.
+    When prompt and continuation outgrow the context, the model sees only the newer half of the context and goes on from
+    there. The result has all tokens.
 
     Args:
         model: runs in evaluation mode; its mode is restored afterwards.
         tokens: ``(B, T)`` integer ids, T from 1 to the model's context.
-        max_new_tokens: how many to add at most.
-        padding: ``(B,)`` how many of each row's first tokens are padding (`pad_left` makes both); None for none.
-        stop: ids that end a row: one that samples any of them is finished and repeats the first; ends when every row is.
-        use_cache: keep keys and values of earlier tokens instead of computing them again.
+        max_new_tokens: number of tokens to add at most.
+        padding: ``(B,)`` number of padding tokens at the beginning of each row, as `pad_left` makes them; None: no padding.
+        stop: ids that end a row. A row that samples one of them is finished, and then repeats the first of these ids.
+            Generation ends when all rows are finished.
+        use_cache: keep the keys and values of earlier tokens instead of computing them again.
         sampling: the fields of `Sampling`: temperature, top_k, top_p, repetition_penalty, seed.
 
     Returns:
-        ``(B, T + new)`` the prompt and its continuation.
+        The prompt and its continuation, ``(B, T + new)``.
 
     Raises:
         ValueError: an option outside its range, an empty prompt or one longer than the context, an id outside the

@@ -1,4 +1,4 @@
-"""How the next token is drawn from the logits: temperature, top-k, nucleus, repetition penalty."""
+"""Sampling options for the next token: temperature, top-k, nucleus (top-p), repetition penalty."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class Sampling:
     top_k: int | None = None
     """Sample among this many likeliest tokens."""
     top_p: float | None = None
-    """Sample among the likeliest tokens that together hold this probability (applied after top_k)."""
+    """Sample among the likeliest tokens that together have this probability (applied after top_k)."""
     repetition_penalty: float = 1.0
-    """Makes tokens that have come already less likely when over 1: positive logits are divided by it, others multiplied."""
+    """A value above 1 makes tokens of the prompt and the text so far less likely: it divides their positive logits, and
+    multiplies the others."""
     seed: int | None = None
-    """Makes the sample repeatable; another one is drawn each time if left out."""
+    """The same seed gives the same sample; without it each sample is different."""
 
     def __post_init__(self) -> None:
-        # Outside these ranges a float32 of ordinary size overflows when it is divided or multiplied.
+        # Outside these ranges ordinary float32 logits could overflow when they are divided or multiplied.
         if self.temperature != 0.0 and not 1e-6 <= self.temperature < float("inf"):
             raise ValueError(
                 f"temperature: got {self.temperature}; accepted are 0 (the likeliest token) and numbers from 1e-6 on"
@@ -46,14 +47,14 @@ class Sampling:
 
 
 def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Sets all but the likeliest logits to -inf: first all but the `top_k` largest, then all but the nucleus.
+    """Returns the logits with all but the likeliest set to -inf: first all but `top_k`, then all but the nucleus.
 
-    The nucleus is the smallest set of the likeliest tokens whose probabilities sum to `top_p` or more; it is never empty.
+    The nucleus is the smallest set of the likeliest tokens whose probabilities sum to `top_p` or more. It is never empty.
 
     Args:
         logits: ``(B, vocab)``, temperature already applied.
-        top_k: how many to keep; None for all.
-        top_p: probability to keep, 0 < top_p <= 1; None for all.
+        top_k: number of tokens to keep; None keeps all.
+        top_p: probability to keep, 0 < top_p <= 1; None keeps all.
 
     Returns:
         ``(B, vocab)``.
@@ -67,7 +68,7 @@ def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float | None = 
     if top_p is not None and top_p < 1.0:
         values, ids = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = values.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # what the likelier ones already hold
+        before = probabilities.cumsum(-1) - probabilities  # total probability of the likelier tokens
         outside = before >= top_p
         outside[..., 0] = False
         logits = nothing.scatter(-1, ids, values.masked_fill(outside, -torch.inf))
@@ -75,8 +76,9 @@ def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float | None = 
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes the tokens that are True in `seen` ``(B, vocab)`` less likely: logits ``(B, vocab)`` over 0 are divided by
-    `penalty`, others multiplied.
+    """Returns the logits ``(B, vocab)`` with the tokens that are True in `seen` ``(B, vocab)`` made less likely.
+
+    Their positive logits are divided by `penalty`, the others multiplied.
 
     Source: Keskar et al., "CTRL", arXiv 1909.05858, section 4.1.
     """

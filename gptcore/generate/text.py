@@ -1,4 +1,4 @@
-"""Generation with text in and out: whole characters as they become certain, stop strings, batches of prompts."""
+"""Generates text from text: streams of whole characters, stop strings, batches of prompts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from gptcore.text.tokenizer import Tokenizer
 
 
-class _Text:
-    """The text of one row as its tokens come: whole characters, nothing that may turn out to be a stop string, and
-    nothing for special tokens and for ids that the tokenizer does not have (rows that pad a model's vocabulary).
+class _StreamDecoder:
+    """Decodes the tokens of one row as they come, and returns only text that later tokens cannot change.
 
-    `before` are the tokens that it goes on from: some decoders leave out the space at the beginning of a text.
+    It holds back the bytes of an incomplete character, and text that may become a stop string. Special tokens give no
+    text, nor do ids that the tokenizer does not have (rows that pad a model's vocabulary).
+
+    Args:
+        tokenizer: the model's tokenizer.
+        stop: strings that end the text.
+        before: the tokens before the text, whose text is not returned. Some decoders drop a space at the beginning of a
+            text, so that a continuation must be decoded with the tokens before it.
     """
 
     def __init__(
@@ -27,18 +33,19 @@ class _Text:
     ) -> None:
         self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
         self.finished = False
-        # Whole characters, decoded again with what comes.
-        self._before = [i for i in before if i < tokenizer.vocab_size]
-        self._open: list[int] = []  # tokens since then; the last may end inside a character
-        self._taken = len(self._decoded())  # how much of their text has been taken
-        self._waited = 0  # for how many tokens nothing was
+        self._before = [
+            i for i in before if i < tokenizer.vocab_size
+        ]  # whole characters, decoded again with new tokens
+        self._open: list[int] = []  # the tokens after them; the last may end inside a character
+        self._taken = len(self._decoded())  # characters of the decoded text that were returned or are held
+        self._waited = 0  # tokens since the last complete character
         self._held = ""  # text that may be the beginning of a stop string
 
     def _decoded(self) -> str:
         return self.tokenizer.decode(self._before + self._open, skip_special=True)
 
     def push(self, token: int) -> str:
-        """The text that `token` makes certain; sets `finished` at a stop token or string, which are not part of it."""
+        """Adds a token, and returns the new text. A stop token or stop string sets `finished`, and is not returned."""
         if self.finished:
             return ""
         if token in self.tokenizer.stop_tokens:
@@ -47,32 +54,32 @@ class _Text:
             return ""
         self._open.append(token)
         decoded = self._decoded()
-        certain = len(decoded.rstrip("\ufffd"))  # what follows may be bytes of a character that is not there yet
-        self._waited = 0 if certain > self._taken else self._waited + 1
-        if self._waited == 4:  # a character has at most four bytes
-            certain, self._waited = len(decoded), 0
-        text = decoded[self._taken : certain]
-        self._taken = max(self._taken, certain)
-        if text and certain == len(decoded):
+        complete = len(decoded.rstrip("\ufffd"))  # U+FFFD at the end may be the beginning of an incomplete character
+        self._waited = 0 if complete > self._taken else self._waited + 1
+        if self._waited == 4:  # a character has at most four bytes: these are no characters
+            complete, self._waited = len(decoded), 0
+        text = decoded[self._taken : complete]
+        self._taken = max(self._taken, complete)
+        if text and complete == len(decoded):
             self._before, self._open = self._open, []
             self._taken = len(self._decoded())
         self._held += text
-        places = [place for place in map(self._held.find, self.stop) if place >= 0]
-        if places:
+        found = [position for position in map(self._held.find, self.stop) if position >= 0]
+        if found:
             self.finished = True
-            return self._held[: min(places)]
+            return self._held[: min(found)]
         keep = max((_overlap(self._held, text) for text in self.stop), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
+        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return released
 
     def end(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Ends the text, and returns what was held back."""
         self.finished = True
         return self._held + self._decoded()[self._taken :]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """The length of the longest end of `text` with which `stop` begins."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
@@ -86,28 +93,33 @@ def stream_text(
     continues: bool = True,
     **sampling: Any,
 ) -> Iterator[str]:
-    """Yields the continuation of `prompt`, token ids, in pieces of whole characters as they become certain.
+    """Yields the continuation of a prompt in pieces of whole characters, as soon as they are complete.
 
-    Ends at one of the tokenizer's stop tokens or before one of the strings in `stop`, neither of which is yielded, nor are
-    other special tokens; ids that the tokenizer does not have are nothing. The other arguments and errors are those of
-    `generate`.
+    It ends at one of the tokenizer's stop tokens, or before one of the stop strings. Neither is yielded, nor are other
+    special tokens.
 
     Args:
-        continues: what is yielded goes on from the prompt's text, with a space before it where one belongs; False: it is a
-            text of its own, as a reply is.
+        model: the model.
+        tokenizer: the model's tokenizer.
+        prompt: the ids of the prompt.
+        max_new_tokens: number of tokens to generate at most.
+        stop: strings that end the text.
+        continues: True: the text goes on from the prompt, with a space before it where one belongs. False: it is a text
+            of its own, as a reply is.
+        sampling: as for `generate`, whose errors this raises too.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt)], dtype=torch.long, device=device)
     stream = generate_stream(model, ids, max_new_tokens, stop=tokenizer.stop_tokens, **sampling)
 
     def pieces() -> Iterator[str]:
-        text = _Text(tokenizer, stop, prompt if continues else ())
+        decoder = _StreamDecoder(tokenizer, stop, prompt if continues else ())
         for new in stream:
-            if piece := text.push(int(new[0])):
+            if piece := decoder.push(int(new[0])):
                 yield piece
-            if text.finished:
+            if decoder.finished:
                 return
-        if piece := text.end():
+        if piece := decoder.end():
             yield piece
 
     return pieces()
@@ -122,18 +134,18 @@ def generate_text(
     stop: Sequence[str] = (),
     **sampling: Any,
 ) -> list[str]:
-    """The continuation of each of `prompts`, in one batch whatever their lengths; arguments as `stream_text`."""
+    """Returns the continuation of each prompt. The prompts run in one batch; other arguments are those of `stream_text`."""
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     tokens, padding = pad_left(ids)
     device = next(model.parameters()).device
-    texts = [_Text(tokenizer, stop, before) for before in ids]
-    shown = [""] * len(prompts)
+    decoders = [_StreamDecoder(tokenizer, stop, before) for before in ids]
+    texts = [""] * len(prompts)
     stream = generate_stream(
         model, tokens.to(device), max_new_tokens, padding=padding, stop=tokenizer.stop_tokens, **sampling
     )
     for new in stream:
         for row, token in enumerate(new.tolist()):
-            shown[row] += texts[row].push(token)
-        if all(text.finished for text in texts):
+            texts[row] += decoders[row].push(token)
+        if all(decoder.finished for decoder in decoders):
             break
-    return [done if text.finished else done + text.end() for done, text in zip(shown, texts)]
+    return [text if decoder.finished else text + decoder.end() for text, decoder in zip(texts, decoders)]

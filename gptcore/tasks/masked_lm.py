@@ -73,13 +73,14 @@ class MaskedLM(Task):
         self.text = PreparedText(data, self.length)
         self.tokenizer = self.text.tokenizer
         self.digest, self.fingerprint, self.baseline = self.text.digest, self.text.fingerprint, self.text.baseline
-        special = getattr(self.tokenizer, "special_id", None)
-        if special is None:
+        names = ("cls_token", "sep_token", "mask_token")
+        try:
+            self.cls, self.sep, self.mask = (self.tokenizer.special_id(name) for name in names)
+        except ValueError as error:
             raise ValueError(
-                f"data: the tokenizer of {data} has no [MASK]; accepted are folders that gptcore prepare --tokenizer "
-                "wordpiece made"
-            )
-        self.cls, self.sep, self.mask = (special(name) for name in ("cls_token", "sep_token", "mask_token"))
+                f"data: the tokenizer of {data} has no [CLS], [SEP] or [MASK]; accepted are folders that gptcore prepare "
+                "--tokenizer wordpiece made"
+            ) from error
 
     def model_changes(self) -> dict[str, Any]:
         return {"vocab_size": self.tokenizer.vocab_size}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from gptcore.data.prepare import open_split, read_report
+from gptcore.data.prepare import open_split
+from gptcore.data.report import read_report
 from gptcore.data.token_file import TokenFile
 from gptcore.text.tokenizer import TOKENIZER, get_tokenizer
 

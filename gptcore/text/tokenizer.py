@@ -1,7 +1,7 @@
-"""Text to token ids and back: GPT-2's byte-pair encoding, or one trained on your own text.
+"""Turns text into token ids and back: GPT-2's byte-pair encoding, or one that is trained on your own text.
 
-Every tokenizer is a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes as in
-GPT-2, Radford et al. 2019), run by ``tiktoken`` and trained by ``rustbpe``.
+Every tokenizer here is a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes as in GPT-2,
+Radford et al. 2019). ``tiktoken`` runs it, and ``rustbpe`` trains it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcore._files import atomic_writer
+from gptcore.weights.names import TOKENIZER
 
 if TYPE_CHECKING:
     from gptcore.text.pretrained import PretrainedTokenizer
@@ -31,12 +32,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 _FORMAT = "gptcore-tokenizer"
 _VERSION = 1
-TOKENIZER = "tokenizer.json"
-"""The file of a tokenizer, ours or Hugging Face's."""
 _BYTES = 256
 
-# The vocabulary that OpenAI released with GPT-2. The same hashes are checked by tiktoken when it downloads
-# them.
+# The files that OpenAI released with GPT-2. tiktoken checks the same hashes when it downloads them.
 _GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -44,15 +42,15 @@ _GPT2_SHA256 = {
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer: any text has an encoding, and decoding gives the same text back.
+    """A byte-level BPE tokenizer: it encodes any text, and decoding gives the same text back.
 
     Args:
         name: a name for people to read.
-        pattern: the regular expression that splits text into the pieces inside which bytes are merged.
-        mergeable_ranks: the bytes of each ordinary token -> its id, which is also the order of merging;
-            all 256 single bytes must be there, and the ids must be 0, 1, 2, ...
-        special_tokens: text -> id of the tokens that stand for no bytes; the ids continue those of
-            ``mergeable_ranks``, and ``<|endoftext|>`` must be one of them.
+        pattern: the regular expression that splits text into pieces. Merges never cross from one piece to the next.
+        mergeable_ranks: the bytes of each ordinary token -> its id. Ids are 0, 1, 2, ... in the order of the merges, and
+            all 256 single bytes must be there.
+        special_tokens: name -> id of the tokens that stand for no text. Their ids follow those of ``mergeable_ranks``,
+            and ``<|endoftext|>`` must be one of them.
 
     Raises:
         ValueError: if the ids are not contiguous from 0, a single byte or ``<|endoftext|>`` is missing,
@@ -82,9 +80,9 @@ class Tokenizer:
         self.eot_token = special_tokens[END_OF_TEXT]
         """The id of ``<|endoftext|>``, which stands between documents."""
         self.stop_tokens: tuple[int, ...] = (self.eot_token,)
-        """Ids after which generation ends."""
+        """Ids that end generation."""
         self.chat_template: str | None = None
-        """A trained BPE knows no roles."""
+        """None: a tokenizer that is trained here has no tokens for roles."""
         self.special_tokens_map: dict[str, str] = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
         """Special tokens by transformers' names."""
         self.base_size = len(mergeable_ranks)
@@ -105,8 +103,8 @@ class Tokenizer:
     def encode(self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()) -> list[int]:
         """The token ids of ``text``.
 
-        Special tokens written out in the text are ordinary characters unless they are named in
-        ``allowed_special`` (or it is ``"all"``), so a document that quotes ``<|endoftext|>`` ends nothing.
+        A special token written in the text is ordinary text, so that a document may quote ``<|endoftext|>``; only the
+        special tokens in ``allowed_special`` (all of them for ``"all"``) become ids.
 
         Raises:
             ValueError: if ``allowed_special`` names a token that is not special here.
@@ -116,31 +114,44 @@ class Tokenizer:
         unknown = set(allowed_special) - self._special_tokens.keys()
         if unknown:
             raise ValueError(
-                f"allowed_special names {sorted(unknown)}; this tokenizer's special tokens are "
+                f"allowed_special names {sorted(unknown)}; accepted are this tokenizer's special tokens, "
                 f"{sorted(self._special_tokens)}"
             )
         return self._encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """`encode`: these models want nothing before a text."""
-        return self.encode(text)
+    def encode_prompt(self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()) -> list[int]:
+        """The same as `encode`: models that are trained here expect no token before a text."""
+        return self.encode(text, allowed_special=allowed_special)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``[self.encode(text) for text in texts]``, on all processor cores."""
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
-        """``encode(text)`` as an array, ``(tokens,)``; threads that call it run at the same time."""
+        """``encode(text)`` as an array, ``(tokens,)``. It releases the GIL, so several threads can encode at once."""
         return self._encoding.encode_to_numpy(whole_characters(text), disallowed_special=())
 
+    def special_id(self, name: str) -> int:
+        """The id of a special token by transformers' name, such as ``eos_token``.
+
+        Raises:
+            ValueError: the tokenizer has no such token.
+        """
+        if name not in self.special_tokens_map:
+            raise ValueError(f"tokenizer: {self.name} has no {name}; accepted is one that has, such as BERT's")
+        return self._special_tokens[self.special_tokens_map[name]]
+
     def special_ids(self, rows: int) -> dict[str, int | list[int]]:
-        """What transformers' configurations say of special tokens; none that a model has no `rows` for."""
+        """The ids of special tokens as transformers' configurations name them.
+
+        Ids of `rows` and more, for which the model has no embedding, are left out.
+        """
         return {f"{name}_id": self.eot_token for name in self.special_tokens_map if self.eot_token < rows}
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """The text of token ids (a list, an array or a 1-D tensor); special ones are written out unless to be skipped.
+        """The text of token ids (a list, an array or a 1-D tensor). Special tokens give no text if ``skip_special``.
 
-        Bytes that are not UTF-8, such as a character cut in half by the end of the ids, become U+FFFD.
+        Bytes that are not UTF-8, such as half a character at the end of the ids, become U+FFFD.
 
         Raises:
             ValueError: if an id is not in 0 to ``vocab_size - 1``.
@@ -150,20 +161,20 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that depend on the tokens, their ids and the pattern, and not on the name."""
+        """A hash, 32 hexadecimal digits, of the tokens, their ids and the pattern; the name does not matter."""
         digest = hashlib.sha256()
         parts = [
             self._pattern.encode(),
             *self._tokens_in_order(),
             json.dumps(self._specials_in_order()).encode(),
         ]
-        for part in parts:  # each part's length goes first, so that no two vocabularies give the same bytes
+        for part in parts:  # with its length first, so that different vocabularies never give the same bytes
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
         return digest.hexdigest()[:32]
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer to one JSON file, which is either complete or not there at all."""
+        """Write the tokenizer to one JSON file, which appears complete or not at all."""
         state = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -185,7 +196,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read what :meth:`save` wrote; a folder stands for the ``tokenizer.json`` in it.
+        """Read a tokenizer that :meth:`save` wrote, from a file or from the ``tokenizer.json`` in a folder.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -207,16 +218,16 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls, vocab_dir: str | Path | None = None) -> Tokenizer:
-        """GPT-2's own tokenizer: 50,257 tokens.
+        """The tokenizer of GPT-2: 50,257 tokens.
 
-        Without ``vocab_dir``, tiktoken reads the vocabulary from its cache (the folder
-        ``TIKTOKEN_CACHE_DIR``), or downloads it into that cache. With it, ``encoder.json`` and ``vocab.bpe``
-        are read from that folder.
+        Args:
+            vocab_dir: a folder with ``encoder.json`` and ``vocab.bpe``. Without it, tiktoken reads the vocabulary from
+                its cache (the folder ``TIKTOKEN_CACHE_DIR``), or downloads it into that cache.
 
         Raises:
             FileNotFoundError: if ``vocab_dir`` lacks one of the two files.
             ValueError: if one of them is not the file that was released with GPT-2.
-            ConnectionError: if there is neither ``vocab_dir``, nor a cached copy, nor a connection.
+            ConnectionError: if there is no ``vocab_dir``, no cached copy and no connection.
         """
         from tiktoken_ext import openai_public
 
@@ -225,14 +236,13 @@ class Tokenizer:
             special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
             return cls("gpt2", openai_public.r50k_pat_str, _ranks_from_unicode(ids), special)
         try:
-            # What tiktoken.get_encoding("gpt2") passes to tiktoken.Encoding, straight from its source.
-            arguments = openai_public.gpt2()
+            arguments = openai_public.gpt2()  # the arguments that tiktoken.get_encoding("gpt2") passes to Encoding
         except (OSError, ValueError) as error:
             raise ConnectionError(
-                f"GPT-2's vocabulary could not be had: {error}\n"
-                "Give it in one of these ways: connect to the internet once, and tiktoken caches it; or set "
-                "TIKTOKEN_CACHE_DIR to a folder with tiktoken's cached copy; or put encoder.json and "
-                "vocab.bpe in a folder and call Tokenizer.gpt2(vocab_dir=folder). "
+                f"GPT-2's vocabulary is not on this machine and could not be downloaded: {error}\n"
+                "Do one of these: run `gptcore fetch gpt2-bpe`; connect to the internet once, and tiktoken caches it; "
+                "set TIKTOKEN_CACHE_DIR to a folder with tiktoken's cached copy; or put encoder.json and vocab.bpe "
+                "in a folder and call Tokenizer.gpt2(vocab_dir=folder). "
                 "Training your own tokenizer ('bpe') needs none of this."
             ) from error
         return cls("gpt2", arguments["pat_str"], arguments["mergeable_ranks"], arguments["special_tokens"])
@@ -241,21 +251,19 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int, *, pattern: str | None = None, name: str = "bpe"
     ) -> Tokenizer:
-        """Learn a vocabulary from a stream of texts, which are read once.
+        """Train a tokenizer on a stream of texts, which is read once.
 
-        The vocabulary is the 256 bytes, then merges by falling frequency, then ``<|endoftext|>``. A small
-        corpus may not have that many pairs to merge: a ``UserWarning`` says so, and ``vocab_size`` is then
-        smaller.
+        The vocabulary is the 256 bytes, then the merges, the most frequent first, then ``<|endoftext|>``. A small corpus
+        may have too few pairs to merge: then a ``UserWarning`` comes, and the tokenizer has fewer tokens.
 
         Args:
             texts: the corpus. Merges never cross from one text to the next.
-            vocab_size: how many tokens to have in all, ``<|endoftext|>`` included; at least 257.
-            pattern: how to split text into pieces before merging; GPT-4's pattern unless given.
+            vocab_size: the number of tokens, ``<|endoftext|>`` included; at least 257.
+            pattern: the regular expression that splits text into pieces before merging; None takes GPT-4's.
             name: a name for people to read.
 
         Raises:
-            ValueError: if ``vocab_size`` is less than 257, the corpus holds no text, or the pattern is
-                invalid.
+            ValueError: if ``vocab_size`` is less than 257, the corpus holds no text, or the pattern is invalid.
         """
         import rustbpe
 
@@ -273,7 +281,7 @@ class Tokenizer:
                 yield text
 
         trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue] - compiled, no stubs
-        # The trainer holds a buffer of texts in memory at a time; ours may be long, so it is kept short.
+        # The trainer holds a buffer of texts in memory. Our texts may be long, so the buffer is short.
         train = partial(trainer.train_from_iterator, counted(), vocab_size - 1, buffer_size=256, pattern=pattern)
         try:
             _call_in_thread(train)
@@ -285,7 +293,7 @@ class Tokenizer:
 
         ranks: dict[bytes, int] = {}
         for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1]):
-            # Two merges can spell the same bytes: the first one keeps the id, and ids stay contiguous.
+            # Two merges can give the same bytes: the first one gets the id, so that ids stay contiguous.
             ranks.setdefault(bytes(token), len(ranks))
         if len(ranks) + 1 < vocab_size:
             warnings.warn(
@@ -303,16 +311,19 @@ class Tokenizer:
 
 
 def _call_in_thread(function: Callable[[], None]) -> None:
-    """Call compiled code that may run for minutes: it would not see Ctrl-C, and this does. The thread then runs on."""
+    """Call a function in a thread, and wait for it. Ctrl-C ends the wait and not the thread.
+
+    Compiled code that runs in the main thread for minutes would delay Ctrl-C until it returns.
+    """
     errors: list[BaseException] = []
 
     def call() -> None:
         try:
             function()
-        except BaseException as error:  # raised again where it is waited for
+        except BaseException as error:  # raised again in the main thread, below
             errors.append(error)
 
-    thread = threading.Thread(target=call, daemon=True)  # so that it does not keep the process
+    thread = threading.Thread(target=call, daemon=True)  # a daemon thread does not keep the process from exiting
     thread.start()
     thread.join()
     if errors:
@@ -320,13 +331,14 @@ def _call_in_thread(function: Callable[[], None]) -> None:
 
 
 def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
-    """``"gpt2"``, or a tokenizer at a path: a file, a folder with a ``tokenizer.json``, or a GGUF file.
+    """Load a tokenizer.
 
-    A ``tokenizer.json`` may be ours or Hugging Face's. GPT-2's is read from where ``gptcore fetch gpt2-bpe`` put it, if
-    it did.
+    Args:
+        name_or_path: ``"gpt2"``, a tokenizer file (ours or Hugging Face's), a folder with a ``tokenizer.json``, or a
+            GGUF file. GPT-2's vocabulary is taken from ``gptcore fetch gpt2-bpe`` if that was run.
 
     Raises:
-        FileNotFoundError: if it is neither; otherwise as :meth:`Tokenizer.gpt2` and :meth:`Tokenizer.load`.
+        FileNotFoundError: if there is no such tokenizer; otherwise as :meth:`Tokenizer.gpt2` and :meth:`Tokenizer.load`.
     """
     from gptcore import assets
     from gptcore.text.pretrained import FORMAT, PretrainedTokenizer
@@ -344,7 +356,8 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
             f"got {str(name_or_path)!r}, where there is none"
         )
     state = _read_json(path)
-    if isinstance(state, dict) and (state.get("format") == FORMAT or ("format" not in state and "model" in state)):
+    is_hugging_face = isinstance(state, dict) and "format" not in state and "model" in state
+    if is_hugging_face or (isinstance(state, dict) and state.get("format") == FORMAT):
         return PretrainedTokenizer.from_state(state, path)
     return Tokenizer.load(path)
 
@@ -357,7 +370,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """The JSON object of a tokenizer file, checked to be of our format and version."""
+    """The JSON object in a tokenizer file of our format and version."""
     state = _read_json(path)
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f'{path} is not a gptcore tokenizer file (no "format": "{_FORMAT}" in it)')
@@ -367,7 +380,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _read_gpt2_ids(folder: Path) -> dict[str, int]:
-    """The contents of ``encoder.json``, after both files of the released pair are known to be genuine."""
+    """The contents of ``encoder.json``, after the hashes of both files have been checked."""
     contents = {}
     for name, expected in _GPT2_SHA256.items():
         path = folder / name
@@ -377,14 +390,14 @@ def _read_gpt2_ids(folder: Path) -> dict[str, int]:
         actual = hashlib.sha256(contents[name]).hexdigest()
         if actual != expected:
             raise ValueError(f"{path} is not GPT-2's {name}: its sha256 is {actual}, not {expected}")
-    return json.loads(contents["encoder.json"])  # its ids are the line numbers of vocab.bpe: the order of merging
+    return json.loads(contents["encoder.json"])  # the ids have the order of the merges in vocab.bpe
 
 
 def _byte_spelling() -> dict[int, str]:
-    """GPT-2's spelling of bytes as characters.
+    """Byte -> the character that stands for it in GPT-2's files.
 
-    A byte whose Latin-1 character is printable and no space stands for itself; the others, in order, are the
-    characters from U+0100 on (Radford et al. 2019, ``bytes_to_unicode`` in the released code).
+    A byte whose Latin-1 character is printable and no space stands for itself. The other bytes have the characters from
+    U+0100 on, in order (Radford et al. 2019, ``bytes_to_unicode`` in the released code).
     """
     plain = [byte for byte in range(_BYTES) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(_BYTES) if byte not in plain]
@@ -400,7 +413,7 @@ def _ranks_from_unicode(ids: dict[str, int]) -> dict[bytes, int]:
 
 
 def whole_characters(text: str) -> str:
-    """`text` with U+FFFD for half characters, which command lines and JSON may hold."""
+    """Replace halves of surrogate pairs, which command lines and JSON may hold, by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -409,7 +422,7 @@ def whole_characters(text: str) -> str:
 
 
 def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """Token ids as a list. Raises ``ValueError`` if one is not in 0 to ``vocab_size - 1``."""
+    """The ids as a list. Raises ``ValueError`` if one is not in 0 to ``vocab_size - 1``."""
     tokens = [int(token) for token in ids]
     for token in tokens:
         if not 0 <= token < vocab_size:
@@ -418,7 +431,7 @@ def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
 
 
 def check_fingerprint(path: Path, actual: str, stated: Any) -> None:
-    """Raises ``ValueError`` if a tokenizer file holds another tokenizer than it says."""
+    """Raise ``ValueError`` if the fingerprint of a tokenizer file's contents is not the one that it states."""
     if actual != stated:
         raise ValueError(
             f"{path} is a damaged tokenizer file: its contents have the fingerprint {actual}, but it says {stated!r}"

@@ -14,15 +14,15 @@ SPECIAL = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-"""BERT's special tokens, by transformers' names; the ids are 0 to 4."""
+"""BERT's special tokens by transformers' names. Their ids are 0 to 4."""
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, *, name: str = "wordpiece") -> PretrainedTokenizer:
-    """Learns a vocabulary of lower-case word pieces; ``[SEP]`` ends a text.
+    """Trains a tokenizer of lower-case word pieces. ``[SEP]`` ends a text.
 
     Args:
-        texts: the corpus, read once.
-        vocab_size: how many tokens to have in all, the five special ones included.
+        texts: the corpus, which is read once.
+        vocab_size: the number of tokens, the five special tokens included.
         name: a name for people to read.
 
     Raises:

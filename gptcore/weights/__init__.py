@@ -1,9 +1,7 @@
-"""Weights on disk: safetensors and json, our own and Hugging Face's; and GGUF files."""
+"""Models on disk: our folders and Hugging Face's (safetensors and JSON), and GGUF files."""
 
 from gptcore.weights.error import WeightsError
 from gptcore.weights.files import (
-    CONFIG,
-    WEIGHTS,
     Pretrained,
     check_state,
     description,
@@ -15,6 +13,7 @@ from gptcore.weights.files import (
     save_huggingface,
 )
 from gptcore.weights.gpt import config_from_huggingface, config_to_huggingface, from_huggingface, to_huggingface
+from gptcore.weights.names import CONFIG, WEIGHTS
 
 __all__ = [
     "CONFIG",

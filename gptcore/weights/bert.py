@@ -1,4 +1,4 @@
-"""Hugging Face's names and configurations of BERT, to a `gptcore.models.BERT`'s and back."""
+"""Converts Hugging Face's BERT (names of tensors, configuration) to `gptcore.models.BERT` and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from gptcore.models.bert import BERTConfig
 
 MODEL_TYPE = "bert"
-"""Ours, in `gptcore.models.MODELS`."""
+"""The model's name in `gptcore.models.MODELS`."""
+# Our name -> Hugging Face's, here and below.
 _SIZES = {
     "vocab_size": "vocab_size",
     "context": "max_position_embeddings",
@@ -24,7 +25,7 @@ _SIZES = {
     "mlp_width": "intermediate_size",
     "token_types": "type_vocab_size",
 }
-# What a configuration may say otherwise, and this model does not compute.
+# Options of Hugging Face's configuration of which this model supports one choice -> the default, and the accepted values.
 _FIXED = {
     "hidden_act": ("gelu", ("gelu",)),
     "position_embedding_type": ("absolute", ("absolute",)),
@@ -47,17 +48,17 @@ _PARTS = {
 }
 _QKV = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
 _HEAD = {"head.transform": "cls.predictions.transform.dense", "head.ln": "cls.predictions.transform.LayerNorm"}
-# Parts of other models' heads that this one does without, and a copy of the token embedding.
+# Tensors that this model does not have (a pooler, other heads), a copy of the token embedding, and constants.
 _DROPPED = re.compile(
     r"(pooler\.|cls\.seq_relationship\.|cls\.predictions\.decoder\.|.*position_ids$|.*token_type_ids$)"
 )
 
 
 def config_from_huggingface(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `BERTConfig` for a Hugging Face BERT's ``config.json``.
+    """The fields of `BERTConfig` from the ``config.json`` of a Hugging Face BERT.
 
     Raises:
-        WeightsError: an option of it that this model does not compute.
+        WeightsError: an option with a value that this model does not support.
         KeyError: a size that is missing.
     """
     for name, (default, accepted) in _FIXED.items():
@@ -67,9 +68,9 @@ def config_from_huggingface(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """A state dict of Hugging Face's BERT, with or without the head for masked words, under this model's names.
+    """The state dict of a Hugging Face BERT, with or without the head for masked words, under this model's names.
 
-    Sets ``config["masked_words"]`` by whether there is that head.
+    Sets ``config["masked_words"]`` to whether the head is there.
 
     Raises:
         WeightsError: a query, key or value without the other two.
@@ -85,13 +86,13 @@ def convert(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tenso
             ours["head.bias"] = tensor
             continue
         module, _, kind = name.rpartition(".")
-        kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)  # as the first conversions had them
+        kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)  # names of old files, converted from TensorFlow
         block = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", module)
         if block is None:
             ours[f"{outside.get(module, module)}.{kind}"] = tensor
         elif block[2] in _QKV:
             if block[2] != _QKV[0]:
-                continue  # taken with the first
+                continue  # the query takes all three
             names = [f"encoder.layer.{block[1]}.{part}.{kind}" for part in _QKV]
             if missing := [piece for piece in names if piece not in state]:
                 raise WeightsError(f"{missing[0]}: is missing, beside {name}")
@@ -103,7 +104,7 @@ def convert(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tenso
 
 
 def config_to_huggingface(config: BERTConfig) -> dict[str, Any]:
-    """The ``config.json`` with which Hugging Face's BERT computes what a BERT of `config` does."""
+    """The ``config.json`` of the Hugging Face BERT that computes the same as a BERT of `config`."""
     return {
         "model_type": "bert",
         "architectures": ["BertForMaskedLM" if config.masked_words else "BertModel"],

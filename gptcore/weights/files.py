@@ -1,4 +1,4 @@
-"""Folders of weights: reading ours, Hugging Face's and GGUF files; writing ours and Hugging Face's."""
+"""Reads a model from our folders, Hugging Face's and GGUF files; writes our folders and Hugging Face's."""
 
 from __future__ import annotations
 
@@ -14,35 +14,44 @@ from gptcore import _extras
 from gptcore._files import atomic_writer
 from gptcore.weights import bert, gpt
 from gptcore.weights.error import WeightsError
+from gptcore.weights.names import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION,
+    INDEX,
+    MORE_CHAT_TEMPLATES,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+)
 
 if TYPE_CHECKING:
     from gptcore.models.model import ModelConfig
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-GENERATION = "generation_config.json"
-_FORMAT = "gptcore_format"
-"""The key by which a config.json of ours is told from one of transformers, which may name the same model; its value is 1."""
-_FORMATS = {"gpt2": gpt, "llama": gpt, "mistral": gpt, "bert": bert}
-"""By transformers' model_type, the module that converts the model's configuration and tensors."""
+_FORMAT_KEY = "gptcore_format"
+"""A config.json with this key is ours, with the value 1. transformers' may have the same model_type."""
+_CONVERTERS = {"gpt2": gpt, "llama": gpt, "mistral": gpt, "bert": bert}
+"""transformers' model_type -> the module that converts the model's configuration and tensors."""
 _PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
-# What is fetched from the hub: safetensors, never pickles, and what the tokenizer needs.
-_WANTED = [CONFIG, GENERATION, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json"]
-_WANTED += ["special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja"]
+_DOWNLOADED = [CONFIG, GENERATION, "*.safetensors", INDEX]
+_DOWNLOADED += [TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, MORE_CHAT_TEMPLATES]
+"""The files to download from the hub: weights as safetensors, never as pickles, and the tokenizer."""
 
 
 class Pretrained(NamedTuple):
-    """A model as it was found on disk; `gptcore.models` builds it."""
+    """A model as it was read from disk; `gptcore.models` builds it."""
 
     model_type: str
-    """Its name in `gptcore.models.MODELS`."""
+    """The model's name in `gptcore.models.MODELS`."""
     config: dict[str, Any]
-    """Fields of its configuration."""
+    """The fields of the model's configuration."""
     state: dict[str, Tensor]
-    """Its state dict, under our names."""
+    """The model's state dict, under our names."""
     described: Path
-    """The file that `config` is from."""
+    """The file that `config` was read from."""
     source: Path
-    """The file that `state` is from."""
+    """The file that `state` was read from."""
 
 
 def save_huggingface(
@@ -51,35 +60,31 @@ def save_huggingface(
     """Writes a folder that Hugging Face's ``from_pretrained`` loads.
 
     Args:
-        folder: where to.
-        config, state: the model.
-        generation: what ``generation_config.json`` is to say, for instance where texts end (``eos_token_id``: a
-            tokenizer's `special_ids`); the model alone does not know.
+        folder: the folder to write; made if it does not exist.
+        config, state: the model's configuration and state dict.
+        generation: the contents of ``generation_config.json``, for example the ids that end a text (``eos_token_id``,
+            from a tokenizer's `special_ids`), which the model alone does not know; None writes no such file.
 
     Raises:
         WeightsError: a configuration that none of Hugging Face's models has; names the field. Nothing is written then.
     """
-    known = {
+    token_ids = {
         name: value for name in ("bos_token_id", "eos_token_id") if (value := (generation or {}).get(name)) is not None
     }
-    theirs = _by_model_type(config.model_type)
-    _write(folder, theirs.config_to_huggingface(config) | known, theirs.to_huggingface(state, config))
+    converter = next(module for module in _CONVERTERS.values() if config.model_type == module.MODEL_TYPE)
+    _write(folder, converter.config_to_huggingface(config) | token_ids, converter.to_huggingface(state, config))
     if generation is not None:
         with atomic_writer(Path(folder) / GENERATION) as file:
             file.write(json.dumps(generation, indent=2).encode())
 
 
-def _by_model_type(model_type: str) -> Any:
-    return next(module for module in _FORMATS.values() if model_type == module.MODEL_TYPE)
-
-
-def read_generation(place: Path) -> dict[str, Any]:
-    """What the makers of the weights at `place` say about generation, as they say it; {} where they say nothing.
+def read_generation(folder: Path) -> dict[str, Any]:
+    """The contents of the ``generation_config.json`` that came with the weights; {} if there is none.
 
     Raises:
         WeightsError: a damaged file.
     """
-    if not (path := place / GENERATION).is_file():
+    if not (path := folder / GENERATION).is_file():
         return {}
     try:
         return json.loads(path.read_bytes())
@@ -88,13 +93,13 @@ def read_generation(place: Path) -> dict[str, Any]:
 
 
 def save_folder(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Writes a folder that `load` loads: each file appears whole or not at all."""
+    """Writes a folder that `load` reads. Each file appears complete or not at all."""
     _write(folder, description(config), state)
 
 
 def description(config: ModelConfig) -> dict[str, Any]:
-    """What ``config.json`` holds: what the model is, and nothing of how it runs."""
-    return {"model_type": config.model_type, _FORMAT: 1, **config.description()}
+    """The contents of ``config.json``: what the model is, without the options of how it runs."""
+    return {"model_type": config.model_type, _FORMAT_KEY: 1, **config.description()}
 
 
 def _write(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -108,7 +113,7 @@ def _write(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; a missing or damaged one is a `WeightsError` that names it."""
+    """The tensors of a safetensors file. Raises `WeightsError` if the file is missing or damaged."""
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such file")
     try:
@@ -118,42 +123,45 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load(path_or_name: str | Path) -> Pretrained:
-    """Configuration and state dict of what `locate` finds.
+    """Read the configuration and the weights that `locate` finds.
 
     Raises:
-        WeightsError: a file that is missing or damaged, or a model that is not known; names the file.
+        WeightsError: a file that is missing or damaged, or an unknown model; names the file.
     """
-    place = locate(path_or_name)
-    if place.is_file():
+    path = locate(path_or_name)
+    if path.is_file():
         from gptcore.weights.gguf import load_gguf
 
-        return Pretrained(gpt.MODEL_TYPE, *load_gguf(place), place, place)
-    path = place / CONFIG
+        return Pretrained(gpt.MODEL_TYPE, *load_gguf(path), path, path)
+    config_path = path / CONFIG
     try:
-        values = json.loads(path.read_text())
-        model_type, config, convert = _described(values)
+        values = json.loads(config_path.read_text())
+        model_type, config, convert = _parse_config(values)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: describes no model this version can load ({error})") from error
-    state, source = _read_state(place)
-    if convert:  # may add to the configuration what only the tensors tell
+        raise WeightsError(f"{config_path}: describes no model this version can load ({error})") from error
+    state, source = _read_state(path)
+    if convert:  # may set fields of the configuration that only the tensors show
         state = convert(state, config)
-    return Pretrained(model_type, config, state, path, source)
+    return Pretrained(model_type, config, state, config_path, source)
 
 
-def _described(values: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
-    """The model's type, its configuration's fields, and what converts its tensors (None: they are ours)."""
-    kind = values.get("model_type")
-    if (found := values.get(_FORMAT)) is not None:
-        if found != 1:
-            raise WeightsError(f"{_FORMAT}: got {found!r}; accepted is 1")
-        return str(kind), {name: value for name, value in values.items() if name not in ("model_type", _FORMAT)}, None
-    if kind is None:  # ours, of a version that had one model
+def _parse_config(values: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
+    """Our name of the model's type, the fields of its configuration, and the function that converts its state dict.
+
+    The function is None if the state dict has our names already.
+    """
+    model_type = values.get("model_type")
+    if (version := values.get(_FORMAT_KEY)) is not None:
+        if version != 1:
+            raise WeightsError(f"{_FORMAT_KEY}: got {version!r}; accepted is 1")
+        fields = {name: value for name, value in values.items() if name not in ("model_type", _FORMAT_KEY)}
+        return str(model_type), fields, None
+    if model_type is None:  # ours, of an early version that had one model
         return gpt.MODEL_TYPE, values, None
-    if kind not in _FORMATS:
-        raise WeightsError(f"model_type: got {kind!r}; accepted are {', '.join(map(repr, _FORMATS))}")
-    module = _FORMATS[kind]
-    config = module.config_from_huggingface(values)
-    return module.MODEL_TYPE, config, module.convert
+    if model_type not in _CONVERTERS:
+        raise WeightsError(f"model_type: got {model_type!r}; accepted are {', '.join(map(repr, _CONVERTERS))}")
+    converter = _CONVERTERS[model_type]
+    return converter.MODEL_TYPE, converter.config_from_huggingface(values), converter.convert
 
 
 def _read_state(folder: Path) -> tuple[dict[str, Tensor], Path]:
@@ -166,51 +174,53 @@ def _read_state(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
-    """Weights that Hugging Face has cut into several files, listed in an index."""
+    """Weights that are stored in several files, which an index lists."""
     try:
-        where: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        file_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder / INDEX}: is damaged ({error!r})") from error
-    if outside := [name for name in where.values() if Path(name).name != name]:
+    if outside := [name for name in file_of.values() if Path(name).name != name]:
         raise WeightsError(f"{folder / INDEX}: names {outside[0]!r}; accepted are files beside it")
     state: dict[str, Tensor] = {}
-    for name in sorted(set(where.values())):
+    for name in sorted(set(file_of.values())):
         state |= read_tensors(folder / name)
     return state
 
 
 def locate(path_or_name: str | Path) -> Path:
-    """The folder or GGUF file that `path_or_name` stands for: a path, a name that ``gptcore fetch`` brought, or the hub's.
+    """The folder or GGUF file of a model: a path, a name that ``gptcore fetch`` downloaded, or a model of the hub.
+
+    A model of the hub is downloaded.
 
     Raises:
-        WeightsError: there is none; says what to do.
-        MissingPackageError: it may be the hub's, and what that needs is not installed.
+        WeightsError: there is no such model; says what to do.
+        MissingPackageError: the name may be the hub's, and the packages to download from it are not installed.
     """
-    place = Path(path_or_name).expanduser()
-    if place.is_dir():
-        files = sorted(place.glob("*.gguf"))
-        return files[0] if len(files) == 1 and not (place / CONFIG).is_file() else place
-    if place.is_file():
-        if place.suffix != ".gguf":
-            raise WeightsError(f"{place}: is a file; accepted are folders with {CONFIG} and {WEIGHTS}, and .gguf files")
-        return place
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        return files[0] if len(files) == 1 and not (path / CONFIG).is_file() else path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise WeightsError(f"{path}: is a file; accepted are folders with {CONFIG} and {WEIGHTS}, and .gguf files")
+        return path
     from gptcore import assets
 
     name = str(path_or_name)
     if fetched := assets.find(name):
         return locate(fetched)
     if name in assets.CATALOGUE:
-        raise WeightsError(f"{name}: is not here yet; gptcore fetch {name} brings it")
+        raise WeightsError(f"{name}: has not been fetched; run: gptcore fetch {name}")
     return _download(name)
 
 
 def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], source: Path, model_type: str) -> None:
-    """Raises `WeightsError` unless `state` holds the tensors that a model's state dict does, in their shapes.
+    """Raises `WeightsError` unless `state` has exactly the tensors of `expected`, with their shapes.
 
     Args:
-        state: what was read.
+        state: the state dict that was read.
         expected: the model's own state dict; may be on the meta device.
-        source: the file that `state` is from.
+        source: the file that `state` was read from, for the message.
         model_type: the model's name, for the message.
     """
     if missing := sorted(set(expected) - set(state)):
@@ -227,8 +237,11 @@ def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise WeightsError(f"{name}: there is no such folder")
     hub = _extras.load("huggingface_hub", f"{name}: is no local folder; fetching it from the hub")
-    _extras.load("tokenizers", name)  # which what comes from there needs, too: said before the download
+    _extras.load("tokenizers", name)  # the model's tokenizer needs it: raise the error before the download
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=_WANTED))
-    except Exception as error:  # the hub raises a dozen kinds, of three libraries
-        raise WeightsError(f"{name}: is no local folder and could not be fetched from the hub ({error})") from error
+        return Path(hub.snapshot_download(name, allow_patterns=_DOWNLOADED))
+    except Exception as error:  # the hub raises a dozen kinds of errors, from three libraries
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"{name}: there is no such folder, and the hub's model could not be downloaded: {cause}"
+        ) from error

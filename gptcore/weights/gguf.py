@@ -1,4 +1,4 @@
-"""Llama-family models in GGUF files: weights dequantised by the ``gguf`` library, and the tokenizer beside them."""
+"""Reads Llama-family models from GGUF files: the configuration, the weights (dequantised by the ``gguf`` library), metadata."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from gptcore.nn import RotaryScaling, rotary_tables
 from gptcore.weights.error import WeightsError
 from gptcore.weights.gpt import from_huggingface
 
-_DIVISORS = "rope_freqs.weight"  # how much slower each rotation is than rope.freq_base says
+_DIVISORS = "rope_freqs.weight"
+"""A tensor of divisors for the rotary frequencies: how Llama 3's scaling is stored."""
+# GGUF's name -> Hugging Face's.
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _PARTS = {
     "attn_norm": "input_layernorm",
@@ -32,7 +34,7 @@ _PARTS = {
 
 
 def _reader(path: Path) -> Any:
-    """The library's reader; kept for the tokenizer after the weights, since it looks at every token of the vocabulary."""
+    """The library's reader of the file. The last one is kept: making one is slow, and weights and tokenizer each need it."""
     return _kept_reader(path, path.stat().st_mtime_ns)
 
 
@@ -41,18 +43,18 @@ def _kept_reader(path: Path, modified: int) -> Any:
     gguf = _extras.load("gguf", str(path))
     try:
         return gguf.GGUFReader(path)
-    except Exception as error:  # the reader checks nothing: damage shows as whatever numpy makes of it
+    except Exception as error:  # the reader checks nothing, so a damaged file can raise any error
         raise WeightsError(f"{path}: is damaged or no GGUF file ({error})") from error
 
 
-def fields(path: Path, *prefixes: str) -> dict[str, Any]:
-    """The file's metadata whose names begin with one of `prefixes`."""
+def read_fields(path: Path, prefix: str) -> dict[str, Any]:
+    """The file's metadata fields whose names begin with `prefix`."""
     reader = _reader(path)
-    return {name: field.contents() for name, field in reader.fields.items() if name.startswith(prefixes)}
+    return {name: field.contents() for name, field in reader.fields.items() if name.startswith(prefix)}
 
 
 def load_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The fields of `GPTConfig` and the float32 state dict of a Llama-family GGUF file.
+    """The fields of `GPTConfig` and the state dict, float32, of a Llama-family GGUF file.
 
     Raises:
         WeightsError: a file that is damaged, or of another architecture.
@@ -88,27 +90,30 @@ def load_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a projection from GGUF's order, rotated pairs side by side, to a head's first halves, then its second.
+    """Reorders the rows ``(heads * D, C)`` of a query or key projection for our rotary embedding.
 
-    ``(heads * D, C)``: row ``2 i + j`` of a head becomes row ``j * D / 2 + i``. Scores are sums over a head's
-    dimensions, so queries and keys may be reordered alike.
+    GGUF stores the two values that are rotated together side by side; ours are D / 2 apart: row ``2 i + j`` of a head
+    becomes row ``j * D / 2 + i``. Attention scores are sums over a head's dimensions, so they do not change when queries
+    and keys are reordered alike.
     """
     rows, width = weight.shape
     return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 
 
 def llama3_scaling(divisors: Tensor, head_dim: int, rotary_base: float, original_context: int) -> RotaryScaling:
-    """The scaling that divides the rotary frequencies by `divisors` ``(head_dim / 2,)``, which is all that a GGUF file has
-    of it.
+    """The `RotaryScaling` that divides the rotary frequencies by `divisors` ``(head_dim / 2,)``.
+
+    A GGUF file holds the divisors and not the scaling's parameters. Llama 3's low and high frequency factors are 1 and 4,
+    and its factor is the largest divisor.
 
     Raises:
-        ValueError: they are not Llama 3's, whose two frequency factors are 1 and 4.
+        ValueError: this scaling has other divisors.
     """
     scaling = RotaryScaling(float(divisors.max()), 1.0, 4.0, original_context)
-    at_one = torch.ones(1)
+    position = torch.ones(1)  # the angle at position 1 is the frequency
     plain, scaled = (
         torch.atan2(sin, cos)[0]
-        for cos, sin in (rotary_tables(at_one, head_dim, rotary_base, s) for s in (None, scaling))
+        for cos, sin in (rotary_tables(position, head_dim, rotary_base, s) for s in (None, scaling))
     )
     if divisors.shape != plain.shape or not torch.allclose(divisors, plain / scaled, rtol=1e-3):
         raise ValueError(f"{_DIVISORS}: got other frequencies than Llama 3's; accepted are those, or none")
@@ -116,20 +121,22 @@ def llama3_scaling(divisors: Tensor, head_dim: int, rotary_base: float, original
 
 
 def _config(values: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `GPTConfig` from the file's metadata and tensors."""
+
     def value(name: str, *default: Any) -> Any:
         return values.get(f"llama.{name}", *default) if default else values[f"llama.{name}"]
 
     if (kind := value("rope.scaling.type", "none")) != "none":
         raise ValueError(f"rope.scaling.type: got {kind!r}; accepted is 'none'")
     heads, width = int(value("attention.head_count")), int(value("embedding_length"))
-    if (turned := value("rope.dimension_count", width // heads)) != width // heads:
-        raise ValueError(f"rope.dimension_count: got {turned}; accepted is the head's {width // heads}")
+    if (rotated := value("rope.dimension_count", width // heads)) != width // heads:
+        raise ValueError(f"rope.dimension_count: got {rotated}; accepted is the head's {width // heads}")
     base = float(value("rope.freq_base", 10000.0))
     scaling = None
     if _DIVISORS in tensors:
         divisors = torch.from_numpy(tensors[_DIVISORS].data.copy()).float().flatten()
-        original = int(value("rope.scaling.original_context_length", 8192))  # 8192: Llama 3's
-        scaling = dataclasses.asdict(llama3_scaling(divisors, width // heads, base, original))
+        original_context = int(value("rope.scaling.original_context_length", 8192))  # the default is Llama 3's
+        scaling = dataclasses.asdict(llama3_scaling(divisors, width // heads, base, original_context))
     return {
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "context": int(value("context_length")),

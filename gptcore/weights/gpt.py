@@ -1,4 +1,4 @@
-"""Hugging Face's names, layouts and configurations of GPT-2, Llama and Mistral, to a `gptcore.GPT`'s and back."""
+"""Converts Hugging Face's GPT-2, Llama and Mistral (names and layouts of tensors, configuration) to `gptcore.GPT` and back."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 MODEL_TYPE = "gpt"
-"""Ours, in `gptcore.models.MODELS`."""
-# Hugging Face's GPT-2 holds these as (in, out); nn.Linear holds (out, in).
+"""The model's name in `gptcore.models.MODELS`."""
+# Hugging Face's GPT-2 stores these as (in, out); nn.Linear as (out, in).
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# Our name -> Hugging Face's, here and below.
 _GPT2_SIZES = {
     "vocab_size": "vocab_size",
     "context": "n_positions",
@@ -33,7 +34,7 @@ _LLAMA_SIZES = {
     "width": "hidden_size",
     "mlp_width": "intermediate_size",
 }
-# What a configuration may say otherwise, and this model does not compute.
+# Options of Hugging Face's configuration of which this model supports one choice -> the default, and the accepted values.
 _GPT2_FIXED = {
     "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
     "scale_attn_weights": (True, (True,)),
@@ -47,10 +48,10 @@ _LLAMA_FIXED = {
     "sliding_window": (None, (None,)),
 }
 _LLAMA = {"norm": "rms_norm", "positions": "rotary", "activation": "swiglu", "bias": False}
-# Which tokens begin and end a text is the tokenizer's to say; transformers' defaults for the two models would be wrong.
+# The tokenizer knows which tokens begin and end a text. transformers' defaults for the two models would be wrong.
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
 _LLAMA_OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}
-# Parts of a block that have one twin, and those that pack several.
+# Modules of a block that are one module in Llama, and modules that hold the rows of several.
 _LLAMA_PARTS = {
     "ln_1": "input_layernorm",
     "ln_2": "post_attention_layernorm",
@@ -64,11 +65,15 @@ _LLAMA_PACKED = {
 
 
 def from_huggingface(state: dict[str, Tensor], *, tied: bool = True) -> dict[str, Tensor]:
-    """A state dict of Hugging Face's GPT-2 (with or without ``transformer.``) or Llama under this model's names and layouts.
+    """The state dict of a Hugging Face GPT-2 or Llama under this model's names and layouts.
+
+    Args:
+        state: GPT-2's names may begin with ``transformer.`` or not.
+        tied: the output layer shares the token embedding.
 
     Raises:
-        WeightsError: output weights that differ from the embedding where the model ties them, a packed part of which a
-            piece is missing.
+        WeightsError: output weights that differ from the token embedding although they are tied, or a query, key, value,
+            gate or up projection that is missing.
     """
     llama = any(name.startswith("model.layers.") for name in state)
     ours = _from_llama(state) if llama else _from_gpt2(state)
@@ -81,7 +86,7 @@ def from_huggingface(state: dict[str, Tensor], *, tied: bool = True) -> dict[str
 
 
 def convert(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """`from_huggingface` for a model whose configuration's fields are `config`."""
+    """`from_huggingface` for a model with these fields of `GPTConfig`."""
     return from_huggingface(state, tied=config["tied"])
 
 
@@ -107,7 +112,7 @@ def _from_llama(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if part in packed:
             whole = packed[part]
             if part != _LLAMA_PACKED[whole][0]:
-                continue  # taken with the first
+                continue  # the first module of the pack takes all of them
             names = [f"model.layers.{block[1]}.{piece}.{kind}" for piece in _LLAMA_PACKED[whole]]  # type: ignore[index]
             if missing := [piece for piece in names if piece not in state]:
                 raise WeightsError(f"{missing[0]}: is missing, beside {name}")
@@ -118,10 +123,10 @@ def _from_llama(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_huggingface(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """This model's state dict under Hugging Face's names and layouts (a tied head left out).
+    """This model's state dict under Hugging Face's names and layouts; a tied output layer is left out.
 
     Raises:
-        WeightsError: a configuration that is neither GPT-2's nor Llama's; names the field.
+        WeightsError: a configuration that neither GPT-2 nor Llama has; names the field.
     """
     if architecture(config) == "gpt2":
         return {
@@ -146,10 +151,10 @@ def to_huggingface(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Ten
 
 
 def architecture(config: GPTConfig) -> str:
-    """``"gpt2"`` or ``"llama"``: the model of Hugging Face that computes what a GPT of `config` does.
+    """The Hugging Face model that computes the same as a GPT of `config`: ``"gpt2"`` or ``"llama"``.
 
     Raises:
-        WeightsError: there is none; names the field that stands in the way.
+        WeightsError: neither does; names the field that differs.
     """
     gpt2: dict[str, Any] = {"norm": "layer_norm", "positions": "learned", "activation": "gelu", "bias": True}
     name, choices = ("gpt2", gpt2) if config.positions == "learned" else ("llama", _LLAMA)
@@ -164,10 +169,10 @@ def architecture(config: GPTConfig) -> str:
 
 
 def config_from_huggingface(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `GPTConfig` for a Hugging Face GPT-2's, Llama's or Mistral's ``config.json``.
+    """The fields of `GPTConfig` from the ``config.json`` of a Hugging Face GPT-2, Llama or Mistral.
 
     Raises:
-        WeightsError: another model, or an option of it that this one does not compute.
+        WeightsError: another model, or an option with a value that this model does not support.
         KeyError: a size that is missing.
     """
     kind = values.get("model_type", "gpt2")
@@ -213,10 +218,10 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
-    """The ``config.json`` with which Hugging Face's GPT-2 or Llama computes what a GPT of `config` does.
+    """The ``config.json`` of the Hugging Face GPT-2 or Llama that computes the same as a GPT of `config`.
 
     Raises:
-        WeightsError: a configuration that is neither GPT-2's nor Llama's; names the field.
+        WeightsError: a configuration that neither GPT-2 nor Llama has; names the field.
     """
     if architecture(config) == "gpt2":
         return {

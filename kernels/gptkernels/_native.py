@@ -29,7 +29,7 @@ FLAGS = (
     "-std=c++17",
     "-O3",
     "-g0",
-    "-fopenmp",
+    "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -109,9 +109,9 @@ def supported() -> tuple[Level, ...]:
 
 
 def sources() -> dict[str, Path]:
-    """The extension's files by the name they are compiled under; the longest to compile first."""
+    """The extension's files by their path in a build; those that take longest to compile first."""
     found = {path.parent.name + ".cpp": path for path in PACKAGE.glob("*/native.cpp")}
-    headers = {f"csrc/{path.name}": path for path in PACKAGE.glob("csrc/*.h")}
+    headers = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.glob("*/*.h")}
     by_size = sorted(found.items(), key=lambda item: -item[1].stat().st_size)
     return {**dict(by_size), **headers}
 
@@ -127,11 +127,11 @@ def cache_folder() -> Path:
 
 
 def _key(level: Level, flags: tuple[str, ...]) -> str:
-    """Names what the machine code depends on."""
+    """Names what the machine code depends on. PyTorch's version is no part of it: the code uses its stable interface only."""
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout if compiler else "none"
     digest = hashlib.sha256()
-    parts = [*flags, torch.__version__, version, platform.machine(), platform.libc_ver()[1]]
+    parts = [*flags, version, platform.machine(), platform.libc_ver()[1]]
     for name, path in sorted(sources().items()):
         parts += [name, path.read_text()]
     digest.update("\0".join(parts).encode())
@@ -139,9 +139,8 @@ def _key(level: Level, flags: tuple[str, ...]) -> str:
 
 
 def prebuilt(level: Level) -> Path:
-    """Where an ahead-of-time build of `level` lies, made for this version of PyTorch (their binaries do not mix)."""
-    version = torch.__version__.split("+")[0].replace(".", "_")
-    return PREBUILT / f"native_{level.name}_torch{version}.so"
+    """Where an ahead-of-time build of `level` lies. It serves every PyTorch from the oldest supported on (csrc/tensor.h)."""
+    return PREBUILT / f"native_{level.name}.so"
 
 
 def why_not() -> str | None:
@@ -197,8 +196,8 @@ def _compile(level: Level, flags: tuple[str, ...], folder: Path, name: str) -> P
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"building-{name}-") as temporary:
         build = Path(temporary)
-        (build / "csrc").mkdir()
         for target, source in sources().items():
+            (build / target).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, build / target)
         path, extra = os.environ["PATH"], _ninja()
         os.environ["PATH"] = f"{extra}{os.pathsep}{path}"
@@ -208,7 +207,7 @@ def _compile(level: Level, flags: tuple[str, ...], folder: Path, name: str) -> P
                 [str(build / target) for target in sources() if target.endswith(".cpp")],
                 extra_cflags=list(flags),
                 extra_ldflags=[flag for flag in flags if flag.startswith("-fsanitize")],
-                extra_include_paths=[str(build / "csrc")],
+                extra_include_paths=[str(build)],
                 build_directory=str(build),
                 is_python_module=False,  # loads it with torch.ops.load_library
             )
@@ -242,7 +241,7 @@ def _load_or_compile(level: Level, extra_flags: tuple[str, ...]) -> None:
                     shutil.rmtree(left, ignore_errors=True)
                 print(
                     f"gptkernels: compiling the native CPU kernels for this machine ({level.name}): "
-                    f"about a minute, once; kept in {folder}",
+                    f"half a minute to a minute, once; kept in {folder}",
                     file=sys.stderr,
                     flush=True,
                 )

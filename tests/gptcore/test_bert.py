@@ -220,7 +220,8 @@ def test_goes_on_after_a_stop_bit_for_bit(words: Path, tmp_path: Path):
 
 def test_data_without_a_mask_is_refused_before_anything_is_written(corpus: Path, tmp_path: Path):
     with pytest.raises(
-        ValueError, match=r"has no \[MASK\]; accepted are folders that gptcore prepare --tokenizer wordpiece"
+        ValueError,
+        match=r"has no \[CLS\], \[SEP\] or \[MASK\]; accepted are folders that gptcore prepare --tokenizer wordpiece",
     ):
         train(bert(corpus, tmp_path / "run"), progress=False)
     assert not (tmp_path / "run").exists()

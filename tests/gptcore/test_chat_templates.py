@@ -1,4 +1,4 @@
-"""Chat templates of the usual kinds, written from the formats that models document: as transformers renders them."""
+"""Chat templates in the formats that models document are rendered as transformers renders them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.generate.chat import Chat, Message, render
+from gptcore.generate.chat import Chat
+from gptcore.generate.chat_template import Message, render
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import get_tokenizer
+from tests.gptcore.small_tokenizers import byte_level, with_bos
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 TURNS: list[Message] = [
@@ -108,15 +110,8 @@ TEMPLATES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer that puts BOS before a text by itself, with some of the templates' tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Tokenizer(models.BPE(alphabet, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(t, special=True) for t in (*NAMES.values(), "<|im_start|>", "<|im_end|>")])
-    bos = made.token_to_id("<s>")
-    made.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", bos)])
+    """A byte-level tokenizer that puts BOS before a text, with some of the templates' special tokens."""
+    made = with_bos(byte_level(*NAMES.values(), "<|im_start|>", "<|im_end|>"), "<s>")
     path = tmp_path_factory.mktemp("tokenizer")
     made.save(str(path / "tokenizer.json"))
     return path
@@ -149,7 +144,7 @@ def test_a_conversation_begins_with_one_bos(folder: Path):
     write(folder, chat_template=TEMPLATES["llama 3"])
     tokenizer = get_tokenizer(folder)
     bos = tokenizer.encode("<s>", allowed_special="all")
-    assert tokenizer.encode_prompt("a")[:1] == bos  # by itself it would add one
+    assert tokenizer.encode_prompt("a")[:1] == bos  # encode_prompt adds one too
     seen: list[list[int]] = []
     model = GPT(GPTConfig.preset("tiny", vocab_size=tokenizer.vocab_size, context=400, kernels="reference"))
     features = model._features
@@ -168,7 +163,7 @@ def test_several_templates_by_name(folder: Path, tmp_path: Path):
     tokenizer = get_tokenizer(folder)
     assert isinstance(tokenizer, PretrainedTokenizer)
     assert tokenizer.chat_template == several["default"]
-    # As transformers now writes them: files of their own; and as an export and a run's folder have them.
+    # transformers writes them as separate files; an export and a run's folder have them in one.
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "files")
     assert "chat_template" not in json.loads((tmp_path / "files" / "tokenizer_config.json").read_text())
     (tmp_path / "export").mkdir()
@@ -191,7 +186,7 @@ def test_a_template_that_refuses_says_so_at_the_start(folder: Path):
     with pytest.raises(ValueError, match="chat_template: System role not supported"):
         Chat(model, tokenizer, system="Be brief.")
     write(folder, chat_template=[{"name": "rag", "template": "x"}])
-    with pytest.raises(ValueError, match=r"has no chat template.*of several, one named 'default'"):
+    with pytest.raises(ValueError, match=r"has no chat template.*one of several must be named 'default'"):
         Chat(model, get_tokenizer(folder))
     for broken in ("{{ 1 + 'a' }}", "{{ messages[9].role }}", "{{ nothing.at.all }}", "{% if %}"):
         with pytest.raises(ValueError, match="chat_template: "):

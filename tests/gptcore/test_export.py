@@ -1,4 +1,4 @@
-"""A model and its tokenizer as transformers loads them, and back: the same tokens, the same end."""
+"""Exported models and tokenizers: transformers loads them and generates the same tokens; we load them again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gptcore import GPT, GPTConfig
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer, get_tokenizer
 from tests.gptcore.runs import main
+from tests.gptcore.small_tokenizers import byte_level, with_bos
 
 TEXT = "the cat sat on the mat and the dog sat on the log, naïve \U0001f600 1999. " * 30
 
@@ -24,7 +25,7 @@ def export(model: Path, out: Path) -> int:
 
 
 def make(tokenizer: Any, prompt: str, folder: Path, preset: str) -> tuple[GPT, list[int]]:
-    """A random model beside its tokenizer, and the ids that it greedily continues `prompt` with: the last ends the text."""
+    """A random model saved with its tokenizer, and the prompt with its greedy continuation, which ends with a stop token."""
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset(preset, vocab_size=tokenizer.vocab_size, kernels="reference")).eval()
     ids = torch.tensor([tokenizer.encode_prompt(prompt)])
@@ -34,7 +35,7 @@ def make(tokenizer: Any, prompt: str, folder: Path, preset: str) -> tuple[GPT, l
         free = model.generate(ids, 20, temperature=0.0)[0, ids.shape[1] :].tolist()
         last = next(i for i in free[2:] if i not in (*ids[0].tolist(), *free[:2]))
         rows = [last, tokenizer.stop_tokens[-1]]
-        model.wte.weight[rows] = model.wte.weight[rows[::-1]]  # the end token comes where that one came
+        model.wte.weight[rows] = model.wte.weight[rows[::-1]]  # the stop token comes where that token came
     expected = model.generate(ids, 20, temperature=0.0, stop=tokenizer.stop_tokens)[0].tolist()
     assert 2 < len(expected) - ids.shape[1] < 20
     assert expected[-1] == tokenizer.stop_tokens[-1]
@@ -53,7 +54,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.mark.parametrize("preset", ["tiny", "llama-tiny"])
-def test_an_exported_folder_is_what_transformers_loads(preset: str, tokenizer: Tokenizer, tmp_path: Path):
+def test_transformers_loads_an_exported_folder(preset: str, tokenizer: Tokenizer, tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, expected = make(tokenizer, "the cat", tmp_path / "run", preset)
@@ -72,23 +73,17 @@ def test_an_exported_folder_is_what_transformers_loads(preset: str, tokenizer: T
     assert theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0].tolist() == expected
     assert export(tmp_path / "hf", tmp_path / "again") == 0
     assert files(tmp_path / "again") == files(tmp_path / "hf")
-    for _ in range(2):  # a folder that holds something is left alone
+    for _ in range(2):  # a folder that holds files is not overwritten
         assert export(tmp_path / "run", tmp_path / "hf") == 2
 
 
-def test_other_peoples_special_tokens_and_generation_settings_go_along(tmp_path: Path):
-    """As a folder of transformers' has them; after transformers has loaded and saved the export, too."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-    from tokenizers import Tokenizer as Library
+def test_an_export_keeps_special_tokens_and_generation_settings(tmp_path: Path):
+    """Those of a folder that transformers wrote, also after transformers has loaded and saved the export."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Library(models.BPE(alphabet, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, special=True) for token in (*names.values(), "<|end|>")])
+    made = with_bos(byte_level(*names.values(), "<|end|>"), "<s>")
     bos, eos, pad, end = (made.token_to_id(token) for token in ("<s>", "</s>", "<pad>", "<|end|>"))
-    made.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", bos)])
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     made.save(str(theirs / "tokenizer.json"))
@@ -103,13 +98,15 @@ def test_other_peoples_special_tokens_and_generation_settings_go_along(tmp_path:
     (theirs / "generation_config.json").write_text(json.dumps(generation))
     tokenizer = get_tokenizer(theirs)
     assert isinstance(tokenizer, PretrainedTokenizer)
-    assert tokenizer.stop_tokens == (eos, end)  # its makers' ends too, not only the tokenizer's
+    assert tokenizer.stop_tokens == (eos, end)  # from generation_config.json, besides the tokenizer's
     (theirs / "generation_config.json").rename(theirs / "not.json")
-    (theirs / "config.json").write_text(json.dumps({"eos_token_id": 50256}))  # a default that is no token here
+    (theirs / "config.json").write_text(
+        json.dumps({"eos_token_id": 50256})
+    )  # a default, which is no id of this tokenizer
     assert get_tokenizer(theirs).stop_tokens == (eos,)
     (theirs / "not.json").rename(theirs / "generation_config.json")
     model, expected = make(tokenizer, "the cat", tmp_path / "run", "llama-tiny")
-    assert export(tmp_path / "run", tmp_path / "1") == 0  # from a run that took this tokenizer
+    assert export(tmp_path / "run", tmp_path / "1") == 0  # from a run with this tokenizer
     model.save_pretrained(tmp_path / "weights")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / "weights" / name).write_bytes((theirs / name).read_bytes())

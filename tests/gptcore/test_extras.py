@@ -1,4 +1,4 @@
-"""Without an optional package: each verb that needs it says what to install, before it reads or writes anything."""
+"""Each verb that needs a missing optional package says what to install, before it reads or writes anything."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one of everything; what needs a package that is missing cannot be read at all."""
+    """A folder with a file of each kind. The files that need an optional package are invalid: the error must come first."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "text.txt").write_text("some text to train a tokenizer on, and one more. " * 40)
     for name in ("model.gguf", "rows.parquet"):
@@ -117,7 +117,7 @@ def test_a_failed_export_leaves_nothing(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(Tokenizer, "save_huggingface", fail)  # what is written last
+    monkeypatch.setattr(Tokenizer, "save_huggingface", fail)  # the export writes this last
     command = ["export", "--model", str(tmp_path / "run"), "--out"]
     with pytest.raises(SystemExit, match="130" if error is KeyboardInterrupt else "2"):
         main([*command, str(tmp_path / out)])

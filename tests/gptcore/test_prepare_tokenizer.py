@@ -1,4 +1,4 @@
-"""Preparing with a `tokenizer.json` of other people's: all of the text becomes tokens, the same each time."""
+"""Preparing with a Hugging Face `tokenizer.json`: all text becomes tokens, the same on every run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptcore.data.prepare import open_split, prepare, read_report
+from gptcore.data.prepare import open_split, prepare
+from gptcore.data.report import read_report
 from gptcore.text.pretrained import byte_level_bpe
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
 
@@ -24,7 +25,7 @@ PADDING = {
     "pad_token": "<pad>",
 }
 TRUNCATION = {"direction": "Right", "max_length": 128, "strategy": "LongestFirst", "stride": 0}
-# In a post-processor: a token before each text and one after it.
+# A post-processor that puts a token before each text.
 AROUND = {
     "type": "TemplateProcessing",
     "single": [{"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -35,7 +36,7 @@ AROUND = {
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Any]:
-    """A tokenizer.json as Hugging Face has it, of 300 tokens."""
+    """A Hugging Face tokenizer.json with 300 tokens."""
     mine = Tokenizer.train([TEXT], 300)
     inner = byte_level_bpe(mine._pattern, mine._tokens_in_order(), {END_OF_TEXT: 299})
     return json.loads(inner.to_str())
@@ -60,7 +61,7 @@ def save(folder: Path, state: dict[str, Any], changes: dict[str, Any]) -> Path:
     ],
     ids=lambda changes: "-".join(changes),
 )
-def test_what_a_tokenizer_file_says_of_lengths_and_chance_is_not_obeyed(
+def test_truncation_padding_dropout_and_added_tokens_are_ignored(
     tmp_path: Path, plain: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
@@ -76,12 +77,12 @@ def test_what_a_tokenizer_file_says_of_lengths_and_chance_is_not_obeyed(
     for split in ("train", "val"):
         same = [open_split(tmp_path / f"{name}-data", split).tokens for name in ("one", "two")]
         assert np.array_equal(*same)
-    if "post_processor" not in changes:  # which is part of how prompts begin
+    if "post_processor" not in changes:  # it changes how prompts are encoded, so the fingerprint has it
         assert reports[0].tokenizer_fingerprint == reports[1].tokenizer_fingerprint
 
 
-def test_a_file_saved_with_truncation_is_read_and_no_longer_obeyed(tmp_path: Path, plain: dict[str, Any]) -> None:
-    """As earlier versions wrote it into a run's folder."""
+def test_truncation_in_a_file_of_an_earlier_version_is_ignored(tmp_path: Path, plain: dict[str, Any]) -> None:
+    """Earlier versions saved truncation and padding into the folder of a run."""
     from gptcore.text.pretrained import _fingerprint
 
     tokenizer = get_tokenizer(save(tmp_path / "theirs", plain, {}))
@@ -101,8 +102,8 @@ def test_a_file_saved_with_truncation_is_read_and_no_longer_obeyed(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:the largest document")
-def test_a_tokenizer_that_loses_text_is_spoken_of(tmp_path: Path) -> None:
-    """Letters are all that it knows: others are dropped, or become <unk>."""
+def test_a_tokenizer_that_loses_text_is_reported(tmp_path: Path) -> None:
+    """The tokenizer knows letters only: other characters are dropped, or become <unk>."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers
 
@@ -119,6 +120,6 @@ def test_a_tokenizer_that_loses_text_is_spoken_of(tmp_path: Path) -> None:
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
                 report = prepare(tmp_path / "a.txt", out, tokenizer=tmp_path, progress=False)
-            said = f"the tokenizer does not give back {lost:.0%} of the characters"
+            said = f"the tokenizer loses {lost:.0%} of the characters"
             assert report.lost_text == read_report(out).lost_text == pytest.approx(lost)
             assert (said in str(report)) == (said in str([str(w.message) for w in warned])) == (lost > 0)

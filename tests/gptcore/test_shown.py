@@ -1,4 +1,4 @@
-"""What generate and chat show, as it is and wherever it goes, and how they end."""
+"""The output of generate and chat, on terminals, in pipes and when they are interrupted, and their exit status."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gptcore.generate.chat import converse
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer
 from tests.gptcore.runs import main
+from tests.gptcore.small_tokenizers import byte_level
 
 ODD = "[bold] $$x$$ :end: [/] {0} %s \\n na\u00efve \U0001f600"
 
@@ -133,16 +134,12 @@ def test_options_out_of_range_are_named(folder: str, capsys: pytest.CaptureFixtu
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model with a chat template: bytes, and a token that ends a turn."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers
-
-    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Library(models.BPE(alphabet | {"</s>": 256}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     template = "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}a:"
-    names = {"eos_token": "</s>"}
+    tokenizer = PretrainedTokenizer(
+        byte_level("</s>"), "x", special_tokens_map={"eos_token": "</s>"}, chat_template=template
+    )
     path = tmp_path_factory.mktemp("talker")
-    PretrainedTokenizer(made, "x", special_tokens_map=names, chat_template=template).save(path / "tokenizer.json")
+    tokenizer.save(path / "tokenizer.json")
     torch.manual_seed(0)
     GPT(GPTConfig.preset("tiny", vocab_size=257)).save_pretrained(path)
     return str(path)
@@ -178,7 +175,7 @@ def test_a_conversation_that_ends_at_its_prompt_leaves_the_line(
 
 
 class Broken:
-    """A conversation whose reply breaks off."""
+    """A conversation whose reply raises an error in the middle."""
 
     forgotten = 0
 

@@ -1,4 +1,4 @@
-"""A pretrained model from end to end: `pytest -m network` fetches SmolLM2-135M-Instruct (93 MB) if it is not there."""
+"""A pretrained model from end to end. `pytest -m network` downloads SmolLM2-135M-Instruct (93 MB) once."""
 
 from __future__ import annotations
 

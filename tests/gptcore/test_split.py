@@ -1,5 +1,4 @@
-"""What of a corpus is for validation: the share that was asked for, whole documents where that meets it, and what is said
-where it does not."""
+"""The validation split has the wanted share, by whole documents where they meet it; otherwise one is cut and reported."""
 
 from __future__ import annotations
 
@@ -14,11 +13,12 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from gptcore.data import corpus as corpus_module
-from gptcore.data import prepare as prepare_module
+from gptcore.data import encode
 from gptcore.data import split as split_module
 from gptcore.data.corpus import Document
-from gptcore.data.prepare import PrepareReport, open_split, prepare, read_report
-from gptcore.data.split import CUT, TOLERANCE, VAL, survey
+from gptcore.data.prepare import open_split, prepare
+from gptcore.data.report import PrepareReport, read_report
+from gptcore.data.split import CUT, TOLERANCE, VAL, plan_split
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 from tests.gptcore.runs import main
 
@@ -53,7 +53,7 @@ def lines(count: int, what: str = "a book") -> str:
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.01, 0.5, 0.9])
-def test_a_book_and_a_note_hold_the_share(tmp_path: Path, val_fraction: float) -> None:
+def test_a_book_and_a_note_are_split_by_the_wanted_share(tmp_path: Path, val_fraction: float) -> None:
     book = lines(2000)
     for i in range(4):  # whichever of the two has the smaller hash
         note = f"note {i}"
@@ -104,13 +104,17 @@ def test_a_document_too_large_for_validation_is_passed_over(tmp_path: Path) -> N
     val_fraction=st.floats(1e-3, 1 - 1e-3),
     seed=st.integers(0, 99),
 )
-def test_the_share_holds_whatever_the_sizes(sizes: list[int], copies: int, val_fraction: float, seed: int) -> None:
+def test_the_share_is_met_for_any_sizes_of_documents(
+    sizes: list[int], copies: int, val_fraction: float, seed: int
+) -> None:
     texts = [f"{i} ".ljust(size, "x")[:size] for i, size in enumerate(sizes)]
     texts += texts[:1] * (copies - 1)
     random.Random(seed).shuffle(texts)
     whole = sum(map(len, texts))
     assume(whole > 1)
-    split = survey([Document(text, lambda text=text: iter([text] if text else [])) for text in texts], val_fraction, id)
+    split = plan_split(
+        [Document(text, lambda text=text: iter([text] if text else [])) for text in texts], val_fraction, id
+    )
     sides = dict(zip(texts, split.sides.tolist()))
     assert [sides[text] for text in texts] == split.sides.tolist()  # copies are together
     of_cut = [len(text) - split.cut for text in texts if sides[text] == CUT]
@@ -125,9 +129,7 @@ def test_the_share_holds_whatever_the_sizes(sizes: list[int], copies: int, val_f
         assert max(len(text) for text in texts if sides[text] != VAL) == of_cut[0] + split.cut
 
 
-def test_the_split_is_that_of_the_texts_and_not_of_names_or_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_split_depends_on_the_texts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [lines(400 + i, f"book {i}") for i in range(5)]
     for i, order in enumerate((texts, texts[::-1]), 1):
         source = write(tmp_path / f"texts{i}", order)
@@ -137,7 +139,7 @@ def test_the_split_is_that_of_the_texts_and_not_of_names_or_threads(
     for name in ("train", "val"):
         assert len(list((tmp_path / "out1").glob(f"{name}-*.bin"))) > 1
     monkeypatch.setattr("os.cpu_count", lambda: 7)
-    monkeypatch.setattr(prepare_module, "_BATCH_CHARACTERS", 999)
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 999)
     with pytest.warns(UserWarning, match=CUT_IN_TWO):
         run(tmp_path / "texts1", tmp_path / "out3", shard_tokens=500)
     for path in (tmp_path / "out1").iterdir():
@@ -176,7 +178,7 @@ def test_a_single_document_is_cut_at_a_line(tmp_path: Path, copies: int, said: s
     ],
 )
 def test_where_a_text_is_cut(text: str, wanted: int, slack: int, head: str) -> None:
-    assert text.encode()[: split_module._place(text.encode(), wanted, slack)].decode() == head
+    assert text.encode()[: split_module._cut_position(text.encode(), wanted, slack)].decode() == head
 
 
 @FEW_PAIRS
@@ -198,7 +200,7 @@ def test_a_cut_loses_nothing_and_leaves_something_on_both_sides(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(corpus_module, "_PIECE_BYTES", size)
         documents = list(corpus_module.documents(tmp_path / "a.txt"))
-        split = survey(documents, share, id)
+        split = plan_split(documents, share, id)
         pieces = list(split.pieces(documents, id))
     train, val = (["".join(p.text for p in pieces if p.in_val is side)] for side in (False, True))
     assert train[0] + val[0] == text
@@ -226,26 +228,26 @@ def test_the_shortest_corpora(tmp_path: Path, texts: list[str], train: list[str]
     ],
 )
 @FEW_PAIRS
-def test_a_corpus_of_next_to_nothing(tmp_path: Path, texts: list[str], message: str) -> None:
+def test_a_corpus_too_short_to_split(tmp_path: Path, texts: list[str], message: str) -> None:
     source = write(tmp_path / "texts", texts)
     with pytest.raises(ValueError, match=message):
         run(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
-def test_the_command_says_what_was_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_a_cut_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "texts", [lines(500)])
     with pytest.raises(SystemExit, match="0"):
         main(["prepare", str(source), "--out", str(tmp_path / "out"), "--vocab-size", "300"])
     shown = capsys.readouterr()
-    said = f"{CUT_IN_TWO}, the end for validation: whole documents would have missed val_fraction"
+    said = f"{CUT_IN_TWO}, and its end is for validation: whole documents alone do not meet val_fraction"
     assert f"gptcore: warning: {said}\n" in shown.err
     assert f"  {said}\n" in shown.out
     assert read_report(tmp_path / "out").cut_documents == 1
 
 
 @pytest.mark.filterwarnings("ignore:the largest document")
-def test_what_earlier_versions_prepared_is_read_and_not_taken_for_this_split(tmp_path: Path) -> None:
+def test_a_corpus_of_an_earlier_version_is_read_but_not_reused(tmp_path: Path) -> None:
     source = write(tmp_path / "texts", [lines(500)])
     new = run(source, tmp_path / "out")
     path = tmp_path / "out/corpus.json"
@@ -260,7 +262,7 @@ def test_what_earlier_versions_prepared_is_read_and_not_taken_for_this_split(tmp
     assert run(source, tmp_path / "out", overwrite=True) == new
 
 
-def test_the_plan_holds_little_more_than_what_it_is_given() -> None:
+def test_planning_needs_little_memory() -> None:
     generator = np.random.default_rng(0)
     keys = generator.integers(0, 1 << 64, 200_000, dtype=np.uint64)
     sizes = generator.integers(0, 10_000, 200_000, dtype=np.uint64)

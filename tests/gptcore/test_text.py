@@ -1,4 +1,4 @@
-"""Text in and out of a model: batches of different lengths, streams, stop strings, conversations, exports, and maps."""
+"""Text from a model: batches of different lengths, streams, stop strings, chat, exports, and attention maps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from gptcore import GPT, GPTConfig
 from gptcore.evaluate.attention_map import draw_attention
 from gptcore.evaluate.describe import cache_bytes_per_token, describe
 from gptcore.generate import generate_text, pad_left, penalise, stream_text
-from gptcore.generate.chat import Chat, converse, render
-from gptcore.generate.text import _Text
+from gptcore.generate.chat import Chat, converse
+from gptcore.generate.chat_template import render
+from gptcore.generate.text import _StreamDecoder
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer
 from tests.gptcore.runs import main
+from tests.gptcore.small_tokenizers import byte_level
 
 TEXT = "the cat sat on the mat and the dog sat on the log, naïve \U0001f600 1999. " * 30
 TEMPLATE = (
@@ -31,14 +33,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def talker() -> PretrainedTokenizer:
-    """A byte-level tokenizer with roles."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Library
-
-    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Library(models.BPE(alphabet, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    """A byte-level tokenizer with a chat template and tokens for roles."""
+    made = byte_level("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     return PretrainedTokenizer(made, "talker", special_tokens_map={"eos_token": "<|im_end|>"}, chat_template=TEMPLATE)
 
 
@@ -61,18 +57,18 @@ def test_prompts_of_different_lengths_in_one_batch(preset: str, new: int):
     out = model.generate(tokens, new, temperature=0.0, padding=padding)
     for row, prompt in enumerate(prompts):
         alone = model.generate(torch.tensor([prompt]), min(new, 24 - 7), temperature=0.0)[0, len(prompt) :]
-        # Until the longest outgrows the context: then all rows keep the newer half of what the batch sees.
+        # Compared until the longest row outgrows the context: then all rows keep the newer half of the batch's window.
         assert out[row, 7 : 7 + len(alone)].tolist() == alone.tolist()
     assert out.shape == (3, 7 + new)
 
 
-def test_padding_is_no_prompt():
+def test_empty_prompts_are_refused():
     for prompts, match in (([], "got none"), ([[1], []], "got an empty one")):
         with pytest.raises(ValueError, match=match):
             pad_left(prompts)
 
 
-def test_the_repetition_penalty_is_its_definition():
+def test_the_repetition_penalty_follows_its_definition():
     logits = torch.tensor([[2.0, -2.0, 3.0, -1.0]])
     seen = torch.tensor([[True, True, False, False]])
     assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -1.0]]
@@ -81,7 +77,7 @@ def test_the_repetition_penalty_is_its_definition():
     never = model.generate(torch.tensor([[1, 2, 3]]), 30, temperature=0.0, repetition_penalty=1e9)[0].tolist()
     assert len(set(free)) < len(free)
     assert len(set(never)) == len(never)
-    # A row's padding was not its prompt: its id may come.
+    # Padding is not part of a row's prompt: its id has no penalty.
     tokens, padding = pad_left([[1, 2, 3], [4]], fill=0)
     out = model.generate(tokens, 46, temperature=0.0, repetition_penalty=1e9, padding=padding)
     assert sorted(out[1, 2:].tolist()) == sorted(set(out[1, 2:].tolist()))
@@ -89,13 +85,13 @@ def test_the_repetition_penalty_is_its_definition():
 
 
 def push(tokenizer, ids: list[int], stop: tuple[str, ...]) -> tuple[list[str], bool]:
-    text = _Text(tokenizer, stop)
+    text = _StreamDecoder(tokenizer, stop)
     pieces = [text.push(i) for i in ids]
     finished = text.finished
     return [*pieces, "" if finished else text.end()], finished
 
 
-def test_a_stream_shows_whole_characters_and_nothing_of_a_stop_string(tokenizer: Tokenizer):
+def test_a_stream_has_whole_characters_and_no_part_of_a_stop_string(tokenizer: Tokenizer):
     ids = tokenizer.encode("the naïve \U0001f600 cat")
     pieces, finished = push(tokenizer, ids, ())
     assert "".join(pieces) == "the naïve \U0001f600 cat"
@@ -114,7 +110,7 @@ def test_a_stream_shows_whole_characters_and_nothing_of_a_stop_string(tokenizer:
 
 
 def sentencepiece(*added: str) -> PretrainedTokenizer:
-    """Words with their space before them, bytes for other characters, and tokens that were added later."""
+    """SentencePiece's kind of tokenizer: spaces belong to the word after them, unknown characters are bytes."""
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Library
 
@@ -141,16 +137,16 @@ def sentencepiece(*added: str) -> PretrainedTokenizer:
 @pytest.mark.parametrize(
     "text", [" the cat", "  the", "the", " naïve \U0001f600\U0001f601 \u65e5\u672c on", " \n\n the "]
 )
-def test_a_stream_goes_on_from_its_prompt(text: str):
+def test_a_stream_continues_the_text_of_its_prompt(text: str):
     tokenizer = sentencepiece("<pad>")
     for prompt in ("on the cat", "\u65e5", "no"):
         whole = tokenizer.encode_prompt(prompt + text)
         before = next(n for n in range(len(whole), 0, -1) if tokenizer.decode(whole[:n]) == prompt)
-        shown = _Text(tokenizer, (), whole[:before])
+        shown = _StreamDecoder(tokenizer, (), whole[:before])
         pieces = [shown.push(i) for i in whole[before:]]
         assert "".join(pieces) + shown.end() == text
         assert all("\ufffd" not in piece for piece in pieces)
-    # A text of its own begins as the tokenizer decodes it; special tokens are nothing, nor are ids that nobody has.
+    # A text of its own begins as the tokenizer decodes it; special tokens and unknown ids give no text.
     pad = tokenizer.encode("<pad>", allowed_special="all")[-1]
     mine = [pad, *(i for token in tokenizer.encode(text) for i in (token, tokenizer.vocab_size + 7)), pad]
     assert "".join(push(tokenizer, mine, ())[0]) == text
@@ -161,20 +157,20 @@ def test_tokens_that_end_and_begin_inside_characters():
     tokenizer = Tokenizer("odd", r"(?s).+", ranks, {"<|endoftext|>": 257})
     ids = tokenizer.encode("\u00e9" * 9)
     assert ids == [0xC3, *[256] * 8, 0xA9]
-    assert push(tokenizer, ids, ())[0] == ["", *["\u00e9"] * 9, ""]  # each as soon as it is there
+    assert push(tokenizer, ids, ())[0] == ["", *["\u00e9"] * 9, ""]  # each character as soon as it is complete
     nonsense = "".join(push(tokenizer, [0xFF] * 9 + [0x61], ())[0])
     assert nonsense == "\ufffd" * 9 + "a"
 
 
 def test_models_with_more_rows_or_fewer_than_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Padded vocabularies, gaps among the ids, a <pad> that was added and has no row: as transformers decodes them."""
+    """Padded vocabularies, and an added <pad> without a row, are decoded as transformers does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = sentencepiece().vocab_size
     for rows, added in ((base + 60, ()), (base, ("<pad>",))):
         tokenizer, model, folder = sentencepiece(*added), make(rows, context=64), tmp_path / str(rows)
         with torch.no_grad():
-            model.wte.weight[3:259] = 0  # bytes, whose text depends on all that follow, do not come
+            model.wte.weight[3:259] = 0  # the model never samples bytes, whose text depends on the bytes after them
         model.save_pretrained(folder)
         tokenizer.save(folder / "tokenizer.json")
         with pytest.raises(SystemExit):
@@ -185,7 +181,7 @@ def test_models_with_more_rows_or_fewer_than_the_tokenizer(tmp_path: Path, capsy
         for prompt in ("the cat", "on"):
             ids = torch.tensor([tokenizer.encode_prompt(prompt)])
             ids = theirs.generate(ids, max_new_tokens=50, do_sample=False)
-            assert rows == base or int(ids.max()) >= base  # one without a token did come
+            assert rows == base or int(ids.max()) >= base  # an id without a token was sampled
             expected[prompt] = their_tokenizer.decode(ids[0], skip_special_tokens=True)
         options = ["--dtype", "fp32", "--kernels", "reference", "--max-new-tokens", "50", "--temperature", "0"]
         for prompts in (["the cat"], ["the cat", "on"]):
@@ -204,7 +200,7 @@ def test_models_with_more_rows_or_fewer_than_the_tokenizer(tmp_path: Path, capsy
     assert f"tokenizer: has {base} tokens; accepted are at most the model's {base - 1}" in capsys.readouterr().err
 
 
-def test_ids_with_gaps():
+def test_unused_ids_give_no_text():
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models
 
@@ -219,7 +215,7 @@ def test_ids_with_gaps():
     assert set(text) <= {"a", "b"}
 
 
-def test_text_is_what_the_tokens_say(tokenizer: Tokenizer):
+def test_generated_text_is_the_text_of_the_tokens(tokenizer: Tokenizer):
     model = make(tokenizer.vocab_size)
     prompts = ["the cat sat", "log", "on the mat and the"]
     texts = generate_text(model, tokenizer, prompts, 20, temperature=0.0)
@@ -262,7 +258,7 @@ def test_a_conversation(talker: PretrainedTokenizer):
     assert chat.turns[0]["content"] == "b" * 50
 
 
-def test_with_whom_no_conversation_can_be_had(talker: PretrainedTokenizer):
+def test_chat_refuses_models_and_options_that_cannot_converse(talker: PretrainedTokenizer):
     model = make(talker.vocab_size)
     with pytest.raises(ValueError, match="chat_template: no system"):
         render("{{ raise_exception('no system') }}", [])
@@ -293,7 +289,7 @@ def test_attention_is_drawn(tokenizer: Tokenizer, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_of_many_tokens_is_no_larger_than_it_can_show(tmp_path: Path):
+def test_a_map_of_many_tokens_has_two_pixels_per_token(tmp_path: Path):
     tokenizer = Tokenizer.train([TEXT], vocab_size=257)  # bytes
     model = make(257, attention_impl="explicit", context=600)
     draw_attention(model, tokenizer, "a" * 512, tmp_path / "map.png", layers=[1], heads=[0])
@@ -304,8 +300,8 @@ def test_a_picture_of_many_tokens_is_no_larger_than_it_can_show(tmp_path: Path):
         draw_attention(model, tokenizer, "a" * 513, tmp_path / "map.png")
 
 
-def test_a_token_beside_a_picture_is_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """No formula, though it has dollar signs."""
+def test_labels_are_not_read_as_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """matplotlib would read text between dollar signs as a formula."""
     from matplotlib.axes import Axes
 
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"$\\": 256, b"$\\q": 257, b"$\\q$": 258}
@@ -331,8 +327,8 @@ def test_a_model_is_described():
     assert ["attention", "reference"] in rows
 
 
-def test_documents_end_with_a_text_s_end_and_replies_with_a_turn_s():
-    """Llama 3 has a token for each; generation ends at both."""
+def test_documents_and_turns_may_end_with_different_tokens():
+    """Llama 3 has a token for the end of a text and one for the end of a turn; generation ends at both."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models
 

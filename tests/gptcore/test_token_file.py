@@ -1,4 +1,4 @@
-"""Token files and their shards: bytes, windows and batches, damage, and what an interruption leaves."""
+"""Token files and shards: their bytes, windows and batches, errors for damaged files, and what an interruption leaves."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def test_bad_tokens_are_refused_and_no_file_is_left(
 
 
 @pytest.mark.parametrize("vocab_size", [0, -1, 2**32])
-def test_writer_refuses_a_vocabulary(tmp_path: Path, vocab_size: int) -> None:
+def test_the_writer_refuses_a_bad_vocab_size(tmp_path: Path, vocab_size: int) -> None:
     with pytest.raises(ValueError, match=rf"vocab_size must be in 1 to .*got {vocab_size}"):
         TokenWriter(tmp_path / "t.bin", vocab_size=vocab_size, fingerprint=FINGERPRINT)
 
 
 @pytest.mark.parametrize("fingerprint", ["", "abcd", "z" * 32])
-def test_writer_refuses_a_fingerprint(tmp_path: Path, fingerprint: str) -> None:
+def test_the_writer_refuses_a_bad_fingerprint(tmp_path: Path, fingerprint: str) -> None:
     with pytest.raises(ValueError, match="fingerprint must be 32 hexadecimal digits"):
         TokenWriter(tmp_path / "t.bin", vocab_size=9, fingerprint=fingerprint)
 
@@ -135,7 +135,7 @@ def test_opening_a_missing_token_file(tmp_path: Path) -> None:
         TokenFile.open(tmp_path / "t.bin")
 
 
-def test_batches_are_windows_and_their_successors(tmp_path: Path) -> None:
+def test_batches_are_windows_and_their_next_tokens(tmp_path: Path) -> None:
     file = write_tokens(tmp_path / "t.bin", [7 * i for i in range(12)])
     x, y = file.batch(400, 9, torch.Generator().manual_seed(1))
     assert x.dtype == y.dtype == torch.int64
@@ -170,7 +170,7 @@ def test_some_windows_are_spread_over_the_file(tmp_path: Path, batch_size: int, 
     assert x[:, 0].tolist() == (starts or [0, 4, 8, 12, 16])
 
 
-def test_a_digest_is_of_the_ids_and_not_of_the_shards(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_ids_and_not_on_the_shards(tmp_path: Path) -> None:
     ids = list(range(100))
     whole = write_tokens(tmp_path / "t.bin", ids)
     shards = TokenFile.open_shards(tmp_path, "t", write_shards(tmp_path, [100], 30).shards)
@@ -199,7 +199,7 @@ def test_a_file_shorter_than_a_window(tmp_path: Path, use: Callable[[TokenFile],
         (lambda file: file.windows(2, -1), "batch_size must be at least 1; got -1"),
     ],
 )
-def test_windows_of_no_size(tmp_path: Path, use: Callable[[TokenFile], object], message: str) -> None:
+def test_sizes_below_one_are_refused(tmp_path: Path, use: Callable[[TokenFile], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         use(write_tokens(tmp_path / "t.bin", [1, 2, 3]))
 
@@ -213,7 +213,7 @@ def test_a_token_past_the_vocabulary_is_found_when_used(tmp_path: Path) -> None:
 
 
 def write_shards(folder: Path, counts: list[int], shard_tokens: int, name: str = "t") -> ShardWriter:
-    """Shards of the ids 0, 1, 2, ..., written in pieces of so many."""
+    """Write the ids 0, 1, 2, ... into shards, `counts` at a time."""
     folder.mkdir(exist_ok=True)
     with ShardWriter(folder, name, shard_tokens, vocab_size=1000, fingerprint=FINGERPRINT) as writer:
         start = 0
@@ -225,7 +225,7 @@ def write_shards(folder: Path, counts: list[int], shard_tokens: int, name: str =
 
 @settings(deadline=None)
 @given(counts=st.lists(st.integers(0, 30), max_size=6), shard_tokens=st.integers(1, 40))
-def test_shards_are_one_text_cut_anywhere(counts: list[int], shard_tokens: int) -> None:
+def test_shards_read_as_one_text_wherever_they_end(counts: list[int], shard_tokens: int) -> None:
     total = sum(counts)
     with tempfile.TemporaryDirectory() as name:
         shards = write_shards(Path(name), counts, shard_tokens).shards
@@ -241,7 +241,7 @@ def test_shards_are_one_text_cut_anywhere(counts: list[int], shard_tokens: int) 
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 4, 5, 22, 23, 24])
-def test_windows_and_batches_do_not_see_the_borders(tmp_path: Path, shard_tokens: int) -> None:
+def test_windows_and_batches_cross_shards(tmp_path: Path, shard_tokens: int) -> None:
     whole = write_tokens(tmp_path / "t.bin", list(range(23)))
     file = TokenFile.open_shards(tmp_path, "t", write_shards(tmp_path, [23], shard_tokens).shards)
     for batch_size in (1, 3):
@@ -278,7 +278,7 @@ def test_a_bad_shard_is_named(
         TokenFile.open_shards(tmp_path, "t", shards)
 
 
-def test_an_exception_keeps_whole_shards_alone(tmp_path: Path) -> None:
+def test_an_exception_keeps_only_complete_shards(tmp_path: Path) -> None:
     def interrupted() -> None:
         with ShardWriter(tmp_path, "t", 4, vocab_size=9, fingerprint=FINGERPRINT) as writer:
             writer.write(np.arange(6))

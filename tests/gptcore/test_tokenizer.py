@@ -1,4 +1,4 @@
-"""Tokenizers: ids and text agree, files survive a round trip or say what is wrong with them."""
+"""Tokenizers: decoding gives back the encoded text, saved files load again, errors say what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from gptcore.text import tokenizer as tokenizer_module
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
+from tests.gptcore.small_tokenizers import byte_level
 
 TEXT = "the cat sat on the mat, the dog sat on the log; naïve café 🙂🙂\n" * 20
 BYTES = {bytes([byte]): byte for byte in range(256)}
@@ -85,6 +86,12 @@ def test_special_tokens_are_encoded_only_when_allowed(trained: Tokenizer) -> Non
         trained.encode(text, allowed_special={"<|pad|>"})
 
 
+def test_special_tokens_have_ids_by_name(trained: Tokenizer) -> None:
+    assert trained.special_id("eos_token") == trained.eot_token
+    with pytest.raises(ValueError, match="tokenizer: bpe has no mask_token; accepted is one that has"):
+        trained.special_id("mask_token")  # as `gptcore fill` asks for
+
+
 @pytest.mark.parametrize("token", [-1, 280, 2**40])
 def test_decoding_an_id_outside_the_vocabulary(trained: Tokenizer, token: int) -> None:
     with pytest.raises(ValueError, match=rf"token id {token} is not in the vocabulary \(0 to 279\)"):
@@ -128,7 +135,7 @@ def test_ctrl_c_does_not_wait_for_the_trainer(monkeypatch: pytest.MonkeyPatch) -
     finished: list[bytes] = []
 
     class Trainer:
-        """Compiled code that takes its time and knows of no signals."""
+        """Stands for compiled code that runs long and does not react to signals."""
 
         def train_from_iterator(self, texts: Iterator[str], *_: object, **__: object) -> None:
             next(texts)
@@ -150,7 +157,7 @@ def test_ctrl_c_does_not_wait_for_the_trainer(monkeypatch: pytest.MonkeyPatch) -
         (BYTES, {"<|other|>": 256}, "special_tokens must hold '<|endoftext|>'"),
     ],
 )
-def test_vocabularies_that_do_not_hold_together(ranks: dict[bytes, int], special: dict[str, int], message: str) -> None:
+def test_inconsistent_vocabularies_are_refused(ranks: dict[bytes, int], special: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         Tokenizer("broken", GPT2_STYLE, ranks, special)
 
@@ -170,7 +177,7 @@ def test_save_and_load_give_the_same_tokenizer(trained: Tokenizer, tmp_path: Pat
         assert loaded.fingerprint == trained.fingerprint
 
 
-def test_fingerprint_follows_the_vocabulary_and_not_the_name() -> None:
+def test_the_fingerprint_depends_on_the_vocabulary_and_not_on_the_name() -> None:
     def fingerprint(name: str = "a", pattern: str = r"\S+|\s+", swap: bool = False, eot: str = END_OF_TEXT) -> str:
         ranks = {**BYTES, b"a": 98, b"b": 97} if swap else BYTES
         special = {eot: 256} if eot == END_OF_TEXT else {eot: 256, END_OF_TEXT: 257}
@@ -208,7 +215,7 @@ def _edit(**changes: Any) -> Callable[[bytes], bytes]:
         (lambda data: data.replace(b'"special_tokens"', b'"specials"'), "special_tokens"),
     ],
 )
-def test_loading_what_save_did_not_write(
+def test_loading_a_damaged_file(
     trained: Tokenizer, tmp_path: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
     path = tmp_path / "tokenizer.json"
@@ -275,7 +282,7 @@ def test_gpt2_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Tokenizer.gpt2(vocab_dir=tmp_path)
 
 
-def test_a_pretrained_tokenizer_saved_before_its_special_tokens_were(tmp_path: Path) -> None:
+def test_a_pretrained_tokenizer_that_an_earlier_version_saved(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Library
     from tokenizers import models
 
@@ -298,13 +305,10 @@ def test_a_pretrained_tokenizer_saved_before_its_special_tokens_were(tmp_path: P
 
 def test_half_characters_are_replaced() -> None:
     """Command lines and JSON may hold halves of surrogate pairs."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers
-
-    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Library(models.BPE(alphabet | {"</s>": 256}, []))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    for tokenizer in (PretrainedTokenizer(inner, "x"), Tokenizer("bytes", GPT2_STYLE, BYTES, {END_OF_TEXT: 256})):
+    for tokenizer in (
+        PretrainedTokenizer(byte_level("</s>"), "x"),
+        Tokenizer("bytes", GPT2_STYLE, BYTES, {END_OF_TEXT: 256}),
+    ):
         for text, expected in (("a\ud800b", "a\ufffdb"), ("\udcff", "\ufffd"), ("\ud83d\ude42", "\U0001f642")):
             encodings = [tokenizer.encode(text), tokenizer.encode_prompt(text), *tokenizer.encode_batch([text])]
             if isinstance(tokenizer, Tokenizer):
@@ -317,7 +321,7 @@ def test_gpt2_with_neither_cache_nor_connection(tmp_path: Path, monkeypatch: pyt
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("gptcore.assets.find", lambda name: None)  # whatever was fetched here
+    monkeypatch.setattr("gptcore.assets.find", lambda name: None)  # gpt2-bpe may have been fetched on this machine
     monkeypatch.setattr("tiktoken.load.read_file", offline)
     with pytest.raises(ConnectionError, match=r"Name or service(.|\n)*TIKTOKEN_CACHE_DIR(.|\n)*vocab_dir(.|\n)*'bpe'"):
         get_tokenizer("gpt2")

@@ -1,6 +1,6 @@
 // attention on the CPU: the online softmax over blocks of keys, and its backward. The derivation is in MATH.md.
-#include "attention_backward.h"
-#include "decode.h"
+#include "attention/native_backward.h"
+#include "attention/native_decode.h"
 
 namespace gptkernels {
 namespace {
@@ -10,7 +10,7 @@ constexpr int64_t kKeys = 128;  // keys in a block of the forward
 template <typename T>
 struct ForwardScratch {
   using C = Compute<T>;
-  int64_t depth, width;  // head_dim as the first product's depth, as the second's width, padded
+  int64_t depth, width;  // head_dim, padded as the depth of the first product and as the width of the second
   Scratch<C> key_panels, value_panels, query, weights, buffer;
   Scratch<float> scores, kept, out;
   GemmScope scope;
@@ -23,7 +23,7 @@ struct ForwardScratch {
         out(kQueries * width) {}
 };
 
-// A row of scores becomes weights, the power of (score * factor - shift). Returns their sum, of those dropped too.
+// Turns a row of scores into weights, power(score * factor - shift). Returns the sum of all weights, also of dropped ones.
 template <typename T, bool dropped, typename C>
 ALWAYS_INLINE float weigh_row(
     const float* scores, const float* kept, int64_t count, float factor, float shift, C* weights) {
@@ -56,7 +56,7 @@ struct Forward {
   using C = Compute<T>;
   const ForwardCall<T>& call;
 
-  // Queries [first, first + count) of one head against the packed keys and values, which are those from `origin` on.
+  // Queries [first, first + count) of one head against the packed keys and values, which begin at key `origin`.
   void block(const Sequence& sequence, const Philox& philox, int64_t h, int64_t first, int64_t count, int64_t origin,
              int64_t packed, ForwardScratch<T>& s) const {
     const int64_t rows = round_up(count, kRowStep), head_dim = call.query.head_dim, b = sequence.batch;
@@ -74,7 +74,7 @@ struct Forward {
       multiply<T, false>(sequence, rows, width, end - start, s.depth, s.query.get(), s.depth, keys.at(0, start - origin),
                          s.scores.get(), kKeys);
       for (int64_t i = 0; i < rows; ++i) {
-        // Of the block's keys the row sees those from `low` to `high`.
+        // The row sees the block's keys [low, high).
         const int64_t high = i < count ? std::clamp<int64_t>(sequence.end(first + i) - start, 0, width) : 0;
         const int64_t low = std::clamp<int64_t>(sequence.begin(first + i) - start, 0, high);
         float* scores = s.scores + i * kKeys + low;
@@ -128,7 +128,7 @@ struct Forward {
   void unit(const Unit& unit, ForwardScratch<T>& s) const {
     const Sequence& sequence = *unit.sequence;
     const int64_t blocks = ceil_div(sequence.queries, kQueries);
-    const int64_t cut = unit.cuts - 1 - unit.cut;  // a causal head's longest first
+    const int64_t cut = unit.cuts - 1 - unit.cut;  // the last queries first: in causal attention they see the most keys
     const int64_t first = blocks * cut / unit.cuts * kQueries;
     const int64_t last = std::min(blocks * (cut + 1) / unit.cuts * kQueries, sequence.queries);
     if (first >= last) return;
@@ -161,10 +161,13 @@ std::tuple<Tensor, Tensor> attention_forward(
     const OptionalTensor& key_mask, const OptionalTensor& cu_queries, const OptionalTensor& cu_keys,
     const OptionalTensor& dropout_seed, int64_t, int64_t, bool is_causal, std::optional<int64_t> window, double scale,
     double dropout_p) {
-  const bool apart = query.scalar_type() == at::kFloat;
+  const bool apart = query.scalar_type() == ScalarType::Float;
   Tensor out = empty_like_heads(query);
   Tensor statistics = empty_floats({apart ? 2 : 1, query.size(0), query.size(1), query.size(2)});
-  if (query.numel() == 0 || key.numel() == 0) return {out.zero_(), statistics.fill_(apart ? 0.f : kInfinity)};
+  if (query.numel() == 0 || key.numel() == 0) {
+    std::fill_n(statistics.mutable_data_ptr<float>(), statistics.numel(), apart ? 0.f : kInfinity);
+    return {zeroed(out), statistics};
+  }
   const Heads q(query), k(key), v(value), o(out);
   const Sequences sequences(
       q, k, key_lengths, key_mask, cu_queries, cu_keys, dropout_seed, is_causal, window, dropout_p);
@@ -173,7 +176,7 @@ std::tuple<Tensor, Tensor> attention_forward(
     if (s.queries > 0) (s.queries <= kFew ? few : many).push_back(&s);
   dispatch(query.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const ForwardCall<T> call{q, k, v, o, statistics.data_ptr<float>(), Softmax<T>(scale), sequences.dropout};
+    const ForwardCall<T> call{q, k, v, o, statistics.mutable_data_ptr<float>(), Softmax<T>(scale), sequences.dropout};
     if (!many.empty()) Forward<T>{call}.run(many);
     if (!few.empty()) Decode<T>{call}.run(few);
   });
@@ -186,24 +189,25 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& cu_queries, const OptionalTensor& cu_keys, const OptionalTensor& dropout_seed, int64_t,
     int64_t, bool is_causal, std::optional<int64_t> window, double scale, double dropout_p) {
   Tensor grad_query = empty_like_heads(query), grad_key = empty_like_heads(key), grad_value = empty_like_heads(value);
-  if (query.numel() == 0 || key.numel() == 0) return {grad_query.zero_(), grad_key.zero_(), grad_value.zero_()};
+  if (query.numel() == 0 || key.numel() == 0) return {zeroed(grad_query), zeroed(grad_key), zeroed(grad_value)};
   const Heads g(grad_out), q(query), k(key), v(value), o(out), gq(grad_query), gk(grad_key), gv(grad_value);
   const Sequences sequences(
       q, k, key_lengths, key_mask, cu_queries, cu_keys, dropout_seed, is_causal, window, dropout_p);
-  const Tensor kept = statistics.contiguous(), grad_sums = grad_lse ? grad_lse->contiguous() : Tensor();
+  const Tensor kept = as_contiguous(statistics);
+  const OptionalTensor grad_sums = grad_lse ? OptionalTensor(as_contiguous(*grad_lse)) : std::nullopt;
   dispatch(query.scalar_type(), [&](auto t) {
     using T = decltype(t);
     Backward<T>{g, q, k, v, o, gq, gk, gv, kept.const_data_ptr<float>(),
-                grad_lse ? grad_sums.const_data_ptr<float>() : nullptr, Softmax<T>(scale), sequences.dropout}.run(sequences);
+                grad_sums ? grad_sums->const_data_ptr<float>() : nullptr, Softmax<T>(scale), sequences.dropout}.run(sequences);
   });
   return {grad_query, grad_key, grad_value};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
-  m.impl("attention_forward", attention_forward);
-  m.impl("attention_backward", attention_backward);
+STABLE_TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(attention_forward));
+  m.impl("attention_backward", TORCH_BOX(attention_backward));
 }
 
 }  // namespace gptkernels

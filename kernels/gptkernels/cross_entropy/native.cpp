@@ -1,5 +1,5 @@
 // cross_entropy on the CPU: the loss, and with it the gradient, from one read of the logits.
-#include "cross_entropy.h"
+#include "csrc/cross_entropy.h"
 
 namespace gptkernels {
 namespace {
@@ -12,31 +12,31 @@ Tensor cross_entropy_forward(const Tensor& logits, const Tensor& target, int64_t
   dispatch(logits.scalar_type(), [&](auto t) {
     using T = decltype(t);
     cross_entropy_rows<T>(rows.data<T>(), rows.stride, nullptr, rows.rows, rows.columns, targets.const_data_ptr<int64_t>(),
-                          ignore_index, nullptr, losses.data_ptr<float>(), nullptr);
+                          ignore_index, nullptr, losses.mutable_data_ptr<float>(), nullptr);
   });
   return losses;
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_backward(
     const Tensor& logits, const Tensor& target, const Tensor& row_weight, int64_t ignore_index) {
-  Tensor losses = empty_floats(target.sizes()), gradient = at::empty(logits.sizes(), logits.options());
+  Tensor losses = empty_floats(target.sizes()), gradient = result_like(logits);
   const Tensor targets = checked_targets(target, logits.size(-1), ignore_index);
   if (logits.numel() == 0) return {losses, gradient};
   const Rows rows(logits);
-  const Tensor weights = row_weight.to(at::kFloat).contiguous();
+  const Tensor weights = converted(row_weight, ScalarType::Float);
   dispatch(logits.scalar_type(), [&](auto t) {
     using T = decltype(t);
     cross_entropy_rows<T>(rows.data<T>(), rows.stride, nullptr, rows.rows, rows.columns, targets.const_data_ptr<int64_t>(),
-                          ignore_index, weights.const_data_ptr<float>(), losses.data_ptr<float>(), gradient.data_ptr<T>());
+                          ignore_index, weights.const_data_ptr<float>(), losses.mutable_data_ptr<float>(), gradient.mutable_data_ptr<T>());
   });
   return {losses, gradient};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
-  m.impl("cross_entropy_forward", cross_entropy_forward);
-  m.impl("cross_entropy_backward", cross_entropy_backward);
+STABLE_TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
+  m.impl("cross_entropy_forward", TORCH_BOX(cross_entropy_forward));
+  m.impl("cross_entropy_backward", TORCH_BOX(cross_entropy_backward));
 }
 
 }  // namespace gptkernels

@@ -1,22 +1,23 @@
-// The cross-entropy of one row of logits and its gradient: three passes over a row that stays in the second-level cache.
+// Cross-entropy of a row of logits and its gradient, in three passes over a row that stays in the second-level cache.
 #pragma once
 
-#include "common.h"
+#include "csrc/common.h"
 
 namespace gptkernels {
 
-// Targets as adjacent int64, each checked against the number of classes.
+// Returns the targets as contiguous int64. Throws if one is neither a class nor ignore_index.
 inline Tensor checked_targets(const Tensor& target, int64_t classes, int64_t ignore_index) {
-  const Tensor given = target.to(at::kLong).contiguous().view({-1});
-  const int64_t* t = given.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < given.numel(); ++i)
-    TORCH_CHECK_INDEX(t[i] == ignore_index || (t[i] >= 0 && t[i] < classes), "target: got ", t[i], "; accepted are 0 to ",
-                      classes - 1, " and ignore_index, ", ignore_index);
+  const Tensor given = converted(target, ScalarType::Long);
+  const int64_t *t = given.const_data_ptr<int64_t>(), count = given.numel();
+  for (int64_t i = 0; i < count; ++i)
+    if (t[i] != ignore_index)
+      check<std::out_of_range>(t[i] >= 0 && t[i] < classes, "target: got ", t[i], "; accepted are 0 to ", classes - 1,
+                               " and ignore_index, ", ignore_index);
   return given;
 }
 
-// log(sum(exp(x + bias))) - (x + bias)[target]. With `gradient` also row_weight * (softmax(x + bias) - onehot(target)),
-// which may be written over x.
+// Returns log(sum(exp(x + bias))) - (x + bias)[target]. If `gradient` is not null, also writes its gradient,
+// row_weight * (softmax(x + bias) - onehot(target)); `gradient` may be x itself.
 template <typename T>
 float cross_entropy_row(const T* x, const float* bias, int64_t n, int64_t target, float row_weight, T* gradient) {
   const auto at = [&](int64_t j, auto lanes) ALWAYS_INLINE_LAMBDA {
@@ -31,7 +32,7 @@ float cross_entropy_row(const T* x, const float* bias, int64_t n, int64_t target
     total.add(keep(exp(at(j, lanes) - Vec(highest)), lanes, 0.f), k);
   });
   const float sum = total.total(), chosen = static_cast<float>(x[target]) + (bias ? bias[target] : 0.f);
-  // In double: a small loss is the difference of two larger numbers.
+  // In double, because a small loss is the difference of two larger numbers.
   const double loss = std::log(static_cast<double>(sum)) + (static_cast<double>(highest) - chosen);
   if (gradient) {
     const Vec factor(row_weight / sum);
@@ -44,11 +45,11 @@ float cross_entropy_row(const T* x, const float* bias, int64_t n, int64_t target
   return static_cast<float>(loss);
 }
 
-// Rows [0, rows) of logits; losses of ignored rows are 0, and so are their gradients.
+// Losses of rows [0, rows) of logits and, if `gradient` is not null, their gradients. Ignored rows get 0 for both.
 template <typename T>
 void cross_entropy_rows(const T* x, int64_t stride, const float* bias, int64_t rows, int64_t n, const int64_t* target,
                         int64_t ignore_index, const float* row_weight, float* losses, T* gradient) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* to = gradient ? gradient + i * n : nullptr;
       if (target[i] == ignore_index) {

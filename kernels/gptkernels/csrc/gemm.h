@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "common.h"
+#include "csrc/common.h"
 
 #if defined(__AMX_BF16__) || defined(GPTKERNELS_EMULATE_AMX)
 #define GPTKERNELS_TILES 1
@@ -40,7 +40,7 @@ struct Element<BFloat16> {
 #endif
 };
 
-// What products of T are computed in: bfloat16 where the CPU multiplies it, else float.
+// The type that products of T are computed in: bfloat16 where the CPU can multiply it, else float.
 #if defined(__AVX512BF16__)
 template <typename T>
 using Compute = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
@@ -55,17 +55,17 @@ struct Panels {
   const C* data;
   int64_t panel, row;
 
-  // Packed for a depth of K.
+  // Packed panels of depth K.
   static Panels packed(const C* data, int64_t depth) { return {data, depth * kPanel, kPanel * Element<C>::step}; }
-  // A row-major float matrix is panels as it lies.
+  // A row-major float matrix already has the layout of panels.
   static Panels row_major(const float* data, int64_t stride) { return {data, kPanel, stride}; }
-  // From column n and depth k on, multiples of kPanel and step.
+  // The part from column n and depth k on; n is a multiple of kPanel, k of step.
   Panels at(int64_t k, int64_t n) const { return {data + n / kPanel * panel + k / Element<C>::step * row, panel, row}; }
 };
 
 #if defined(GPTKERNELS_TILES)
 
-// The eight tile registers, 16 rows of 64 bytes each: in hardware, or in software to test what surrounds them.
+// The eight AMX tile registers of 16 rows of 64 bytes. Emulated in software for tests on CPUs without AMX.
 #if defined(GPTKERNELS_EMULATE_AMX)
 namespace tiles {
 struct Tile {
@@ -100,8 +100,8 @@ void multiply() {
 }  // namespace tiles
 #else
 namespace tiles {
-// The tiles' shape is a thread's state, and other code in the process (oneDNN) sets its own: set here for a scope that
-// calls nothing else.
+// Sets the shape of the tiles for a scope. The shape is a state of the thread, and other code in the process (oneDNN) sets
+// its own, so the scope must not call such code.
 struct Scope {
   Scope() {
     alignas(64) struct {
@@ -114,7 +114,7 @@ struct Scope {
   ~Scope() { _tile_release(); }
   Scope(const Scope&) = delete;
 };
-// As assembly: the compilers' intrinsics take literal register numbers only, not template arguments.
+// In assembly, because the compilers' intrinsics take only literal register numbers, not template arguments.
 template <int t>
 ALWAYS_INLINE void zero() { asm volatile("tilezero %%tmm%c0" ::"i"(t)); }
 template <int t>
@@ -130,7 +130,7 @@ ALWAYS_INLINE void multiply() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tm
 }  // namespace tiles
 #endif
 
-// 32 (or, `both` false, 16) rows by 32 columns: four (two) tiles of C stay in registers over all of K.
+// A product of 32 rows (16 if `both` is false) and 32 columns: four (two) tiles of C stay in registers over all of K.
 template <bool accumulate, bool both>
 void tile_block(int64_t depth, const BFloat16* a, int64_t lda, const BFloat16* b, int64_t row, float* c, int64_t ldc) {
   const int64_t bytes_c = ldc * 4, bytes_a = lda * 2, bytes_b = row * 2;
@@ -164,7 +164,8 @@ using GemmScope = tiles::Scope;
 struct GemmScope {};
 #endif
 
-// kRows rows by one panel in vector registers. What C holds is added last: sums of sums err less than one long sum.
+// A product of kRows rows and one panel in vector registers. The old values of C are added last: a sum of partial sums errs
+// less than one long sum.
 template <bool accumulate, int kRows>
 ALWAYS_INLINE void register_block(
     int64_t depth, const float* a, int64_t lda, const float* b, int64_t row, float* c, int64_t ldc) {
@@ -245,7 +246,7 @@ void gemm(int64_t m, int64_t n, int64_t depth, const C* a, int64_t lda, Panels<C
   }
 }
 
-// C (+)= A B with each sum in double, rounded once; of the columns, those from `real` on are padding: C keeps or gets 0.
+// C (+)= A B with each sum in double, rounded once. Columns from `real` on are padding: there C stays, or becomes 0.
 template <bool accumulate>
 void gemm_in_double(
     int64_t m, int64_t n, int64_t real, int64_t depth, const float* a, int64_t lda, Panels<float> b, float* c, int64_t ldc) {
@@ -263,7 +264,7 @@ void gemm_in_double(
   }
 }
 
-// Rows of T as rows of the compute type, `rows` by `columns`, padded with zeros to `padded_rows` by `stride`.
+// Copies (rows, columns) of T as the compute type, padded with zeros to (padded_rows, stride).
 template <typename C, typename T>
 void copy_rows(const T* x, int64_t stride_x, int64_t rows, int64_t columns, C* out, int64_t padded_rows, int64_t stride) {
   for (int64_t i = 0; i < padded_rows; ++i) {
@@ -281,8 +282,9 @@ void copy_rows(const T* x, int64_t stride_x, int64_t rows, int64_t columns, C* o
   }
 }
 
-// 32-bit units, a square of kLanes by kLanes.
-ALWAYS_INLINE void transpose_square(const float* from, int64_t stride_from, float* to, int64_t stride_to) {
+// Transposes kLanes by kLanes units of 32 bits. `flatten` inlines ATen's function, so that the compiler drops its check of the
+// sizes: the check calls a function of PyTorch that is not in the stable interface.
+inline __attribute__((flatten, noinline)) void transpose_square(const float* from, int64_t stride_from, float* to, int64_t stride_to) {
 #if defined(CPU_CAPABILITY_AVX512)
   at::vec::transpose_mxn<float>(from, stride_from, to, stride_to, 16, 16);
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -293,8 +295,8 @@ ALWAYS_INLINE void transpose_square(const float* from, int64_t stride_from, floa
 #endif
 }
 
-// Columns of B are rows of x (n rows of k adjacent values), padded to `padded_n` and `depth`. `buffer` holds kPanel rows
-// of round_up(depth, kLanes * step).
+// Packs B whose columns are rows of x (n rows of k contiguous values), padded with zeros to `padded_n` and `depth`. `buffer`
+// has room for kPanel rows of round_up(depth, kLanes * step).
 template <typename C, typename T>
 void pack_transposed(const T* x, int64_t stride_x, int64_t n, int64_t k, C* out, int64_t padded_n, int64_t depth, C* buffer) {
   constexpr int64_t step = Element<C>::step;
@@ -320,8 +322,8 @@ void pack_transposed(const T* x, int64_t stride_x, int64_t n, int64_t k, C* out,
   }
 }
 
-// Row k of B is row k of x (k rows of n adjacent values), padded with zeros to `padded_k` and `padded_n`; panels are
-// `depth` deep, so that a part of B can be packed by itself. `buffer` holds two rows of padded_n.
+// Packs B whose rows are rows of x (k rows of n contiguous values), padded with zeros to `padded_k` and `padded_n`. Panels are
+// `depth` deep, so that a part of B can be packed by itself. `buffer` has room for two rows of padded_n.
 template <typename C, typename T>
 void pack_rows(const T* x, int64_t stride_x, int64_t k, int64_t n, C* out, int64_t padded_k, int64_t depth, int64_t padded_n,
                C* buffer) {

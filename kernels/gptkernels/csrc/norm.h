@@ -1,8 +1,8 @@
-// LayerNorm and RMSNorm, alone or after a residual sum: one read of each row, its float copy in the first-level cache.
+// LayerNorm and RMSNorm, alone or after adding a residual. Each row is read once; a float copy stays in the first-level cache.
 // The mathematics is in layer_norm/MATH.md and rms_norm/MATH.md.
 #pragma once
 
-#include "common.h"
+#include "csrc/common.h"
 
 namespace gptkernels {
 
@@ -16,7 +16,7 @@ struct NormForward {
   float *mean, *rstd;  // mean: null for RMSNorm
   int64_t columns, stride_x, stride_residual;
   float eps;
-  bool past;  // out and summed go past the caches
+  bool past;  // write out and summed with non-temporal stores
 };
 
 template <bool centred, bool add, typename T, typename R>
@@ -27,7 +27,7 @@ void norm_row(const NormForward<T, R>& a, int64_t i, float* buffer) {
   const T* x = a.x + i * a.stride_x;
   const R* residual = add ? a.residual + i * a.stride_residual : nullptr;
   R* summed = add ? a.summed + i * n : nullptr;
-  // The row as floats: what was normalised, where that is float and in reach, else a copy.
+  // The row as floats. It is copied to the buffer unless it is float and still in the cache.
   constexpr bool is_float = std::is_same_v<std::conditional_t<add, R, T>, float>;
   const bool copied = !is_float || (add && past);
   const float* row = buffer;
@@ -36,12 +36,12 @@ void norm_row(const NormForward<T, R>& a, int64_t i, float* buffer) {
   Sum first, square;
   sweep(n, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
     Vec v = load(x + j, lanes);
-    __builtin_prefetch(x + a.stride_x + j);  // the next row, while this one is gone over again and again
+    __builtin_prefetch(x + a.stride_x + j);  // the next row, while this one is read several times
     if constexpr (add) {
       v = v + load(residual + j, lanes);
       __builtin_prefetch(residual + a.stride_residual + j);
       put(summed + j, v, lanes, past);
-      if constexpr (!std::is_same_v<R, float>) v = rounded<R>(v);  // what the stream, and the backward, will see
+      if constexpr (!std::is_same_v<R, float>) v = rounded<R>(v);  // the value that the stream holds and the backward reads
     }
     if (copied) store(buffer + j, v, lanes);
     if constexpr (centred) first.add(v, k);
@@ -56,7 +56,7 @@ void norm_row(const NormForward<T, R>& a, int64_t i, float* buffer) {
       rest.add(d, k);
       square.add(d, d, k);
     });
-    // The mean's own rounding error is the mean of what it leaves.
+    // The mean of the differences is the rounding error of the mean.
     const float correction = rest.total() / n;
     mean += correction;
     variance = std::max(square.total() / n - correction * correction, 0.f);
@@ -76,19 +76,15 @@ void norm_row(const NormForward<T, R>& a, int64_t i, float* buffer) {
   });
 }
 
-// (out, summed, mean, rstd); summed is x itself without a residual, mean is undefined for RMSNorm.
+// Returns (out, summed, mean, rstd). Without a residual summed is x itself; for RMSNorm mean is empty.
 template <bool centred>
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
     const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  Tensor out = at::empty(x.sizes(), x.options());
-  Tensor summed = residual ? at::empty(x.sizes(), residual->options()) : x;
-  Tensor rstd = empty_floats(x.sizes().slice(0, x.dim() - 1));
-  Tensor mean = centred ? at::empty_like(rstd) : Tensor();
-  if (x.numel() == 0) {
-    rstd.zero_();
-    if (centred) mean.zero_();
-    return {out, summed, mean, rstd};
-  }
+  Tensor out = result_like(x);
+  Tensor summed = residual ? empty(x.sizes(), residual->scalar_type()) : x;
+  Tensor rstd = empty_floats(Shape(x.sizes().data(), x.dim() - 1));
+  Tensor mean = centred ? result_like(rstd) : none_like(rstd);
+  if (x.numel() == 0) return {out, summed, zeroed(mean), zeroed(rstd)};
   const Rows rows(x), residual_rows(residual ? *residual : x);
   const Parameter w(weight), b(bias);
   dispatch_stream(x.scalar_type(), summed.scalar_type(), [&](auto t, auto r) {
@@ -96,12 +92,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
     using R = decltype(r);
     const NormForward<T, R> a{
         rows.data<T>(), residual ? residual_rows.data<R>() : nullptr, w.data, b.data,
-        out.data_ptr<T>(), residual ? summed.data_ptr<R>() : nullptr,
-        centred ? mean.data_ptr<float>() : nullptr, rstd.data_ptr<float>(),
+        out.mutable_data_ptr<T>(), residual ? summed.mutable_data_ptr<R>() : nullptr,
+        centred ? mean.mutable_data_ptr<float>() : nullptr, rstd.mutable_data_ptr<float>(),
         rows.columns, rows.stride, residual_rows.stride, static_cast<float>(eps),
         goes_past_caches(out) && (!residual || goes_past_caches(summed))};
     const int64_t grain = std::max<int64_t>(1, 8192 / rows.columns);
-    at::parallel_for(0, rows.rows, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows.rows, grain, [&](int64_t begin, int64_t end) {
       Scratch<float> row(rows.columns);
       for (int64_t i = begin; i < end; ++i) {
         if (residual) norm_row<centred, true>(a, i, row);
@@ -116,21 +112,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
 template <typename T, typename R>
 struct NormBackward {
   const T* grad_out;
-  const R* x;             // what was normalised
+  const R* x;             // the forward's input, or its sum with the residual
   const R* grad_summed;   // null without a residual
   const float *weight, *mean, *rstd;
   R* grad_x;
-  T* grad_branch;  // null where grad_x serves both
+  T* grad_branch;  // null if it has grad_x's dtype: grad_x then serves both
   int64_t columns, stride_out, stride_x, stride_summed;
-  bool past;  // the gradients go past the caches
+  bool past;  // write the gradients with non-temporal stores
 };
 
-constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows whose sums the registers hold, 32 with AVX-512 and else 16
+constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows whose sums fit the registers: AVX-512 has 32, AVX2 has 16
 
-// `count` rows from i on, together: the sums for weight and bias are then loaded and stored once for all of them.
+// Handles rows [i, i + count) together, so that the sums for weight and bias are loaded and stored once for all of them.
 template <bool centred, int count, typename T, typename R>
 void norm_rows_backward(const NormBackward<T, R>& a, int64_t i, float* grad_weight, float* grad_bias) {
-  // In locals: a store of a vector may alias the fields of `a`, which would be loaded again after each.
+  // Locals, because a vector store might alias the fields of `a`: the compiler would load them again after each store.
   const int64_t n = a.columns, ahead_out = count * a.stride_out, ahead_x = count * a.stride_x;
   const float* weight = a.weight;
   const bool past = a.past;
@@ -178,34 +174,34 @@ void norm_rows_backward(const NormBackward<T, R>& a, int64_t i, float* grad_weig
   }
 }
 
-// (grad_x, grad_branch, grad_weight, grad_bias); what is not asked for is empty.
+// Returns (grad_x, grad_branch, grad_weight, grad_bias); those that are not needed are empty.
 template <bool centred>
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
     const Tensor& grad_out, const OptionalTensor& grad_summed, const Tensor& x, const OptionalTensor& weight,
     const Tensor& mean, const Tensor& rstd, bool need_weight, bool need_bias, bool need_branch) {
   const int64_t n = x.size(-1);
   const bool branch = need_branch && grad_out.scalar_type() != x.scalar_type();
-  Tensor grad_x = at::empty(x.sizes(), x.options());
-  Tensor grad_branch = branch ? at::empty(x.sizes(), grad_out.options()) : at::empty({0}, grad_out.options());
+  Tensor grad_x = result_like(x);
+  Tensor grad_branch = branch ? empty(x.sizes(), grad_out.scalar_type()) : none_like(grad_out);
   Tensor grad_weight = empty_floats({need_weight ? n : 0}), grad_bias = empty_floats({need_bias ? n : 0});
-  if (x.numel() == 0) return {grad_x, grad_branch, grad_weight.zero_(), grad_bias.zero_()};
+  if (x.numel() == 0) return {grad_x, grad_branch, zeroed(grad_weight), zeroed(grad_bias)};
   const Rows out_rows(grad_out), rows(x), summed_rows(grad_summed ? *grad_summed : x);
   const Parameter w(weight);
-  const Tensor means = mean.defined() ? mean.contiguous() : mean, deviations = rstd.contiguous();
+  const Tensor means = as_contiguous(mean), deviations = as_contiguous(rstd);
   const int64_t blocks = sum_blocks(rows.rows), per_block = ceil_div(rows.rows, blocks);
-  Tensor partial = at::zeros({blocks, (need_weight ? n : 0) + (need_bias ? n : 0)}, at::kFloat);
+  Tensor partial = zeroed(empty_floats({blocks, (need_weight ? n : 0) + (need_bias ? n : 0)}));
   const int64_t width = partial.size(1);
-  float* sums = partial.data_ptr<float>();
+  float* sums = partial.mutable_data_ptr<float>();
   dispatch_stream(grad_out.scalar_type(), x.scalar_type(), [&](auto t, auto r) {
     using T = decltype(t);
     using R = decltype(r);
     const NormBackward<T, R> a{
         out_rows.data<T>(), rows.data<R>(), grad_summed ? summed_rows.data<R>() : nullptr, w.data,
         centred ? means.const_data_ptr<float>() : nullptr, deviations.const_data_ptr<float>(),
-        grad_x.data_ptr<R>(), branch ? grad_branch.data_ptr<T>() : nullptr,
+        grad_x.mutable_data_ptr<R>(), branch ? grad_branch.mutable_data_ptr<T>() : nullptr,
         n, out_rows.stride, rows.stride, summed_rows.stride,
         goes_past_caches(grad_x) && (!branch || goes_past_caches(grad_branch))};
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         float* dw = need_weight ? sums + block * width : nullptr;
         float* db = need_bias ? sums + block * width + (need_weight ? n : 0) : nullptr;
@@ -217,8 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
       if (a.past) drain();
     });
   });
-  if (need_weight) add_blocks(sums, blocks, width, n, grad_weight.data_ptr<float>());
-  if (need_bias) add_blocks(sums + (need_weight ? n : 0), blocks, width, n, grad_bias.data_ptr<float>());
+  if (need_weight) add_blocks(sums, blocks, width, n, grad_weight.mutable_data_ptr<float>());
+  if (need_bias) add_blocks(sums + (need_weight ? n : 0), blocks, width, n, grad_bias.mutable_data_ptr<float>());
   return {grad_x, grad_branch, grad_weight, grad_bias};
 }
 

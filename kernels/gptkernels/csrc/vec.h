@@ -1,4 +1,4 @@
-// Vectors of float over at::vec: loads and stores that widen and round 16-bit types, tails, sums, exp.
+// Vectors of float on top of at::vec: loads that widen 16-bit types, stores that round to them, tails, sums, exp.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -20,7 +20,7 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// "All lanes", known at compile time; beside it `int64_t count` stands for a tail.
+// All lanes, known at compile time. A function that takes All also takes `int64_t count`, the first lanes of a tail.
 struct All {};
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
@@ -46,7 +46,7 @@ ALWAYS_INLINE Vec load(const Half* p, int64_t count) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(count), p));
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 ALWAYS_INLINE __m256i narrow(const BFloat16*, Vec v) {
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh(v);
@@ -118,9 +118,9 @@ ALWAYS_INLINE float sum(Vec v) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
-// NaN lanes are passed over, as the processor's own maximum does: callers look for NaN elsewhere.
+// The largest lane. NaN lanes are ignored, as the CPU's maximum instruction does; callers look for NaN themselves.
 ALWAYS_INLINE float max(Vec v) {
-  // The second operand is taken where either is NaN: one that starts at -inf and only takes what is larger is never NaN.
+  // If either operand is NaN the instruction returns the second. That one starts at -inf and never becomes NaN.
   __m256 known = _mm256_max_ps(v, _mm256_set1_ps(-kInfinity));
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(known), _mm256_extractf128_ps(known, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
@@ -134,7 +134,7 @@ ALWAYS_INLINE float sum(Vec v) {
     for (int64_t i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   return lanes[0];
 }
-// NaN lanes are passed over, as the processor's own maximum does: callers look for NaN elsewhere.
+// The largest lane. NaN lanes are ignored, as the CPU's maximum instruction does; callers look for NaN themselves.
 ALWAYS_INLINE float max(Vec v) {
   alignas(64) float lanes[kLanes];
   v.store(lanes);
@@ -146,7 +146,7 @@ ALWAYS_INLINE float max(Vec v) {
 
 #endif
 
-// Half a vector's floats as doubles, and back.
+// Half a vector of floats as doubles, and back.
 using Doubles = at::vec::Vectorized<double>;
 #if defined(CPU_CAPABILITY_AVX512)
 ALWAYS_INLINE Doubles load_doubles(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
@@ -185,8 +185,8 @@ ALWAYS_INLINE Vec load(const T* p) { return load(p, All{}); }
 template <typename T>
 ALWAYS_INLINE void store(T* p, Vec v) { store(p, v, All{}); }
 
-// Past the caches, from a vector's boundary on: for results too large to be found there again. A line written whole is not
-// read first. `drain` makes them visible to other threads.
+// Non-temporal stores to an aligned address. They bypass the caches, for results too large to be found there again, and do not
+// read a cache line before writing it. `drain` makes them visible to other threads.
 #if defined(CPU_CAPABILITY_AVX512)
 ALWAYS_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
 template <typename T>
@@ -203,7 +203,7 @@ ALWAYS_INLINE void stream(T* p, Vec v) { store(p, v); }
 inline void drain() {}
 #endif
 
-// A store, or where the result goes `past` the caches a stream; a tail is always stored.
+// A store, non-temporal if `past`. A tail is always an ordinary store.
 template <typename T>
 ALWAYS_INLINE void put(T* p, Vec v, All, bool past) {
   if (past) stream(p, v);
@@ -221,7 +221,7 @@ inline void put_zeros(T* p, int64_t count, bool past) {
   for (; j < count; ++j) p[j] = T(0.f);
 }
 
-// As it will be read again after it was stored as T.
+// The value that a load returns after v was stored as T.
 template <typename T>
 ALWAYS_INLINE Vec rounded(Vec v) {
   alignas(64) T lanes[kLanes];
@@ -231,10 +231,10 @@ ALWAYS_INLINE Vec rounded(Vec v) {
 
 ALWAYS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return at::vec::fmadd(a, b, c); }
 
-// The larger in each lane; a NaN in `v` is passed over.
+// The larger value in each lane; a NaN in `v` is ignored.
 ALWAYS_INLINE Vec larger(Vec v, Vec most) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_max_ps(v, most);  // the second operand where either is NaN
+  return _mm512_max_ps(v, most);  // returns the second operand if either is NaN
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_max_ps(v, most);
 #else
@@ -242,10 +242,10 @@ ALWAYS_INLINE Vec larger(Vec v, Vec most) {
 #endif
 }
 
-// The smaller in each lane; NaN where v is.
+// The smaller value in each lane; NaN where v is NaN.
 ALWAYS_INLINE Vec smaller(Vec v, Vec cap) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_min_ps(cap, v);  // the second operand where either is NaN
+  return _mm512_min_ps(cap, v);  // returns the second operand if either is NaN
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_min_ps(cap, v);
 #else
@@ -253,7 +253,7 @@ ALWAYS_INLINE Vec smaller(Vec v, Vec cap) {
 #endif
 }
 
-// The smaller in each lane, and `cap` where v is NaN: a cap of -inf hides whatever is there.
+// The smaller value in each lane, and `cap` where v is NaN: a cap of -inf hides every value.
 ALWAYS_INLINE Vec capped(Vec v, Vec cap) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_min_ps(v, cap);
@@ -264,7 +264,7 @@ ALWAYS_INLINE Vec capped(Vec v, Vec cap) {
 #endif
 }
 
-// Neighbouring lanes exchanged: 1, 0, 3, 2, ...
+// Exchanges neighbouring lanes: 1, 0, 3, 2, ...
 ALWAYS_INLINE Vec swapped(Vec v) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_permute_ps(v, 0xB1);
@@ -283,7 +283,7 @@ ALWAYS_INLINE Vec keep(Vec v, All, float) { return v; }
 ALWAYS_INLINE Vec keep(Vec v, int64_t count, float fill) { return Vec::set(Vec(fill), v, count); }
 
 #if defined(CPU_CAPABILITY_AVX2)
-// y 2^n for whole n from -250 to 250: two factors 2^(n/2), each a normal number where the result overflows or is subnormal.
+// y 2^n for whole n from -250 to 250, as two factors 2^(n/2): each is a normal number even if 2^n is not.
 ALWAYS_INLINE __m256 scale(__m256 y, __m256 n) {
   const __m256i whole = _mm256_cvtps_epi32(n), bias = _mm256_set1_epi32(127);
   const __m256i half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
@@ -293,8 +293,8 @@ ALWAYS_INLINE __m256 scale(__m256 y, __m256 n) {
 }
 #endif
 
-// 2^x to about one unit in the last place; 0 for -inf, inf above 128, NaN for NaN.
-// 2^n 2^f with n the nearest integer and a polynomial for f in [-1/2, 1/2]: minimax, relative error 2e-9 before rounding.
+// 2^x to about one unit in the last place; 0 for -inf, inf above 128, NaN for NaN. It is 2^n 2^f, with n the nearest integer
+// and a minimax polynomial for f in [-1/2, 1/2], whose relative error is 2e-9 before rounding.
 ALWAYS_INLINE Vec exp2(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
   __m512 t = _mm512_max_ps(_mm512_set1_ps(-160.f), _mm512_min_ps(_mm512_set1_ps(160.f), x));  // NaN passes: second operand
@@ -331,10 +331,10 @@ ALWAYS_INLINE Vec exp2(Vec x) {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309417f;
 
-// e^x: the product with log2(e) is made in two parts, so that its rounding does not grow with |x|.
+// e^x. Multiplies by log2(e) in two parts, so that the rounding error does not grow with |x|.
 ALWAYS_INLINE Vec exp(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  // An infinite x takes no second part: infinity minus itself is NaN.
+  // Not for an infinite x: infinity minus itself is NaN.
   __m512 t = _mm512_max_ps(_mm512_set1_ps(-110.f), _mm512_min_ps(_mm512_set1_ps(110.f), x));
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(t, _mm512_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), t);
@@ -365,8 +365,8 @@ ALWAYS_INLINE Vec exp(Vec x) {
 #endif
 }
 
-// Calls f(j, lanes, k) over 0 <= j < n in steps of a vector: `lanes` is All, or the count of the tail; k counts 0..3 so
-// that f can spread a sum over four accumulators.
+// Calls f(j, lanes, k) for j from 0 to n in steps of a vector. `lanes` is All, or the count of lanes in the tail; k goes round
+// 0, 1, 2, 3, so that f can spread a sum over four accumulators.
 template <typename F>
 ALWAYS_INLINE void sweep(int64_t n, F f) {
   using std::integral_constant;
@@ -381,7 +381,7 @@ ALWAYS_INLINE void sweep(int64_t n, F f) {
   if (j < n) f(j, n - j, integral_constant<int, 1>{});
 }
 
-// Four accumulators of one sum.
+// One sum in four accumulators.
 struct Sum {
   Vec part[4] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
   template <int k>
@@ -400,7 +400,7 @@ ALWAYS_INLINE float dot(const A* a, const B* b, int64_t count) {
   return sum.total();
 }
 
-// The same with the sum in double, rounded once.
+// The same with a sum in double, rounded once.
 template <typename B>
 ALWAYS_INLINE float dot_in_double(const float* a, const B* b, int64_t count) {
   constexpr int64_t lanes = Doubles::size();

@@ -1,5 +1,5 @@
 // layer_norm and add_layer_norm on the CPU: bindings of csrc/norm.h.
-#include "norm.h"
+#include "csrc/norm.h"
 
 namespace gptkernels {
 namespace {
@@ -31,11 +31,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
-  m.impl("layer_norm_forward", layer_norm_forward);
-  m.impl("layer_norm_backward", layer_norm_backward);
-  m.impl("add_layer_norm_forward", add_layer_norm_forward);
-  m.impl("add_layer_norm_backward", add_layer_norm_backward);
+STABLE_TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
+  m.impl("layer_norm_forward", TORCH_BOX(layer_norm_forward));
+  m.impl("layer_norm_backward", TORCH_BOX(layer_norm_backward));
+  m.impl("add_layer_norm_forward", TORCH_BOX(add_layer_norm_forward));
+  m.impl("add_layer_norm_backward", TORCH_BOX(add_layer_norm_backward));
 }
 
 }  // namespace gptkernels

@@ -1,18 +1,18 @@
-// linear on the CPU. A few rows, as in generation, are bound by reading the weight: it is read once, as it lies. More rows
-// are a product of matrices (csrc/product.h).
-#include "product.h"
+// linear on the CPU. For a few rows, as in generation, the time is that of reading the weight: it is read once, without packing.
+// More rows are a product of matrices (csrc/product.h).
+#include "csrc/product.h"
 
 namespace gptkernels {
 namespace {
 
-constexpr int64_t kFewRows = 16;  // rows up to here share one reading of the weight
+constexpr int64_t kFewRows = 16;  // up to so many rows share one reading of the weight
 
-// Products of `kX` rows of x with `kW` rows of the weight, in eight accumulators: sums[w * kX + r]. One row of x reads the
-// weight as a single stream, which memory delivers half as fast again as several; many rows are bound by reading x.
+// Products of kX rows of x with kW rows of the weight, in eight accumulators: sums[w * kX + r]. With one row of x, kW is 1:
+// memory delivers a single stream 1.5 times as fast as several. With many rows, kW is 2, because reading x limits the speed.
 template <int kX, int kW, typename T>
 ALWAYS_INLINE void dot_rows(const float* x, const T* weight, int64_t stride_w, int64_t depth, float* sums) {
   constexpr int kDeep = 8 / (kX * kW);
-  constexpr int64_t kAhead = 1024 / sizeof(T);  // the processor's own prefetcher loses the stream at every page
+  constexpr int64_t kAhead = 1024 / sizeof(T);  // the CPU's own prefetcher stops at every page
   Vec part[kDeep][kW][kX];
 #pragma GCC unroll 8
   for (int d = 0; d < kDeep; ++d)
@@ -51,13 +51,13 @@ ALWAYS_INLINE void dot_rows(const float* x, const T* weight, int64_t stride_w, i
     }
 }
 
-// out (rows, n) = x (rows, depth) weight (n, depth)^T + bias; x as adjacent floats.
+// out (rows, n) = x (rows, depth) weight (n, depth)^T + bias; x is contiguous.
 template <typename T>
 void few_rows(const float* x, const T* weight, int64_t stride_w, const float* bias, int64_t rows, int64_t n, int64_t depth, T* out) {
-  constexpr int64_t kNear = 4096;  // floats of x that leave the first-level cache room for the weight
+  constexpr int64_t kNear = 4096;  // so many floats of x leave room for the weight in the first-level cache
   const int64_t step = rows * depth > kNear ? 2 : 1, grain = std::max<int64_t>(1, 32768 / (step * std::max<int64_t>(depth, 1)));
-  at::parallel_for(0, ceil_div(n, step), grain, [&](int64_t begin, int64_t end) {
-    // kX rows of x from r on against kW of the weight from j on.
+  parallel_for(0, ceil_div(n, step), grain, [&](int64_t begin, int64_t end) {
+    // kX rows of x from r on, and kW rows of the weight from j on.
     const auto run = [&](auto x_rows, auto w_rows, int64_t r, int64_t j) {
       constexpr int kX = decltype(x_rows)::value, kW = decltype(w_rows)::value;
       float sums[kW * kX];
@@ -83,48 +83,48 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   const int64_t n = weight.size(0), depth = weight.size(1);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
-  Tensor out = at::empty(shape, x.options());
+  Tensor out = empty(shape, x.scalar_type());
   if (out.numel() == 0) return out;
   const int64_t m = out.numel() / n;
   const Parameter b(bias);
   dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    T* y = out.data_ptr<T>();
+    T* y = out.mutable_data_ptr<T>();
     if (m <= kFewRows && (depth <= 1 || weight.stride(1) == 1)) {
-      const Tensor floats = x.reshape({m, depth}).to(at::kFloat).contiguous();
+      const Tensor floats = converted(x, ScalarType::Float);
       few_rows(floats.const_data_ptr<float>(), weight.const_data_ptr<T>(), weight.stride(0), b.data, m, n, depth, y);
       return;
     }
-    const Tensor left = as_matrix(x.reshape({m, depth})), right = as_matrix(weight);
+    const Tensor left = as_matrix(x, depth), right = as_matrix(weight, depth);
     product_to(m, n, depth, Matrix<T>(left), Matrix<T>(right).t(), b.data, y);
   });
   return out;
 }
 
-// (grad_x, grad_weight, grad_bias); what is not asked for is empty.
+// Returns (grad_x, grad_weight, grad_bias); those that are not needed are empty.
 std::tuple<Tensor, Tensor, Tensor> linear_backward(
     const Tensor& grad_out, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight, bool need_bias) {
   const int64_t n = weight.size(0), depth = weight.size(1);
-  Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  Tensor grad_weight = empty_floats(need_weight ? weight.sizes() : at::IntArrayRef{0});
-  Tensor grad_bias = need_bias ? at::zeros({n}, at::kFloat) : empty_floats({0});
-  if (grad_out.numel() == 0) return {grad_x.zero_(), grad_weight.zero_(), grad_bias};
+  Tensor grad_x = need_x ? result_like(x) : none_like(x);
+  Tensor grad_weight = need_weight ? empty_floats(weight.sizes()) : empty_floats({0});
+  Tensor grad_bias = need_bias ? zeroed(empty_floats({n})) : empty_floats({0});
+  if (grad_out.numel() == 0) return {zeroed(grad_x), zeroed(grad_weight), grad_bias};
   const int64_t m = grad_out.numel() / n;
-  const Tensor g = as_matrix(grad_out.reshape({m, n})), left = as_matrix(x.reshape({m, depth})), w = as_matrix(weight);
+  const Tensor g = as_matrix(grad_out, n), left = as_matrix(x, depth), w = as_matrix(weight, depth);
   dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Matrix<T> gradient(g);
-    if (need_x) product_to(m, depth, n, gradient, Matrix<T>(w), nullptr, grad_x.data_ptr<T>());
-    if (need_weight) product_to_floats(n, depth, m, gradient.t(), Matrix<T>(left), false, grad_weight.data_ptr<float>());
+    if (need_x) product_to(m, depth, n, gradient, Matrix<T>(w), nullptr, grad_x.mutable_data_ptr<T>());
+    if (need_weight) product_to_floats(n, depth, m, gradient.t(), Matrix<T>(left), false, grad_weight.mutable_data_ptr<float>());
     if (need_bias) {
       const Rows rows(grad_out);
-      add_column_sums(rows.data<T>(), rows.stride, m, n, grad_bias.data_ptr<float>());
+      add_column_sums(rows.data<T>(), rows.stride, m, n, grad_bias.mutable_data_ptr<float>());
     }
   });
   return {grad_x, grad_weight, grad_bias};
 }
 
-bool multiplies(at::ScalarType dtype) {
+bool multiplies(ScalarType dtype) {
   bool result = false;
   dispatch(dtype, [&](auto t) { result = torch_multiplies<decltype(t)>(); });
   return result;
@@ -132,13 +132,17 @@ bool multiplies(at::ScalarType dtype) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(gptkernels_native, m) {
-  m.def("multiplies(ScalarType dtype) -> bool", multiplies);
+STABLE_TORCH_LIBRARY_FRAGMENT(gptkernels_native, m) {
+  m.def("multiplies(ScalarType dtype) -> bool");
 }
 
-TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
-  m.impl("linear_forward", linear_forward);
-  m.impl("linear_backward", linear_backward);
+STABLE_TORCH_LIBRARY_IMPL(gptkernels_native, CompositeExplicitAutograd, m) {
+  m.impl("multiplies", TORCH_BOX(multiplies));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
+  m.impl("linear_forward", TORCH_BOX(linear_forward));
+  m.impl("linear_backward", TORCH_BOX(linear_backward));
 }
 
 }  // namespace gptkernels

@@ -1,5 +1,5 @@
 // rms_norm and add_rms_norm on the CPU: bindings of csrc/norm.h.
-#include "norm.h"
+#include "csrc/norm.h"
 
 namespace gptkernels {
 namespace {
@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const OptionalTenso
 std::tuple<Tensor, Tensor> rms_norm_backward(
     const Tensor& grad_out, const Tensor& x, const OptionalTensor& weight, const Tensor& rstd, bool need_weight) {
   auto [grad_x, branch, grad_weight, grad_bias] =
-      norm_backward<false>(grad_out, std::nullopt, x, weight, Tensor(), rstd, need_weight, false, false);
+      norm_backward<false>(grad_out, std::nullopt, x, weight, none_like(rstd), rstd, need_weight, false, false);
   return {grad_x, grad_weight};
 }
 
@@ -26,17 +26,17 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(
     const Tensor& grad_out, const OptionalTensor& grad_summed, const Tensor& summed, const OptionalTensor& weight,
     const Tensor& rstd, bool need_weight, bool need_x) {
   auto [grad_residual, grad_x, grad_weight, grad_bias] =
-      norm_backward<false>(grad_out, grad_summed, summed, weight, Tensor(), rstd, need_weight, false, need_x);
+      norm_backward<false>(grad_out, grad_summed, summed, weight, none_like(rstd), rstd, need_weight, false, need_x);
   return {grad_residual, grad_x, grad_weight};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
-  m.impl("rms_norm_forward", rms_norm_forward);
-  m.impl("rms_norm_backward", rms_norm_backward);
-  m.impl("add_rms_norm_forward", add_rms_norm_forward);
-  m.impl("add_rms_norm_backward", add_rms_norm_backward);
+STABLE_TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
+  m.impl("rms_norm_forward", TORCH_BOX(rms_norm_forward));
+  m.impl("rms_norm_backward", TORCH_BOX(rms_norm_backward));
+  m.impl("add_rms_norm_forward", TORCH_BOX(add_rms_norm_forward));
+  m.impl("add_rms_norm_backward", TORCH_BOX(add_rms_norm_backward));
 }
 
 }  // namespace gptkernels

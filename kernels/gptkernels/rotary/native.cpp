@@ -1,28 +1,36 @@
-// rotary on the CPU: a thread widens a token's angles once and turns all heads by them, one read and one write of each.
-#include "common.h"
+// rotary on the CPU. A thread converts the angles of a token to float once and rotates all heads by them.
+#include "csrc/common.h"
 
 namespace gptkernels {
 namespace {
 
-// A token's angles as floats, sines negated for the turn back. Interleaved, each stands beside itself, and the first sine
-// of two with the sign of a pair's first row: out = x cos + swapped(x) sin.
+// The angles of a token as floats; `inverse` negates the sines. If the pairs are interleaved, each cosine and sine is stored
+// twice, the first sine negated, so that out = x cos + swapped(x) sin.
 struct Angles {
-  const Tensor cos, sin;
+  // (tokens, pairs), or (batch, tokens, pairs).
+  struct Table {
+    Tensor tensor;
+    const void* data;
+    int64_t stride_batch, stride_token;
+
+    explicit Table(const Tensor& x) : tensor(x.stride(-1) == 1 ? x : as_contiguous(x)), data(tensor.const_data_ptr()) {
+      stride_token = tensor.stride(-2), stride_batch = tensor.dim() == 3 && tensor.size(0) > 1 ? tensor.stride(0) : 0;
+    }
+    template <typename T>
+    const T* row(int64_t batch, int64_t token) const {
+      return static_cast<const T*>(data) + batch * stride_batch + token * stride_token;
+    }
+  };
+  const Table cos, sin;
   const int64_t pairs;
+  const bool floats;
 
-  static Tensor adjacent(const Tensor& table) {
-    const Tensor whole = table.stride(-1) == 1 ? table : table.contiguous();
-    return whole.dim() == 3 ? whole : whole.unsqueeze(0);
-  }
-  Angles(const Tensor& cos, const Tensor& sin) : cos(adjacent(cos)), sin(adjacent(sin)), pairs(cos.size(-1)) {}
+  Angles(const Tensor& cos, const Tensor& sin)
+      : cos(cos), sin(sin), pairs(cos.size(-1)), floats(cos.scalar_type() == ScalarType::Float) {}
 
-  template <typename T>
-  static const T* row(const Tensor& table, int64_t batch, int64_t token) {
-    return table.const_data_ptr<T>() + (table.size(0) > 1 ? batch * table.stride(0) : 0) + token * table.stride(1);
-  }
   template <typename T>
   void read(int64_t batch, int64_t token, bool interleaved, bool inverse, float* c, float* s) const {
-    const T *cosines = row<T>(cos, batch, token), *sines = row<T>(sin, batch, token);
+    const T *cosines = cos.row<T>(batch, token), *sines = sin.row<T>(batch, token);
     const float sign = inverse ? -1.f : 1.f;
     if (interleaved) {
       for (int64_t i = 0; i < pairs; ++i) {
@@ -58,24 +66,26 @@ void turn_neighbours(const T* x, T* out, const float* c, const float* s, int64_t
 
 Tensor rotate(const Tensor& given, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
   const int64_t batches = given.size(0), heads = given.size(1), tokens = given.size(2), head_dim = given.size(3);
-  Tensor out = at::empty({batches, tokens, heads, head_dim}, given.options());
-  if (given.numel() == 0) return out.transpose(1, 2);
-  const Tensor x = given.stride(3) == 1 ? given : given.contiguous();
+  // In memory (batch, tokens, heads, head_dim), as attention lays out its results.
+  Tensor out = empty_strided(given.sizes(), {tokens * heads * head_dim, head_dim, heads * head_dim, 1}, given.scalar_type());
+  if (given.numel() == 0) return out;
+  const Tensor x = given.stride(3) == 1 ? given : as_contiguous(given);
   const Angles angles(cos, sin);
   const int64_t pairs = angles.pairs, rest = head_dim - 2 * pairs;
   dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const T* in = x.const_data_ptr<T>();
-    T* results = out.data_ptr<T>();
-    const bool past = goes_past_caches(out) && pairs * x.element_size() % 64 == 0;  // both halves from a line's start on
-    at::parallel_for(0, batches * tokens, std::max<int64_t>(1, 8192 / (heads * head_dim)), [&](int64_t begin, int64_t end) {
+    const int64_t stride_batch = x.stride(0), stride_head = x.stride(1), stride_token = x.stride(2);
+    T* results = out.mutable_data_ptr<T>();
+    const bool past = goes_past_caches(out) && pairs * x.element_size() % 64 == 0;  // both halves begin at a cache line
+    parallel_for(0, batches * tokens, std::max<int64_t>(1, 8192 / (heads * head_dim)), [&](int64_t begin, int64_t end) {
       Scratch<float> c(2 * pairs), s(2 * pairs);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t batch = i / tokens, token = i % tokens;
-        if (angles.cos.scalar_type() == at::kFloat) angles.read<float>(batch, token, interleaved, inverse, c, s);
+        if (angles.floats) angles.read<float>(batch, token, interleaved, inverse, c, s);
         else angles.read<T>(batch, token, interleaved, inverse, c, s);
         for (int64_t head = 0; head < heads; ++head) {
-          const T* row = in + batch * x.stride(0) + head * x.stride(1) + token * x.stride(2);
+          const T* row = in + batch * stride_batch + head * stride_head + token * stride_token;
           T* to = results + (i * heads + head) * head_dim;
           if (interleaved) turn_neighbours(row, to, c.get(), s.get(), pairs, past);
           else turn_halves(row, to, c.get(), s.get(), pairs, past);
@@ -85,7 +95,7 @@ Tensor rotate(const Tensor& given, const Tensor& cos, const Tensor& sin, bool in
       if (past) drain();
     });
   });
-  return out.transpose(1, 2);
+  return out;
 }
 
 Tensor rotary_forward(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
@@ -98,9 +108,9 @@ Tensor rotary_backward(const Tensor& grad_out, const Tensor& cos, const Tensor& 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
-  m.impl("rotary_forward", rotary_forward);
-  m.impl("rotary_backward", rotary_backward);
+STABLE_TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
+  m.impl("rotary_forward", TORCH_BOX(rotary_forward));
+  m.impl("rotary_backward", TORCH_BOX(rotary_backward));
 }
 
 }  // namespace gptkernels

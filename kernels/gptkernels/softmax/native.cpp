@@ -1,24 +1,24 @@
-// softmax on the CPU: a row's exponentials stay in the first-level cache between the sum and the division.
-#include "common.h"
+// softmax on the CPU. The exponentials of a row stay in the first-level cache between the sum and the division.
+#include "csrc/common.h"
 
 namespace gptkernels {
 namespace {
 
-// Columns that row `i` keeps: all, or with `causal` those up to its own place, aligned at the last.
+// The number of columns that row `i` keeps: all, or with `causal` those up to its position; the last row keeps all.
 int64_t kept_columns(bool causal, int64_t i, int64_t queries, int64_t columns) {
   return causal ? std::clamp<int64_t>(i % queries + 1 + columns - queries, 0, columns) : columns;
 }
 
-// True for a row without a finite score: it gives zeros. A NaN among them is not passed over.
+// Whether every score of a row is -inf: the row then gives zeros. False if one is NaN.
 template <typename T>
 bool nothing_to_sum(float top, const T* x, int64_t n) {
   return top == -kInfinity && std::none_of(x, x + n, [](T v) { return std::isnan(static_cast<float>(v)); });
 }
 
-// The row `ahead` of x is fetched meanwhile.
+// Prefetches the row at x + ahead meanwhile.
 template <typename T>
 void forward_row(const T* x, int64_t ahead, T* out, float* buffer, int64_t kept, int64_t n, float scale, bool past) {
-  // Rows of float need no copy: the exponentials are held where the result will be, if that stays in reach.
+  // Float rows need no buffer: the exponentials are stored where the result will be, unless that bypasses the caches.
   float* row = buffer;
   if constexpr (std::is_same_v<T, float>) row = past ? buffer : out;
   Vec top[4] = {Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity), Vec(-kInfinity)};
@@ -49,7 +49,7 @@ void forward_row(const T* x, int64_t ahead, T* out, float* buffer, int64_t kept,
   put_zeros(out + kept, n - kept, past);
 }
 
-// The rows `ahead_out` of grad_out and `ahead_y` of y are fetched meanwhile.
+// Prefetches the rows at grad_out + ahead_out and y + ahead_y meanwhile.
 template <typename T>
 void backward_row(const T* grad_out, int64_t ahead_out, const T* y, int64_t ahead_y, T* grad_x, int64_t kept, int64_t n,
                   float scale, bool past) {
@@ -59,8 +59,8 @@ void backward_row(const T* grad_out, int64_t ahead_out, const T* y, int64_t ahea
     along.add(load(grad_out + j, lanes), load(y + j, lanes), k);
   });
   float mean = along.total();
-  // A row's weights sum to 1 but for their rounding, and a peaked row leaves nothing but that error: a second look at what
-  // the mean leaves takes it out.
+  // The weights of a row sum to 1 except for rounding, and for a peaked row that error is all that is left of the gradient.
+  // Subtracting the mean of the differences as well removes it.
   Sum rest;
   sweep(kept, [&](int64_t j, auto lanes, auto k) ALWAYS_INLINE_LAMBDA {
     rest.add(load(y + j, lanes), load(grad_out + j, lanes) - Vec(mean), k);
@@ -72,7 +72,7 @@ void backward_row(const T* grad_out, int64_t ahead_out, const T* y, int64_t ahea
   put_zeros(grad_x + kept, n - kept, past);
 }
 
-// Another dimension than the last: (outer, n, inner) in memory, up to kColumns neighbouring inner columns at a time.
+// A dimension that is not the last, (outer, n, inner) in memory: up to kColumns neighbouring columns at a time.
 constexpr int64_t kColumns = 64;
 
 template <typename T>
@@ -88,7 +88,7 @@ void forward_columns(const T* x, T* out, float* block, int64_t n, int64_t inner,
     bool any_nan = false;
     if (highest[j] == -kInfinity)
       for (int64_t i = 0; i < n; ++i) any_nan |= std::isnan(static_cast<float>(x[i * inner + j]));
-    // exp(-inf - 0) is 0 in each place, and their sum is replaced below.
+    // exp(-inf - 0) is 0 everywhere, and the sum of 0 is replaced below.
     if (highest[j] == -kInfinity && !any_nan) highest[j] = 0.f;
   }
   for (int64_t i = 0; i < n; ++i)
@@ -113,7 +113,7 @@ void backward_columns(const T* grad_out, const T* y, T* grad_x, int64_t n, int64
       const int64_t at = i * inner + j;
       store(along + j, fmadd(load(grad_out + at, lanes), load(y + at, lanes), load(along + j, lanes)), lanes);
     });
-  float rest[kColumns];  // the second look, as in backward_row
+  float rest[kColumns];  // the mean of the differences, as in backward_row
   std::fill_n(rest, kColumns, 0.f);
   for (int64_t i = 0; i < n; ++i)
     sweep(width, [&](int64_t j, auto lanes, auto) ALWAYS_INLINE_LAMBDA {
@@ -141,17 +141,17 @@ struct Columns {
 };
 
 Tensor softmax_forward(const Tensor& x, int64_t dim, double scale, bool causal) {
-  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = result_like(x);
   if (x.numel() == 0) return out;
   dim = dim < 0 ? dim + x.dim() : dim;
   dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    T* y = out.data_ptr<T>();
+    T* y = out.mutable_data_ptr<T>();
     if (dim == x.dim() - 1) {
       const Rows rows(x);
       const int64_t n = rows.columns, queries = causal ? x.size(-2) : 1;
       const bool past = goes_past_caches(out);
-      at::parallel_for(0, rows.rows, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
+      parallel_for(0, rows.rows, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
         Scratch<float> row(n);
         for (int64_t i = begin; i < end; ++i)
           forward_row(rows.data<T>() + i * rows.stride, rows.stride, y + i * n, row.get(), kept_columns(causal, i, queries, n), n,
@@ -160,12 +160,13 @@ Tensor softmax_forward(const Tensor& x, int64_t dim, double scale, bool causal) 
       });
       return;
     }
-    const Tensor whole = x.contiguous();
+    const Tensor whole = as_contiguous(x);
+    const T* from = whole.const_data_ptr<T>();
     const Columns c(x, dim);
-    at::parallel_for(0, c.outer * c.blocks, std::max<int64_t>(1, 8192 / (c.n * kColumns)), [&](int64_t begin, int64_t end) {
+    parallel_for(0, c.outer * c.blocks, std::max<int64_t>(1, 8192 / (c.n * kColumns)), [&](int64_t begin, int64_t end) {
       Scratch<float> block(c.n * kColumns);
       for (int64_t u = begin; u < end; ++u)
-        forward_columns(whole.const_data_ptr<T>() + c.offset(u), y + c.offset(u), block.get(), c.n, c.inner, c.width(u),
+        forward_columns(from + c.offset(u), y + c.offset(u), block.get(), c.n, c.inner, c.width(u),
                         static_cast<float>(scale));
     });
   });
@@ -173,17 +174,17 @@ Tensor softmax_forward(const Tensor& x, int64_t dim, double scale, bool causal) 
 }
 
 Tensor softmax_backward(const Tensor& grad_out, const Tensor& out, int64_t dim, double scale, bool causal) {
-  Tensor grad_x = at::empty(out.sizes(), out.options());
+  Tensor grad_x = result_like(out);
   if (out.numel() == 0) return grad_x;
   dim = dim < 0 ? dim + out.dim() : dim;
   dispatch(out.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    T* gradient = grad_x.data_ptr<T>();
+    T* gradient = grad_x.mutable_data_ptr<T>();
     if (dim == out.dim() - 1) {
       const Rows y(out), g(grad_out);
       const int64_t n = y.columns, queries = causal ? out.size(-2) : 1;
       const bool past = goes_past_caches(grad_x);
-      at::parallel_for(0, y.rows, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
+      parallel_for(0, y.rows, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
           backward_row(g.data<T>() + i * g.stride, g.stride, y.data<T>() + i * y.stride, y.stride, gradient + i * n,
                        kept_columns(causal, i, queries, n), n, static_cast<float>(scale), past);
@@ -191,12 +192,13 @@ Tensor softmax_backward(const Tensor& grad_out, const Tensor& out, int64_t dim, 
       });
       return;
     }
-    const Tensor y = out.contiguous(), g = grad_out.contiguous();
+    const Tensor y = as_contiguous(out), g = as_contiguous(grad_out);
+    const T *from_y = y.const_data_ptr<T>(), *from_g = g.const_data_ptr<T>();
     const Columns c(out, dim);
-    at::parallel_for(0, c.outer * c.blocks, std::max<int64_t>(1, 8192 / (c.n * kColumns)), [&](int64_t begin, int64_t end) {
+    parallel_for(0, c.outer * c.blocks, std::max<int64_t>(1, 8192 / (c.n * kColumns)), [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u)
-        backward_columns(g.const_data_ptr<T>() + c.offset(u), y.const_data_ptr<T>() + c.offset(u), gradient + c.offset(u),
-                         c.n, c.inner, c.width(u), static_cast<float>(scale));
+        backward_columns(from_g + c.offset(u), from_y + c.offset(u), gradient + c.offset(u), c.n, c.inner, c.width(u),
+                         static_cast<float>(scale));
     });
   });
   return grad_x;
@@ -204,9 +206,9 @@ Tensor softmax_backward(const Tensor& grad_out, const Tensor& out, int64_t dim, 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
-  m.impl("softmax_forward", softmax_forward);
-  m.impl("softmax_backward", softmax_backward);
+STABLE_TORCH_LIBRARY_IMPL(gptkernels_native, CPU, m) {
+  m.impl("softmax_forward", TORCH_BOX(softmax_forward));
+  m.impl("softmax_backward", TORCH_BOX(softmax_backward));
 }
 
 }  // namespace gptkernels

@@ -1,27 +1,28 @@
-// What the backward of attention computes between its products: weights from scores, gradients of scores from theirs.
+// What the backward of attention computes between its products: weights from scores, and the gradients of the scores from
+// those of the weights.
 #pragma once
 
-#include "attention.h"
+#include "attention/native.h"
 
 namespace gptkernels {
 
-// Keys in a block. Of float32, more sequences have all their keys in one.
+// Keys in a block. Larger for float32, so that more sequences have all their keys in one block.
 template <typename T>
 constexpr int64_t kBlockKeys = Softmax<T>::apart ? 128 : 64;
 
-// A block of scores and what its gradients are made from. Scores are held transposed, keys by queries: the weights and
-// their gradients are then left operands as they lie, and what belongs to a query is a vector along a row.
+// A block of scores and what its gradients are computed from. Scores are held transposed, keys by queries: weights and
+// gradients are then left operands without a copy, and statistics of queries are vectors along a row.
 struct ScoreBlock {
   const float *scores, *grads, *kept;     // rows of kQueries; kept: null without dropout
-  const float *shift, *inverse, *lift;    // of the queries: their maximum, 1 / their sum, the gradient of their
-                                          // log-sum-exp; of 16-bit inputs the first is the log-sum-exp, the others unused
+  const float *shift, *inverse, *lift;    // of each query, for float32: its maximum, 1 / its sum, the gradient of its
+                                          // log-sum-exp. For 16-bit inputs `shift` is the log-sum-exp, the others unused
   float* delta;
   int64_t keys, queries;
-  float scale, factor;                    // of the scores, of 16-bit inputs; of the weights that dropout keeps
-  bool settle;                            // no other block holds keys of these queries: delta is still to be summed
+  float scale, factor;                    // of the scores, for 16-bit inputs; of the weights that dropout keeps
+  bool settle;                            // no other block holds keys of these queries, and delta is not computed yet
 };
 
-// The part of a row of the block, from query i on, that sees key j: lanes [hidden, left) of a vector.
+// The lanes [hidden, left) of a vector of queries from i on that see key j.
 struct Lanes {
   int64_t hidden, left;
   bool none() const { return hidden >= kLanes || left <= 0; }
@@ -32,12 +33,12 @@ struct Lanes {
   }
 };
 
-// Weights of key j and queries [i, i + kLanes), those that dropout takes too.
+// Weights of key j and queries [i, i + kLanes), before dropout.
 template <typename T>
 ALWAYS_INLINE Vec weights_of(const ScoreBlock& block, int64_t j, int64_t i) {
   const Vec scores = load(block.scores + j * kQueries + i), shift = load(block.shift + i);
   if constexpr (Softmax<T>::apart) return exp(scores - shift) * load(block.inverse + i);
-  // Product and difference are rounded each by itself, as in the forward's sum: a lone key weighs exactly 1.
+  // The product and the difference are rounded separately, as in the forward: a single key then weighs exactly 1.
   else return exp(scores * Vec(block.scale) - shift);
 }
 
@@ -48,9 +49,9 @@ ALWAYS_INLINE Vec grads_of(const ScoreBlock& block, int64_t j, int64_t i) {
   else return grads;
 }
 
-// delta as the textbook sums it, over the very weights and gradients that it will be taken from: of a lone key their
-// difference is then exactly 0. Queries [from(j), until(j)) of the block see key j; `until` is asked only where a window
-// ends in the block.
+// Computes delta as the textbook does, as a sum over the same weights and gradients that it is then subtracted from: for a
+// single key the difference is exactly 0. Queries [from(j), until(j)) of the block see key j; `until` is called only if a
+// window ends in the block.
 template <typename T, bool windowed, bool dropped, typename From, typename Until>
 void settle_delta(const ScoreBlock& block, From from, Until until) {
   for (int64_t i = 0; i < block.queries; i += kLanes) {
@@ -63,7 +64,7 @@ void settle_delta(const ScoreBlock& block, From from, Until until) {
   }
 }
 
-// Scores become weights, and the gradients of weights those of scores.
+// Turns scores into weights, and the gradients of the weights into those of the scores.
 template <typename T, bool windowed, bool dropped, typename C, typename From, typename Until>
 void weigh_block(const ScoreBlock& block, From from, Until until, C* weights, C* grad_scores, C* grad_panels) {
   constexpr int64_t step = Element<C>::step;
@@ -86,7 +87,7 @@ void weigh_block(const ScoreBlock& block, From from, Until until, C* weights, C*
         store(grad_scores + at, g);
         gradient[r] = g;
       }
-      if constexpr (step == 2) {  // the same gradients as panels: rows j and j + 1 in pairs
+      if constexpr (step == 2) {  // also write the gradients as panels, rows j and j + 1 in pairs
 #if defined(__AVX512BF16__)
         const __m512i even = _mm512_cvtepu16_epi32(narrow(static_cast<const BFloat16*>(nullptr), gradient[0]));
         const __m512i odd = _mm512_cvtepu16_epi32(narrow(static_cast<const BFloat16*>(nullptr), gradient[1]));

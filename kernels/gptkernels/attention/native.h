@@ -1,64 +1,71 @@
-// What the attention kernels of the CPU share: where sequences lie, the keys that a query sees, and how work is cut.
+// What the attention kernels of the CPU share: tensors of heads, the keys that a query sees, and how work is divided.
 #pragma once
 
 #include <vector>
 
-#include "gemm.h"
-#include "philox.h"
+#include "csrc/gemm.h"
+#include "attention/native_dropout.h"
 
 namespace gptkernels {
 
 constexpr int64_t kQueries = 64;  // queries in a block
-constexpr int64_t kFew = 4;       // up to so many queries the forward's products are with vectors: see decode.h
+constexpr int64_t kFew = 4;       // sequences of at most so many queries take native_decode.h in the forward
 
-// A (batch, heads, tokens, head_dim) tensor whose head_dim is adjacent.
+// A (batch, heads, tokens, head_dim) tensor whose last dimension has stride 1; copied if it has not.
 struct Heads {
   Tensor tensor;
   int64_t batch, heads, tokens, head_dim;
 
-  explicit Heads(const Tensor& x) : tensor(x.size(3) <= 1 || x.stride(3) == 1 ? x : x.contiguous()) {
+  explicit Heads(const Tensor& x)
+      : tensor(x.size(3) <= 1 || x.stride(3) == 1 ? x : as_contiguous(x)), data_(tensor.data_ptr()) {
     batch = x.size(0), heads = x.size(1), tokens = x.size(2), head_dim = x.size(3);
+    std::copy_n(tensor.strides().begin(), 3, strides_);
   }
   template <typename T>
   T* at(int64_t b, int64_t h, int64_t t) const {
-    return static_cast<T*>(tensor.data_ptr()) + b * tensor.stride(0) + h * tensor.stride(1) + t * tensor.stride(2);
+    return static_cast<T*>(data_) + b * strides_[0] + h * strides_[1] + t * strides_[2];
   }
-  int64_t row() const { return tensor.stride(2); }
-  // Of a token in an adjacent (batch, heads, tokens) tensor.
+  int64_t row() const { return strides_[2]; }
+  // The index of a token in a contiguous (batch, heads, tokens) tensor.
   int64_t index(int64_t b, int64_t h, int64_t t) const { return (b * heads + h) * tokens + t; }
+
+ private:
+  void* data_;
+  int64_t strides_[3];  // of batch, heads and tokens
 };
 
-// Of x's shape, laid out (batch, tokens, heads, head_dim): merging the heads again is then a view.
+// A new tensor of x's shape, in memory (batch, tokens, heads, head_dim): merging the heads is then a view.
 inline Tensor empty_like_heads(const Tensor& x) {
-  return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
+  const int64_t heads = x.size(1), tokens = x.size(2), row = x.size(3);
+  return empty_strided(x.sizes(), {tokens * heads * row, row, heads * row, 1}, x.scalar_type());
 }
 
-// One sequence: its rows in the tensors, and which keys its queries see. Positions are counted from its own beginning.
+// One sequence: its rows in the tensors, and which keys its queries see. Positions count from the sequence's own start.
 struct Sequence {
   int64_t batch, first_query, queries, first_key, keys;
-  int64_t skipped = 0, length = 0;   // keys before the one and from the other on are hidden
-  int64_t diagonal = 0, window = 0;  // query i sees keys below i + diagonal, and of those the last `window`
-  const float* caps = nullptr;       // with a mask: +inf for a key that is seen, -inf for a hidden one; else null
-  int64_t seed = 0;                  // of its dropout
+  int64_t skipped = 0, length = 0;   // keys before `skipped` and from `length` on are hidden
+  int64_t diagonal = 0, window = 0;  // query i sees the last `window` of the keys below i + diagonal
+  const float* caps = nullptr;       // +inf for a key that the mask shows, -inf for one that it hides; null without a mask
+  int64_t seed = 0;                  // of the dropout
 
-  // Keys [begin, end) are those that query i sees, before the mask; none where begin >= end.
+  // Query i sees keys [begin, end), if the mask shows them; none if begin >= end.
   int64_t begin(int64_t i) const { return std::max<int64_t>(i + diagonal - window, skipped); }
   int64_t end(int64_t i) const { return std::clamp<int64_t>(i + diagonal, 0, length); }
-  // Queries [from, until) are those that see key j, if it is seen at all.
+  // Queries [from, until) see key j, unless it is hidden from all.
   int64_t from(int64_t j) const { return std::max<int64_t>(j + 1 - diagonal, 0); }
   int64_t until(int64_t j) const { return std::min(j + 1 - diagonal + window, queries); }
-  // Few rows or columns of scores. BLAS sums these in many short parts: one long sum of floats would err more. Of float32
-  // inputs they are summed in double.
+  // Few rows or columns of scores. BLAS computes such products in many short sums, and one long sum of floats would err more;
+  // for float32 inputs they are summed in double here.
   bool few() const { return std::min(queries, keys) <= kFew; }
   int64_t work() const { return queries * std::min(length, window); }
 };
 
 inline std::vector<int64_t> integers(const Tensor& x) {
-  const Tensor wide = x.to(at::kLong).contiguous();
+  const Tensor wide = converted(x, ScalarType::Long);
   return {wide.const_data_ptr<int64_t>(), wide.const_data_ptr<int64_t>() + wide.numel()};
 }
 
-// The sequences of a call: one for each row of the batch, or packed one after the other into a batch of one.
+// The sequences of a call: one for each row of the batch, or several packed one after the other into a batch of one.
 struct Sequences {
   std::vector<Sequence> all;
   Dropout dropout;
@@ -75,15 +82,15 @@ struct Sequences {
     }
     const std::vector<int64_t> lengths = key_lengths ? integers(*key_lengths) : std::vector<int64_t>();
     const std::vector<int64_t> seeds = dropout ? integers(*dropout_seed) : std::vector<int64_t>();
-    if (key_mask) make_caps(key_mask->contiguous());
+    if (key_mask) make_caps(as_contiguous(*key_mask));
     for (size_t s = 0; s < all.size(); ++s) {
       Sequence& one = all[s];
       one.length = key_lengths ? std::clamp<int64_t>(lengths[s], 0, one.keys) : one.keys;
       one.diagonal = is_causal ? one.keys - one.queries + 1 : one.keys;
-      const int64_t widest = one.keys + one.queries;  // hides nothing
+      const int64_t widest = one.keys + one.queries;  // a window that hides nothing
       one.window = std::min(window.value_or(widest), widest);
       if (key_mask) {
-        one.caps = caps_.const_data_ptr<float>() + static_cast<int64_t>(s) * caps_.size(1);
+        one.caps = caps_->const_data_ptr<float>() + static_cast<int64_t>(s) * caps_->size(1);
         while (one.length > 0 && one.caps[one.length - 1] < 0.f) --one.length;
         while (one.skipped < one.length && one.caps[one.skipped] < 0.f) ++one.skipped;
       }
@@ -92,25 +99,28 @@ struct Sequences {
   }
 
  private:
-  Tensor caps_;  // (batch, padded keys)
+  OptionalTensor caps_;  // (batch, padded keys)
 
   void make_caps(const Tensor& mask) {
     const int64_t batch = mask.size(0), keys = mask.size(1), padded = round_up(keys, 256);
-    caps_ = at::empty({batch, padded}, at::kFloat).fill_(-kInfinity);
+    caps_ = empty_floats({batch, padded});
+    const bool* seen = mask.const_data_ptr<bool>();
+    float* caps = caps_->mutable_data_ptr<float>();
+    std::fill_n(caps, batch * padded, -kInfinity);
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t j = 0; j < keys; ++j)
-        if (mask.const_data_ptr<bool>()[b * keys + j]) caps_.data_ptr<float>()[b * padded + j] = kInfinity;
+        if (seen[b * keys + j]) caps[b * padded + j] = kInfinity;
   }
 };
 
-// A part of a key/value head of a sequence, with all query heads of its group.
+// A part of a sequence's key/value head, with all query heads of its group.
 struct Unit {
   const Sequence* sequence;
   int64_t head, cut, cuts;
 };
 
-// The work as one list, the heaviest sequences first. Where there are few heads they are cut, by their share of the
-// work and into `most(sequence)` parts at most: the threads have no say, so that results do not depend on them.
+// The work as one list, the longest sequences first. If there are few heads, each is cut into parts by its share of the work,
+// at most most(sequence) of them. The number of threads plays no part, so that results do not depend on it.
 template <typename Most>
 std::vector<Unit> units_of(std::vector<const Sequence*> sequences, int64_t heads, Most most) {
   int64_t work = 0;
@@ -126,11 +136,12 @@ std::vector<Unit> units_of(std::vector<const Sequence*> sequences, int64_t heads
   return units;
 }
 
-// The forward's exponential, of scores times a factor, and what it leaves for the backward. Of float32 inputs it is what
-// the textbook computes: the scale goes into the queries, the factor is 1, and a row's maximum and its sum are kept apart.
-// Of 16-bit inputs one number is kept, the log-sum-exp. Where products are float, base e: the factor is then the caller's
-// scale, mostly a power of two and exact. Where they are bfloat16, base 2: log2(e) goes into the factor and saves a
-// product.
+// The exponential of the forward, power(score * factor - shift), and the statistics that it saves for the backward.
+// - float32 inputs (`apart`): as the textbook computes it. The queries are multiplied by the scale, the factor is 1, and the
+//   maximum and the sum of a row are saved apart.
+// - 16-bit inputs: one number is saved, the log-sum-exp. Where products are float the base is e and the factor is the caller's
+//   scale, mostly a power of two and exact. Where products are bfloat16 the base is 2: the factor includes log2(e), which saves
+//   a multiplication.
 template <typename T>
 struct Softmax {
   static constexpr bool apart = std::is_same_v<T, float>, base_e = std::is_same_v<Compute<T>, float>;
@@ -139,7 +150,7 @@ struct Softmax {
   explicit Softmax(double given) : scale(static_cast<float>(given)) {
     factor = apart ? 1.f : base_e ? scale : static_cast<float>(given * M_LOG2E);
   }
-  // Scales queries, of float32 inputs, that were copied or packed.
+  // Multiplies copied or packed queries by the scale, for float32 inputs.
   template <typename C>
   ALWAYS_INLINE void prepare(C* queries, int64_t count) const {
     if constexpr (apart)
@@ -152,20 +163,18 @@ struct Softmax {
     else return exp2(x);
   }
   static ALWAYS_INLINE float power(float x) { return base_e ? std::exp(x) : std::exp2(x); }
-  // What is taken from the products when `top` is the highest score. A row that has seen nothing yet has no top: any
-  // finite number gives it zeros (or the NaN that it holds).
+  // The shift of a row whose highest score is `top`. A row that has seen no key yet has no highest score; any finite shift
+  // gives zeros there (or the NaN that it holds).
   ALWAYS_INLINE float shift(float top) const { return top == -kInfinity ? 0.f : top * factor; }
-  // ln(sum of e^(score * scale)) from the sum of the weights, power(score * factor - shift(top)). The shift is rounded,
-  // and the weights hold what it lacks. Of a lone key this is its score times the scale, rounded: just what the
-  // backward computes again, to base e always.
+  // ln(sum of e^(score * scale)), from `total`, the sum of the weights. The shift is rounded, and `rest` corrects for that. With
+  // a single key the result is its score times the scale, rounded, which is exactly what the backward computes again.
   float lse(float top, float total) const {
     const float rest = std::fma(top, factor, -shift(top));
     return std::fma(top, scale, base_e ? std::log(total) - rest : (std::log2(total) - rest) * kLn2);
   }
 };
 
-// A product of a block of a sequence, `real` of its columns no padding. Scores are the same bits in the forward and the
-// backward.
+// A product with a block of a sequence; `real` of its columns are not padding. Forward and backward get the same bits.
 template <typename T, bool accumulate, typename C>
 void multiply(const Sequence& sequence, int64_t rows, int64_t columns, int64_t real, int64_t depth, const C* left,
               int64_t row_left, Panels<C> right, float* out, int64_t row_out) {
@@ -175,16 +184,16 @@ void multiply(const Sequence& sequence, int64_t rows, int64_t columns, int64_t r
   gemm<accumulate>(rows, columns, depth, left, row_left, right, out, row_out);
 }
 
-// What the forward reads and writes.
+// The arguments and results of a forward.
 template <typename T>
 struct ForwardCall {
   const Heads &query, &key, &value, &out;
-  float* statistics;  // (1 or 2, batch, heads, tokens): log-sum-exps, or maxima and then sums
+  float* statistics;  // (1, batch, heads, tokens) log-sum-exps, or (2, ...) maxima and sums
   Softmax<T> softmax;
   Dropout dropout;
 
   int64_t group() const { return query.heads / key.heads; }
-  // Of the row at `index`, whose highest score is `top`; `total` is 0 where it saw no key.
+  // Saves the statistics of the row at `index`. `top` is its highest score; `total` is 0 if it saw no key.
   void save(int64_t index, float top, float total) const {
     if constexpr (Softmax<T>::apart) {
       statistics[index] = softmax.shift(top);

@@ -1,12 +1,12 @@
 // Dropout's random bits: Philox 4x32 with 7 rounds (J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-// 2011). The bits of a weight follow from its position and its sequence's seed, never from the order of the work.
+// 2011). The bits of a weight depend on its position and its sequence's seed, not on the order of the work.
 #pragma once
 
-#include "vec.h"
+#include "csrc/vec.h"
 
 namespace gptkernels {
 
-// kLanes words of 32 bits. Written out, because what compilers make of a loop of widening products is half as fast.
+// kLanes words of 32 bits. Written with intrinsics, because compilers make a loop of widening products half as fast.
 #if defined(CPU_CAPABILITY_AVX512)
 using Words = __m512i;
 ALWAYS_INLINE Words all_words(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
@@ -65,7 +65,7 @@ ALWAYS_INLINE void store(uint32_t* p, Words w) {
 #endif
 
 constexpr int kPhiloxRounds = 7;
-constexpr int64_t kPhiloxNumbers = 8;  // of 16 bits, from one counter: for neighbouring keys
+constexpr int64_t kPhiloxNumbers = 8;  // 16-bit numbers from one counter, for neighbouring keys
 constexpr int64_t kKeptAtOnce = kPhiloxNumbers * kLanes;
 
 // The generator with a seed: counters (key / 8, query, head, 0).
@@ -73,7 +73,7 @@ class Philox {
  public:
   explicit Philox(int64_t seed) {
     const uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-    // Two loops: from one, GCC 12 at -O3 makes the second keys copies of the first.
+    // Two loops, because GCC 12 at -O3 miscompiles one: the second keys become copies of the first.
     for (uint32_t round = 0; round < kPhiloxRounds; ++round) low_[round] = all_words(low + round * 0x9E3779B9u);
     for (uint32_t round = 0; round < kPhiloxRounds; ++round) high_[round] = all_words(high + round * 0xBB67AE85u);
   }
@@ -107,8 +107,8 @@ struct Dropout {
   float kept(uint32_t number) const { return static_cast<int32_t>(number) < threshold ? 0.f : 1.f; }
 };
 
-// 1 for each kept weight, else 0, of one query and keys [first, first + count) into `kept`, which has room for count
-// rounded up to kKeptAtOnce. `first` is a multiple of 8.
+// Writes 1 for each kept weight of one query and keys [first, first + count), and 0 for each dropped one. `kept` has room for
+// count rounded up to kKeptAtOnce. `first` is a multiple of 8.
 inline void keep_keys(
     const Philox& philox, Dropout dropout, int64_t head, int64_t query, int64_t first, int64_t count, float* kept) {
   alignas(64) uint32_t words[4][kLanes], ordered[4 * kLanes];
@@ -125,8 +125,8 @@ inline void keep_keys(
   }
 }
 
-// The same transposed: rows are keys [first, first + count), `stride` apart; columns are queries from `query` on, with
-// room for `columns` rounded up to kLanes, and `count` to 8.
+// The same, transposed: rows are keys [first, first + count), `stride` apart; columns are queries from `query` on. `kept` has
+// room for `columns` rounded up to kLanes, and for `count` rounded up to 8.
 inline void keep_queries(const Philox& philox, Dropout dropout, int64_t head, int64_t query, int64_t columns,
                          int64_t first, int64_t count, float* kept, int64_t stride) {
   alignas(64) uint32_t words[4][kLanes];

@@ -1,16 +1,16 @@
-// Attention of a few queries over many keys, as in generation: bound by reading the keys, which are taken as they lie.
+// Attention of a few queries over many keys, as in generation. Its time is that of reading the keys, which are not packed.
 #pragma once
 
-#include "attention.h"
+#include "attention/native.h"
 
 namespace gptkernels {
 
 constexpr int64_t kDecodeKeys = 64;    // keys whose scores are held at a time
-constexpr int64_t kDecodePart = 256;   // fewest keys that are worth a thread of their own
+constexpr int64_t kDecodePart = 256;   // the fewest keys that are worth a thread
 
 template <typename T>
 struct DecodeScratch {
-  Scratch<std::conditional_t<Softmax<T>::apart, double, float>> query;  // sums in double: see Sequence::few
+  Scratch<std::conditional_t<Softmax<T>::apart, double, float>> query;  // summed in double, see Sequence::few
   Scratch<float> scores, kept, partial;
   DecodeScratch(int64_t rows, int64_t head_dim)
       : query(rows * head_dim), scores(rows * kDecodeKeys), kept(round_up(kDecodeKeys, kKeptAtOnce)),
@@ -21,8 +21,8 @@ template <typename T>
 struct Decode {
   const ForwardCall<T>& call;
 
-  // The group's heads times the sequence's queries, head by head, are rows. What a part of the keys gives for one of
-  // them is a record: its highest score, the sum of its weights, and their sum of values.
+  // A row is one query of one head of the group. A part of the keys gives a record for each row: the highest score, the sum of
+  // the weights, and the weighted sum of the values.
   int64_t rows(const Sequence& sequence) const { return call.group() * sequence.queries; }
   int64_t record() const { return call.key.head_dim + 2; }
 
@@ -99,7 +99,7 @@ struct Decode {
     }
   }
 
-  // Joins the records of a head's parts, which lie one after the other, and writes the head's results.
+  // Combines the records of a head's parts, which lie one after the other, and writes the results of the head.
   void finish(const Unit& unit, float* records) const {
     const Sequence& sequence = *unit.sequence;
     const int64_t stride = rows(sequence) * record();
@@ -128,7 +128,7 @@ struct Decode {
       return (last_block(s) - first_block(s)) * kDecodeKeys / kDecodePart;
     });
     const int64_t count = static_cast<int64_t>(units.size());
-    std::vector<int64_t> offsets(count);  // where a part's records begin: an uncut head needs none
+    std::vector<int64_t> offsets(count);  // where each part's records begin; a head in one part needs none
     int64_t size = 0, most_rows = 0;
     for (int64_t u = 0; u < count; ++u) {
       offsets[u] = size, most_rows = std::max(most_rows, rows(*units[u].sequence));

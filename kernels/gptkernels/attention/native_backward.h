@@ -1,23 +1,23 @@
-// The backward of attention: blocks of keys against the blocks of queries that see them, five products. See MATH.md.
+// The backward of attention: five products for each block of keys and each block of queries that sees it. See MATH.md.
 #pragma once
 
-#include "weigh.h"
+#include "attention/native_weights.h"
 
 namespace gptkernels {
 
 template <typename C>
-constexpr int64_t kPadding = std::max(kPanel, Element<C>::depth);  // queries are columns here, and depth there
+constexpr int64_t kPadding = std::max(kPanel, Element<C>::depth);  // the queries are padded for their use as columns and as depth
 
 template <typename T>
 struct BackwardScratch {
   using C = Compute<T>;
-  int64_t depth, width, rows;  // head_dim as a depth, a width, a count of rows
+  int64_t depth, width, rows;  // head_dim, padded as a depth, a width, a count of rows
   Scratch<C> query_columns, grad_columns, query_rows, grad_rows;  // panels of all queries of the group
   Scratch<C> key, value, key_columns, weights, grad_scores, grad_panels, buffer, out_columns;
   Scratch<float> scores, grads, kept, grad_key, grad_value, grad_query, shift, inverse, delta, lift;
   GemmScope scope;
 
-  // `queries`: of all heads of a group; `sums`: floats of their gradient.
+  // `queries`: the queries of all heads of a group, padded; `sums`: the floats of their gradient.
   BackwardScratch(int64_t queries, int64_t head_dim, int64_t sums)
       : depth(round_up(head_dim, Element<C>::depth)), width(round_up(head_dim, kPanel)),
         rows(round_up(head_dim, kRowStep)), query_columns(queries * depth), grad_columns(queries * depth),
@@ -38,7 +38,7 @@ void write_rows(const float* from, int64_t stride, int64_t rows, int64_t columns
     });
 }
 
-// The gradient of one head's queries is held transposed, by blocks of (head_dim, kQueries).
+// Writes the gradient of one head's queries, which is held transposed in blocks of (head_dim, kQueries).
 template <typename T>
 void write_queries(
     const float* blocks, int64_t rows, int64_t tokens, int64_t head_dim, float scale, T* to, int64_t row) {
@@ -48,20 +48,20 @@ void write_queries(
   }
 }
 
-// Some blocks of a head's keys, and the queries [low, high) that see any of them. A head that is cut has a sum of its
-// queries' gradient for each part, at `offset`; they are added up in order.
+// Some blocks of a head's keys, and the queries [low, high) that see any of them. If a head is cut into several parts, each
+// part sums the queries' gradient for itself, at `offset`; `join` adds these sums in order.
 struct Part {
   Unit unit;
   int64_t offset, first, last, step, low, high;  // blocks begin at `first`, `first + step` and so on below `last`
 
-  // `keys`: in a block.
+  // `keys`: the keys in a block.
   Part(const Unit& unit_, int64_t offset_, int64_t keys) : unit(unit_), offset(offset_) {
     const Sequence& s = *unit.sequence;
     const int64_t blocks = ceil_div(s.keys, keys);
-    if (2 * s.window <= s.keys) {  // neighbours, which are seen by few queries
+    if (2 * s.window <= s.keys) {  // neighbouring blocks: few queries see them
       first = blocks * unit.cut / unit.cuts * keys, step = keys;
       last = std::min(blocks * (unit.cut + 1) / unit.cuts * keys, s.keys);
-    } else {  // one of every few: of causal attention, the first are the most work
+    } else {  // every cuts-th block, because in causal attention the first blocks are the most work
       first = unit.cut * keys, last = s.keys, step = unit.cuts * keys;
     }
     const int64_t real = std::min(last, s.length);
@@ -76,15 +76,15 @@ template <typename T>
 struct Backward {
   using C = Compute<T>;
   const Heads &grad_out, &query, &key, &value, &out, &grad_query, &grad_key, &grad_value;
-  const float *statistics, *grad_lse;  // the forward's; (batch, heads, tokens) or null
+  const float *statistics, *grad_lse;  // as the forward saved them; (batch, heads, tokens) or null
   Softmax<T> softmax;
   Dropout dropout;
 
   int64_t group() const { return query.heads / key.heads; }
-  // Floats of the gradient of one head's queries.
+  // The number of floats in the gradient of one head's queries.
   int64_t sums(int64_t queries) const { return round_up(queries, kQueries) * round_up(query.head_dim, kRowStep); }
 
-  // The queries' side of one key/value head: packed, and described, once for all of the part's key blocks.
+  // Packs the queries of one key/value head and their output gradients, once for all key blocks of the part.
   void pack_queries(const Part& part, BackwardScratch<T>& s) const {
     const Sequence& sequence = *part.unit.sequence;
     const int64_t tokens = part.high - part.low, head_dim = query.head_dim, count = round_up(tokens, kPadding<C>);
@@ -103,19 +103,19 @@ struct Backward {
     }
   }
 
-  // Whether all keys that queries [first, first + kQueries) see lie in one block.
+  // Whether one block holds all keys that queries [first, first + kQueries) see.
   static bool whole(const Sequence& s, int64_t first) {
     const int64_t begin = s.begin(first), end = s.end(std::min(first + kQueries, s.queries) - 1);
     return begin < end && begin / kBlockKeys<T> == (end - 1) / kBlockKeys<T>;
   }
 
-  // What belongs to each query of the part's head g. `count`: its queries, padded.
+  // Fills shift, inverse, lift and delta for the queries of the part's head g. `count`: their number, padded.
   void describe_rows(const Part& part, int64_t g, int64_t count, BackwardScratch<T>& s) const {
     const int64_t tokens = part.high - part.low, first = part.unit.sequence->first_query + part.low;
     const int64_t h = part.unit.head * group() + g, row = query.index(part.unit.sequence->batch, h, first);
     float *shift = s.shift + g * count, *inverse = s.inverse + g * count, *lift = s.lift + g * count;
     float* delta = s.delta + g * count;
-    for (int64_t i = 0; i < count; ++i)  // as of a query that is none or sees no key
+    for (int64_t i = 0; i < count; ++i)  // the values for padding, and for queries that see no key
       shift[i] = kInfinity, inverse[i] = lift[i] = delta[i] = 0.f;
     sum_delta(part, g, count, s);
     for (int64_t i = 0; i < tokens; ++i) {
@@ -125,12 +125,12 @@ struct Backward {
         if (total != 0.f) shift[i] = first, inverse[i] = 1.f / total, lift[i] = given;
       } else {
         shift[i] = first;
-        if (first != kInfinity) delta[i] -= given;  // of a query without keys it may be anything
+        if (first != kInfinity) delta[i] -= given;  // `given` may be anything for a query that sees no key
       }
     }
   }
 
-  // delta of the part's head g: its queries' sums of output times gradient, but where `settle_delta` will sum it.
+  // Computes delta for head g of the part, the sum of output times gradient of each query, unless `settle_delta` will do so.
   void sum_delta(const Part& part, int64_t g, int64_t count, BackwardScratch<T>& s) const {
     const Sequence& sequence = *part.unit.sequence;
     const int64_t tokens = part.high - part.low, first = sequence.first_query + part.low, head_dim = query.head_dim;
@@ -146,8 +146,8 @@ struct Backward {
       } else if (sequence.few()) {
         for (int64_t i = 0; i < real; ++i) delta[i] = dot_in_double(d + i * grad_out.row(), o + i * out.row(), head_dim);
       } else {
-        // In the order of the products that give the gradients of weights: where a row is all one key's, delta is that
-        // key's gradient to the last bit, and their difference 0.
+        // In the same order as the products that give the gradients of the weights: if one key has all the weight, delta then
+        // equals that key's gradient to the last bit, and their difference is 0.
         pack_transposed(o, out.row(), real, head_dim, s.out_columns.get(), padded, s.depth, s.buffer.get());
         const float *outs = s.out_columns, *grads = s.grad_columns + (g * count + block) * s.depth;
         for (int64_t i = 0; i < padded; i += kLanes) {
@@ -189,7 +189,7 @@ struct Backward {
     const int64_t b = sequence.batch, kv = part.unit.head, token = sequence.first_key + start;
     const int64_t head_dim = query.head_dim, count = std::min(kBlockKeys<T>, sequence.keys - start);
     const bool skipped = start + count <= sequence.skipped;
-    const int64_t real = skipped ? 0 : std::clamp<int64_t>(sequence.length - start, 0, count);  // others are never read
+    const int64_t real = skipped ? 0 : std::clamp<int64_t>(sequence.length - start, 0, count);  // hidden keys are never read
     const int64_t low = part.low, queries = round_up(part.high - low, kPadding<C>);
     constexpr int64_t kKeysStep = std::max(kRowStep, Element<C>::depth);
     const int64_t all = round_up(real, kKeysStep);
@@ -214,7 +214,7 @@ struct Backward {
         const bool settle = Softmax<T>::apart && whole(sequence, first);
         const int64_t last = std::min(first + kQueries, sequence.queries) - 1;
         const int64_t keys = round_up(std::clamp<int64_t>(sequence.end(last) - start, 0, real), kKeysStep);
-        const int64_t seeing = last + 1 - first;  // columns that are queries, no padding
+        const int64_t seeing = last + 1 - first;  // columns that are queries and not padding
         const auto product = [&](const C* left, Panels<C> right, float* to) {
           multiply<T, false>(sequence, keys, columns, seeing, s.depth, left, s.depth, right, to, kQueries);
         };
@@ -236,7 +236,7 @@ struct Backward {
       }
     }
     T *to_key = grad_key.at<T>(b, kv, token), *to_value = grad_value.at<T>(b, kv, token);
-    const float scale = Softmax<T>::apart ? 1.f : softmax.scale;  // or the queries were scaled
+    const float scale = Softmax<T>::apart ? 1.f : softmax.scale;  // with `apart` the queries are already scaled
     write_rows(s.grad_key.get(), s.width, count, head_dim, scale, to_key, grad_key.row());
     write_rows(s.grad_value.get(), s.width, count, head_dim, dropout.factor, to_value, grad_value.row());
   }
@@ -258,7 +258,7 @@ struct Backward {
     }
   }
 
-  // Adds up what the parts of a head (from `part` on) give for its queries, in order.
+  // Adds the gradients that the parts of a head (from `part` on) give for its queries, in order.
   void join(const Part* part, const float* given) const {
     const int64_t rows = round_up(query.head_dim, kRowStep), all = sums(part->unit.sequence->queries);
     const Scratch<float> total(group() * all);
@@ -289,8 +289,8 @@ struct Backward {
     }
     for (const Part& part : parts)
       if (part.unit.cuts > 1 && part.unit.cut == 0) heads.push_back(&part);
-    const Tensor given = at::zeros({size}, at::kFloat);
-    float* sums_of_parts = given.data_ptr<float>();
+    const Tensor given = zeroed(empty_floats({size}));
+    float* sums_of_parts = given.mutable_data_ptr<float>();
     parallel_units(
         static_cast<int64_t>(parts.size()),
         [&] {
@@ -304,7 +304,7 @@ struct Backward {
           run_part(part, s, s.grad_query);
           write_group(part.unit, s.grad_query);
         });
-    at::parallel_for(0, static_cast<int64_t>(heads.size()), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, static_cast<int64_t>(heads.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) join(heads[head], sums_of_parts);
     });
   }

@@ -1,0 +1,13 @@
+"""The files of a folder that holds a model, as Hugging Face names them; ours have the same names."""
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Lists the files of weights that are stored in several."""
+GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+"""The special tokens, in folders of older versions of transformers."""
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
