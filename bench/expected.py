@@ -134,6 +134,7 @@ def training_parts() -> dict[str, float]:
             part = "products of the loss"
         parts[part] = parts.get(part, 0.0) + launch["count"] * launch_seconds(launch, attention | heads)
     parts["partial sums"] = parts.pop("gptkernels", 0.0)
+    parts["cross_entropy"] = parts.pop("_loss", 0.0)
     parts["optimizer"] = OPTIMIZER_BYTES * 124.4e6 / H100.bandwidth
     return dict(sorted(parts.items(), key=lambda part: -part[1]))
 

@@ -74,6 +74,14 @@ def test_an_op_is_one_folder_with_the_same_files(folder: Path):
     assert {"__init__.py", "api.py", "reference.py", "native.cpp", "spec.py", "MATH.md"} <= found
 
 
+@pytest.mark.parametrize("folder", OPS, ids=lambda p: p.name)
+def test_an_op_imports_no_other_op(folder: Path):
+    """What two of them share stands below both."""
+    others = {p.name for p in OPS} - {folder.name}
+    found = {name for file in folder.glob("*.py") for name in imports(file) if name.startswith("gptkernels.")}
+    assert {name for name in found if name.split(".")[1] in others} == set()
+
+
 @pytest.mark.parametrize("file", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports(file: Path):
     found = imports(file)

@@ -29,7 +29,7 @@ def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def normalised(x: Tensor, **parameters: Tensor | None) -> None:
-    """What every norm takes: rows ``(..., N)`` and parameters ``(N,)`` of any floating dtype."""
+    """Checks a norm's arguments: rows ``(..., N)`` and parameters ``(N,)`` of any floating dtype."""
     floating("x", x)
     if x.dim() == 0:
         raise ValueError("x: got a tensor without dimensions; accepted is (..., N)")
@@ -41,7 +41,7 @@ def normalised(x: Tensor, **parameters: Tensor | None) -> None:
 
 
 def stream(x: Tensor, residual: Tensor) -> None:
-    """A residual stream and the branch `x` that joins it: it may be kept in float32 beside a 16-bit branch."""
+    """Checks a residual stream against the branch `x` that is added to it: x's dtype, or float32 beside a 16-bit `x`."""
     floating("residual", residual)
     shape("residual", residual, tuple(x.shape))
     same_device("residual", residual, "x", x)
@@ -49,9 +49,18 @@ def stream(x: Tensor, residual: Tensor) -> None:
         raise TypeError(f"residual: got dtype {residual.dtype}; accepted is x's dtype, {x.dtype}, or torch.float32")
 
 
+def autocast_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# PyTorch 2.11's Dynamo cannot trace the call above. The mark is that of torch.compiler.assume_constant_result, whose import
+# of the compiler takes seconds.
+autocast_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast casts an operand like `x` to; None where it is off, or leaves `x` alone (float64)."""
+    """Returns the dtype that autocast casts `x` to; None where autocast is off or does not cast `x` (float64)."""
     device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if x.dtype == torch.float64 or not autocast_available(device_type):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

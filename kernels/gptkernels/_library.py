@@ -1,7 +1,7 @@
-"""Registers a kernel as a PyTorch dispatcher op, so that torch.compile sees one opaque call with known outputs.
+"""Registers kernels as PyTorch dispatcher ops, which torch.compile treats as opaque calls with known outputs.
 
-Each backend has a namespace of its own (``torch.ops.gptkernels_triton``, ``torch.ops.gptkernels_native``) with the same
-op names and schemas; the autograd Functions differ between backends only in the namespace they call.
+Each backend has its own namespace (``torch.ops.gptkernels_triton``, ``torch.ops.gptkernels_native``) with the same op
+names and schemas. An autograd Function serves both backends: it is told which namespace to call.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels import _flops
+from gptkernels import _check, _flops
 
 launchers: dict[str, Callable[[], Callable[..., Any]]] = {}
-"""By op name, what imports and returns the function behind the op; filled by `register`, read by compile_report."""
+"""By op name, what imports and returns its Triton launcher. `register` fills it."""
+
+FUSED: dict[str, tuple[str, ...]] = {}
+"""By public function, the backends beside the reference that have a kernel for it. `register` fills it."""
 
 
 def register(
@@ -26,27 +29,38 @@ def register(
     schema: str,
     *,
     fake: Callable[..., Any],
-    module: str | None = None,
+    triton: bool = True,
+    functions: tuple[str, ...] = (),
     flops: Callable[..., int] | None = None,
 ) -> None:
-    """Defines the op ``{name}{schema}`` in the native namespace, and in triton's when there is a Triton launcher.
+    """Defines the op ``{name}{schema}`` in the native namespace and, unless `triton` is False, in triton's.
 
     The native op is implemented in C++ (``native.cpp``), which `gptkernels._native` loads at first use. The Triton op is
-    the function of that name in `module`, imported at the op's first call: `import gptkernels` must work, and be
-    quick, without triton. `fake` returns the outputs' shapes, dtypes and layouts. `flops` returns what a call with these
-    arguments counts in PyTorch's FlopCounterMode, by its conventions: two operations for each multiplication of a product
-    of matrices, causal or not, and nothing for the rest.
+    the function `name` of the ``triton.py`` in the folder of `fake`. It is imported at the op's first call: `import
+    gptkernels` must work, and be quick, without triton.
+
+    Args:
+        name: ``<function>_forward`` or ``<function>_backward``.
+        schema: arguments and results, as `torch.library.define` takes them.
+        fake: returns the outputs' shapes, dtypes and layouts.
+        triton: whether there is a Triton launcher.
+        functions: the public functions that call the op, where there are others than the one in `name`.
+        flops: returns what a call with these arguments counts in PyTorch's FlopCounterMode, by its conventions: two
+            operations for each multiplication of a product of matrices, causal or not, and nothing for the rest.
     """
+    for function in functions or (name.rpartition("_")[0],):
+        FUSED[function] = ("triton", "native") if triton else ("native",)
     torch.library.define(f"gptkernels_native::{name}", schema)
     torch.library.register_fake(f"gptkernels_native::{name}", fake)
     if flops is not None:
         _flops.register(getattr(torch.ops.gptkernels_native, name), flops)
-    if module is None:
+    if not triton:
         return
 
     @cache
     def load() -> Callable[..., Any]:
-        return getattr(importlib.import_module(module), name)
+        folder = fake.__module__.rpartition(".")[0]
+        return getattr(importlib.import_module(f"{folder}.triton"), name)
 
     launchers[name] = load
 
@@ -67,8 +81,8 @@ def ops(backend: str) -> Any:
     return getattr(torch.ops, f"gptkernels_{backend}")
 
 
-class _Unrecorded:
-    """Takes what a Function's forward keeps for a backward that will not come."""
+class _InferenceContext:
+    """Stub ctx for inference: discards saved tensors."""
 
     needs_input_grad = (False,) * 16
 
@@ -80,38 +94,42 @@ class _Unrecorded:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``; where nothing is recorded its forward alone, without apply's 20 us a call.
+    """Calls ``function.apply(*args)``, or only its forward where no gradient is recorded.
 
-    A decoding step makes a hundred of these calls.
+    That saves the 20 us of `apply`; a decoding step makes a hundred of these calls.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function.apply(*args)
-    return function.forward(_Unrecorded(), *args)
+    return function.forward(_InferenceContext(), *args)
 
 
 def graph_wanted() -> bool:
-    """In a Function's backward: whether the gradients are to be differentiated themselves (``create_graph=True``).
+    """In a Function's backward: whether its gradients will be differentiated again (``create_graph=True``).
 
-    A kernel's result has no history, and autograd would take its derivative for zero: `differentiated` is called then.
-    Never under torch.compile, which refuses second derivatives itself.
+    Autograd records nothing inside a kernel and would take its derivative for zero, so the backward must then call
+    `differentiable_gradients`. False under torch.compile, which refuses second derivatives itself.
     """
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def differentiated(
+def differentiable_gradients(
     formula: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
     *grad_outs: Tensor | None,
 ) -> list[Any]:
-    """The gradients of the plain PyTorch ``formula(*inputs)``, recorded, so that they can be differentiated again.
+    """Returns the gradients of the plain PyTorch ``formula(*inputs)``, recorded so that they can be differentiated again.
 
-    `inputs` are what a Function saved, still in the graph that the forward built; `grad_outs` belong to the formula's
-    outputs, None for one without a gradient. An input that needs no gradient gets None.
+    Args:
+        formula: the operation in plain PyTorch.
+        inputs: the tensors that the Function saved, still part of the forward's graph. One that needs no gradient gets
+            None.
+        grad_outs: the gradients of the formula's outputs, None for an output without one.
     """
-    # A view of each: a tensor that is given twice gets two gradients, and one made from another its own alone.
+    # Differentiate with respect to views: a tensor that is passed twice then gets two gradients, and an input that was
+    # computed from another input does not add to that one's gradient.
     own = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
     asked = {i: x for i, x in enumerate(own) if x is not None and x.requires_grad}
-    with no_autocast(next(iter(asked.values()))):  # the inputs are what it has cast
+    with no_autocast(next(iter(asked.values()))):  # the inputs are already cast
         outs = formula(*own)
         reached = [(out, g) for out, g in zip(outs if isinstance(outs, tuple) else (outs,), grad_outs) if g is not None]
         grads = torch.autograd.grad(
@@ -123,8 +141,8 @@ def differentiated(
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Switches autocast off on `x`'s device, for an operation's own products: what is to be cast has been."""
+    """Switches autocast off on `x`'s device, around an operation whose inputs are already cast."""
     device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _check.autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

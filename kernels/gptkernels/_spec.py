@@ -1,4 +1,4 @@
-"""What an operation's ``spec.py`` is made of: cases that tests and benches iterate over, and what each costs."""
+"""What a ``spec.py`` consists of: an operation's cases, which tests and benches iterate over, and what each costs."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Inputs:
 
 
 class Draws:
-    """Random tensors of one seed: on a GPU drawn there, since billions from the CPU take minutes; else the CPU's.
+    """Draws random tensors from one seed: on the GPU if `device` is one, since billions of numbers take a CPU minutes.
 
-    `device` is where they are; None for any but a GPU: the default device then, so that tensors without data stay so.
+    Else they are drawn on the default device, which may be "meta" (tensors without data).
     """
 
     def __init__(self, device: torch.device, seed: int) -> None:
@@ -49,21 +49,21 @@ class Draws:
         self._generator = torch.Generator(self.device or "cpu").manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
-        """Of mean 0 and variance 1, float32."""
+        """Normal, mean 0 and variance 1, float32."""
         return torch.randn(shape, generator=self._generator, device=self.device)
 
     def uniform(self, *shape: int) -> Tensor:
-        """From 0 to 1, float32."""
+        """Uniform from 0 to 1, float32."""
         return torch.rand(shape, generator=self._generator, device=self.device)
 
     def integers(self, below: int, *shape: int) -> Tensor:
-        """From 0 to ``below - 1``, int64."""
+        """Uniform from 0 to ``below - 1``, int64."""
         return torch.randint(below, shape, generator=self._generator, device=self.device)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one call: floating-point operations, and the fewest bytes that must move (inputs read and outputs written once)."""
+    """The work of one call: floating-point operations, and the fewest bytes that must move (each tensor read or written once)."""
 
     forward_flops: int
     backward_flops: int
@@ -73,12 +73,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """Everything that tests and benches need to know of one operation.
+    """Everything that tests and benches need to know about one operation.
 
-    `make_inputs(case, dtype, device, seed)` draws the inputs by `Draws`.
-    `reference` takes the same keyword arguments as `function`, without `backend`. `compile_cases` are for compile_report
-    alone, where tensors have no data: each variant of the Triton kernels once or twice, at the size that users run.
-    `cpu_cases` are what bench.cpu times; `bench_cases` are sized for a GPU.
+    `make_inputs(case, dtype, device, seed)` draws the inputs by `Draws`. `reference` takes the keyword arguments of
+    `function` but `backend`. `compile_cases` are for compile_report, where tensors have no data: each variant of the Triton
+    kernels once or twice, at sizes that users run. bench.cpu times `cpu_cases`; `bench_cases` are sized for a GPU.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""What the Triton launchers share: the mended interpreter, launches, the device guard and size, tiles, and column sums.
+"""What the Triton launchers share: fast launches, the device guard, hardware properties, launch configurations, column sums.
 
-Beside the operations' own ``triton.py`` this is the only module that imports triton.
+It also mends Triton's interpreter when kernels run in it.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ if interpreting():
 
 
 planned = lru_cache(maxsize=1024)
-"""Decorates what works out launches from sizes, strides, dtypes and options alone: done once for each combination."""
+"""Caches a function that builds launches from sizes, strides, dtypes and options: it runs once for each combination."""
 
-# Triton's releases whose compiled kernels are known to be launched as `Launch` does.
+# The releases of Triton whose compiled kernels can be launched directly, as `Launch` does.
 _DIRECT = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"], ["3", "9"])
-_run = JITFunction.run  # tools that look on, or compile otherwise, put something else in its place
+_run = JITFunction.run  # profilers, and tools that compile differently, replace it
 _ROCM = torch.version.hip is not None
 
 
 class Launch:
-    """A kernel, its grid, and all it is told but its tensors: called with the tensors, None for each that it has no use for.
+    """A kernel with its grid and all its arguments but the tensors. Call it with the tensors, None for each unused one.
 
-    Triton binds and inspects every argument at every launch, some forty here. Of one `Launch` the numbers and constants
-    never change: what Triton can tell apart is the device, the tensors' dtypes, and whether their addresses are multiples
-    of 16. The first launch with each is Triton's own; where all addresses are such multiples, later ones go straight to
-    what it compiled, with the hooks of profilers. The interpreter and unknown releases of Triton are left alone.
+    Triton binds and inspects every argument, some forty here, at every launch. The numbers and constants of one `Launch`
+    never change, so that Triton's specialisation depends only on the device, the tensors' dtypes, and whether their
+    addresses are multiples of 16. The first launch with each combination goes through Triton. If all addresses are
+    multiples of 16, later launches call the compiled kernel directly, with profilers' hooks. In the interpreter and in
+    unknown releases of Triton every launch goes through Triton.
 
     Args:
-        kernel: its parameters are tensors, then `numbers`, then constants.
+        kernel: takes tensors, then `numbers`, then constants.
         grid: one to three sizes.
-        numbers: integers and floats, as Triton specialises them.
-        constants: by name, and Triton's options (``num_warps``).
+        numbers: integers and floats; Triton specialises the kernel for some of their values.
+        constants: the kernel's constants, by name, and Triton's options (``num_warps``).
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...] = (), **constants: Any) -> None:
@@ -70,7 +71,7 @@ class Launch:
                     continue
                 addresses |= x.data_ptr()
                 seen.append(x.dtype)
-                if _ROCM:  # Triton's AMD compiler also asks whether 32-bit offsets reach all of it
+                if _ROCM:  # Triton's AMD compiler also specialises for tensors that 32-bit offsets reach
                     seen.append(x.untyped_storage().nbytes() < 2**31)
             if addresses % 16 == 0:
                 key = tuple(seen)
@@ -82,18 +83,18 @@ class Launch:
             self._compiled[key] = compiled
 
 
-_HERE = nullcontext()
+_NO_SWITCH = nullcontext()
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes `x`'s GPU the current one: Triton launches on the current device, whatever its arguments live on."""
+    """Makes `x`'s GPU the current one: Triton launches on the current device, wherever the arguments are."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return _HERE
+        return _NO_SWITCH
     return torch.cuda.device(x.device)
 
 
 class Hardware(NamedTuple):
-    """What launchers configure themselves for."""
+    """The hardware that a launch is configured for."""
 
     multiprocessors: int
     arch: str  # sm_90, sm_80, ...; hip; interpreter
@@ -110,15 +111,15 @@ def _properties(index: int) -> Hardware:
     return Hardware(properties.multi_processor_count, arch)
 
 
-# In the interpreter a handful of rows already spans several programs.
+# So few multiprocessors that in the interpreter a handful of rows already spans several programs.
 _INTERPRETER = Hardware(2, "interpreter")
-# What tensors without data stand for, in `compiling_for`.
+# The hardware that tensors without data are taken to be on, set by `compiling_for`.
 _compile_target: Hardware | None = None
 
 
 @contextmanager
 def compiling_for(arch: str, multiprocessors: int = 132) -> Iterator[None]:
-    """Launchers given tensors that are on no GPU configure themselves for `arch` (see compile_report)."""
+    """Within it, launches on tensors that are on no GPU are configured for `arch` (see compile_report)."""
     global _compile_target
     _compile_target = Hardware(multiprocessors, arch)
     try:
@@ -128,7 +129,7 @@ def compiling_for(arch: str, multiprocessors: int = 132) -> Iterator[None]:
 
 
 def hardware(x: Tensor) -> Hardware:
-    """The GPU that `x` is on, or the interpreter."""
+    """Returns the GPU that `x` is on, or the interpreter."""
     if x.is_cuda:
         return _properties(x.device.index)
     return _compile_target or _INTERPRETER
@@ -150,7 +151,7 @@ def next_power_of_2(n: int) -> int:
 
 @planned
 def _rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """``(rows, columns, stride between rows)``; None where no one stride describes all rows, or columns are not adjacent."""
+    """``(rows, columns, stride between rows)``; None where rows are not evenly spaced or columns are not adjacent."""
     *leading, columns = shape
     if columns > 1 and strides[-1] != 1:
         return None
@@ -169,8 +170,8 @@ def _rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, i
 def rows_and_stride(x: Tensor) -> tuple[Tensor, int, int, int]:
     """`x` as rows of its last dimension: ``(tensor, rows, columns, stride between rows)``.
 
-    Read in place where one stride describes all rows and columns are adjacent (a slice of a wider tensor, say): the tensor
-    is then `x` itself, whatever its dimensions, else a contiguous copy. `x` is not empty.
+    Where rows are evenly spaced and columns adjacent (as in a slice of a wider tensor), the tensor is `x` itself, whatever
+    its dimensions; else it is a contiguous copy. `x` must not be empty.
     """
     found = _rows(x.shape, x.stride())
     if found is None:
@@ -180,9 +181,9 @@ def rows_and_stride(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def whole_rows(device: Hardware, columns: int, per_thread: int, warps: int = 4) -> dict[str, int]:
-    """ROWS, BLOCK and num_warps of a kernel that holds rows of `columns` whole, `per_thread` elements a thread.
+    """ROWS, BLOCK and num_warps of a kernel that holds whole rows of `columns`, with `per_thread` elements a thread.
 
-    Short rows share a program, so that it has `warps` warps.
+    Short rows share a program, to fill its `warps` warps.
     """
     block = next_power_of_2(columns)
     rows = max(1, min(32, 32 * warps * per_thread // block))
@@ -191,63 +192,65 @@ def whole_rows(device: Hardware, columns: int, per_thread: int, warps: int = 4) 
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(most, rows * block // (32 * per_thread)))}
 
 
-# A row that is read twice is in cache the second time. Two rows a multiprocessor overlap one's reads with the other's
-# writes; rows of more bytes than this come one at a time, or those in flight outgrow the second-level cache.
-_SHARED_BYTES = 131072
+# The longest row, in bytes, of which a multiprocessor works on two at a time, one's reads overlapping the other's writes.
+# Two longer rows on each would outgrow the second-level cache, from which the second read of a row is to come.
+_PAIRED_ROW_BYTES = 131072
 
 
 def rereading_threads(row_bytes: int) -> int:
-    """Threads of a program that reads a row of so many bytes twice."""
-    return 512 if row_bytes <= _SHARED_BYTES else 1024
+    """The number of threads of a program that reads a row of `row_bytes` twice."""
+    return 512 if row_bytes <= _PAIRED_ROW_BYTES else 1024
 
 
 def long_rows(device: Hardware, itemsize: int, sizes: Sequence[int], threads: int) -> dict[str, int]:
-    """DEPTH, LANES and num_warps of a kernel that takes a row too long for registers in tiles of (DEPTH, LANES).
+    """DEPTH, LANES and num_warps of a kernel that walks a row too long for registers in tiles of (DEPTH, LANES).
 
-    `itemsize`: bytes of the widest tensor's elements; `sizes`: how many columns of the tensors are read, and how far their
-    rows are apart. LANES is such that a column of the tile belongs to one thread, whatever the loads.
+    `itemsize` is the size of the widest tensor's elements, `sizes` are the tensors' column counts and row strides. LANES
+    is chosen so that one thread owns a column of the tile, whatever the loads.
     """
-    # Per thread 16 elements in loads of 16 bytes; of rows that allow no wide loads 8, whose addresses fill the registers.
+    # A thread takes 16 elements in loads of 16 bytes, or 8 where rows allow no wide loads: more addresses would not fit
+    # its registers.
     aligned = all(size % 16 == 0 for size in sizes)
     lanes, elements = (16 // itemsize, 16) if aligned else (2, 8)
     return {"DEPTH": elements // lanes, "LANES": threads * lanes, "num_warps": threads // device.warp_size}
 
 
 def row_tile(rows: int, columns: int) -> dict[str, int]:
-    """ROWS, BLOCK and num_warps of a kernel that adds columns up: tall, so that few programs share a column."""
+    """ROWS, BLOCK and num_warps of a kernel that sums columns: tall tiles, so that few programs share a column."""
     tall = min(16, next_power_of_2(rows))
     block = min(4096 // tall, next_power_of_2(columns))
     return {"ROWS": tall, "BLOCK": block, "num_warps": max(1, tall * block // 512)}
 
 
 def registers(device: Hardware, threads: int) -> dict[str, int]:
-    """The registers of a thread where `threads` have a multiprocessor of NVIDIA's: left to itself, ptxas may spill a few to
-    need fewer."""
+    """The bound of registers a thread with which `threads` fit one of NVIDIA's multiprocessors.
+
+    Without it, ptxas may spill a few registers to use fewer.
+    """
     return {"maxnreg": 65536 // threads} if device.arch.startswith("sm_") else {}
 
 
-# Shared memory that a program may fill, KiB, less a little for reductions; of other architectures the least.
+# The shared memory that a program may fill, in KiB, less some for reductions. Other architectures get the least, 96.
 _SHARED_KIB = {"sm_80": 160, "sm_90": 224, "sm_100": 224, "hip": 60}
 
 
 def share_rows(
     device: Hardware, tile: dict[str, int], rows: int, columns: int, read: Sequence[int]
 ) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and constants of a kernel that walks a share of `rows`, adding columns up: ``(shares, blocks of columns)``.
+    """Grid and constants of a kernel whose programs sum columns over a share of `rows`: ``(shares, blocks of columns)``.
 
-    16 warps a multiprocessor: few enough that their partial sums cost little to write and add. Memory is kept busy by
-    loading two steps ahead of the tensors that it goes through, `read` bytes an element (STAGES), where shared memory
-    has the room.
+    There are 16 warps a multiprocessor, few enough that their partial sums cost little to write and add. To keep memory
+    busy, the tensors (`read` bytes an element) are loaded two steps ahead (STAGES) where shared memory has room.
     """
     blocks, steps = cdiv(columns, tile["BLOCK"]), cdiv(rows, tile["ROWS"])
     programs = max(1, 16 * device.multiprocessors // (tile["num_warps"] * blocks))
-    shares = cdiv(steps, cdiv(steps, programs))  # even ones
+    shares = cdiv(steps, cdiv(steps, programs))  # of equal size
     ahead = 2 * tile["ROWS"] * tile["BLOCK"] * sum(read)
     room = _SHARED_KIB.get(device.arch, 96) * 1024
     return (shares, blocks), {**tile, "STAGES": 3 if ahead <= room else 1} | registers(device, 512)
 
 
-# Of a program of a team: its threads, and the columns of its block.
+# Threads, and columns of the block, of a program that is a member of a team.
 _TEAM_THREADS = 512
 _TEAM_BLOCK = 1024
 
@@ -255,10 +258,10 @@ _TEAM_BLOCK = 1024
 def team_rows(
     device: Hardware, rows: int, columns: int, itemsize: int, strides: Sequence[int]
 ) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and constants of a kernel whose programs take long rows in teams: ``(members of a team, teams)``.
+    """Grid and constants of a kernel whose programs work on long rows in teams: ``(members of a team, teams)``.
 
-    A team has a member for every block of columns, and takes as many rows at a time. One program a multiprocessor: the
-    rows that are being worked on shall stay in the second-level cache.
+    A team has a member for every block of columns, and works on as many rows at a time as it has members. There is one
+    program a multiprocessor, so that these rows stay in the second-level cache.
     """
     members = cdiv(columns, _TEAM_BLOCK)
     teams = max(1, min(device.multiprocessors // members, cdiv(rows, members)))
@@ -270,7 +273,7 @@ def team_rows(
 
 @triton.jit
 def _sum_partials_kernel(PARTIAL, FIRST, SECOND, P, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Column sums of PARTIAL (parts, P, N), each part in a fixed order: of the first to FIRST, of another to SECOND."""
+    """Sums the columns of PARTIAL (parts, P, N) in a fixed order: the first part's to FIRST, the second's to SECOND."""
     part = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < N
@@ -295,6 +298,9 @@ def _sum_launch(parts: int, count: int, columns: int) -> Launch:
 
 
 def sum_partials(partial: Tensor, totals: list[Tensor]) -> None:
-    """``totals[i] = partial[i].sum(0)`` for one or two totals: partial float32 ``(len(totals), P, N)``, fixed order."""
+    """Computes ``totals[i] = partial[i].sum(0)`` for up to two totals; `partial` is float32 ``(len(totals), P, N)``.
+
+    The order of the sum is fixed.
+    """
     if totals:
         _sum_launch(*partial.shape)(partial, totals[0], totals[-1])

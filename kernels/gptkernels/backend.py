@@ -19,26 +19,11 @@ import torch
 from torch import Tensor
 
 from gptkernels import _native
+from gptkernels._library import FUSED
 
 BACKENDS = ("reference", "triton", "native")
 CHOICES = ("auto", *BACKENDS)
 
-# What each operation has beside its reference.
-FUSED: dict[str, tuple[str, ...]] = {
-    "layer_norm": ("triton", "native"),
-    "add_layer_norm": ("triton", "native"),
-    "rms_norm": ("triton", "native"),
-    "add_rms_norm": ("triton", "native"),
-    "softmax": ("triton", "native"),
-    "attention": ("triton", "native"),
-    "attention_varlen": ("triton", "native"),
-    "rotary": ("triton", "native"),
-    "linear": ("native",),
-    "gelu": ("triton", "native"),
-    "swiglu": ("triton", "native"),
-    "cross_entropy": ("triton", "native"),
-    "linear_cross_entropy": ("triton", "native"),
-}
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # "auto" takes the first of these that can run, and reference when none can.
 _PREFERRED = {"cuda": ("triton",), "cpu": ("native",)}
@@ -88,7 +73,7 @@ def _no_kernel(op: str | None, backend: str) -> str | None:
 
 
 def _why_not(op: str | None, backend: str, device_type: str, device_index: int) -> str | None:
-    """None when `backend` can run `op` (None: any operation) on that device, else the reason why not."""
+    """Returns why `backend` cannot run `op` (None: any operation) on that device; None when it can."""
     if backend == "reference":
         return None
     if backend == "native":
@@ -111,11 +96,11 @@ def _why_not(op: str | None, backend: str, device_type: str, device_index: int) 
 
 
 def _start(backend: str) -> str | None:
-    """Makes a backend that can run ready to run (the native one may have to be compiled); a reason if that fails."""
+    """Prepares a backend that can run (the native one may have to be compiled); returns the reason if that fails."""
     return _native.load() if backend == "native" else None
 
 
-# torch.compiler.assume_constant_result does just this, but imports the compiler: seconds, at `import gptkernels`.
+# As torch.compiler.assume_constant_result does; but that imports the compiler, and `import gptkernels` would take seconds.
 _why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _start._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -130,17 +115,17 @@ def _index(device: torch.device) -> int:
 
 
 def _transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp) or forward-mode differentiation is at work; both know PyTorch's own ops alone."""
+    """Whether torch.func (grad, vmap, jvp) or forward-mode differentiation is active; they support PyTorch's own ops only."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-_NO_DISPATCH: Any = torch._C._disabled_torch_dispatch_impl  # what Tensor has in place of an own __torch_dispatch__
-# Subclasses that hand any operation on to their data.
+_NO_DISPATCH: Any = torch._C._disabled_torch_dispatch_impl  # Tensor.__torch_dispatch__, unless a subclass overrides it
+# Subclasses that pass every operation on to their data.
 _TRANSPARENT = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor")
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether a kernel can read `x`'s memory: not so for DTensors, nested, sparse and other tensors made of tensors."""
+    """Whether a kernel can read `x`'s memory. It cannot for DTensors, nested, sparse and other tensors made of tensors."""
     kind: Any = type(x)
     if kind.__torch_dispatch__ is not _NO_DISPATCH:
         return kind.__name__ in _TRANSPARENT and kind.__module__.startswith("torch.")
@@ -148,12 +133,12 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def choose(op: str, x: Tensor, backend: str | None) -> str:
-    """The backend that runs `op` on a tensor like `x`.
+    """Returns the backend that runs `op` on a tensor like `x`.
 
-    `backend` is the caller's argument: None means the choice made by `use_backend`, "auto" the fastest that can run. An
-    operation for which the chosen backend has no kernel (see `report`) takes the reference. Under torch.func's transforms
-    and forward-mode differentiation "auto" takes the reference, and for tensors that no kernel can read: DTensors, nested
-    and sparse ones, and other subclasses with operations of their own.
+    `backend` is the caller's argument: None stands for the choice made by `use_backend`, "auto" for the fastest that can
+    run. If the chosen backend has no kernel for `op` (see `report`), the reference runs it. "auto" also takes the
+    reference under torch.func's transforms and forward-mode differentiation, and for tensors that no kernel can read:
+    DTensors, nested and sparse tensors, and other subclasses with operations of their own.
 
     Raises:
         ValueError: `backend` is not a known name.
@@ -209,7 +194,7 @@ class use_backend:
         if name != "auto":
             reasons = {str(device): _why_not(None, name, device.type, _index(device)) for device in _devices()}
             if all(reasons.values()):
-                # Every device says no; the accelerator's reason is the one to act on.
+                # No device can run it; the accelerator's reason is the one to act on.
                 raise BackendUnavailableError(f"backend {name!r} cannot run here: {list(reasons.values())[-1]}")
         self._previous = _choice
         _choice = name

@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and reads its machine code.
+"""Compiles every Triton kernel for given GPUs, without having one, and reads the machine code.
 
-``python -m gptkernels.compile_report --target sm_90`` runs each operation's own launchers, forward and backward, over the
-cases of its spec with tensors that have no data; Triton specialises every launch as it would on that GPU, and what it
-would run is compiled instead. It prints registers, spills, shared memory, how many programs a multiprocessor runs at a
-time and the matrix instructions of each kernel in the configuration that is shipped, and exits with 1 where one does not
-fit its target, or where ptxas makes each wgmma wait for the one before it.
+``python -m gptkernels.compile_report --target sm_90`` runs each operation's launchers, forward and backward, over the cases
+of its spec, with tensors that have no data. Triton specialises every launch as it would on that GPU; the kernel is then
+compiled and not run. For each kernel in its shipped configuration the report prints registers, spills, shared memory, the
+programs that a multiprocessor runs at a time, and the matrix instructions. It exits with 1 if a kernel does not fit its
+target, or if ptxas makes each wgmma wait for the one before it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gptkernels.backend import interpreting
 
 @dataclass(frozen=True)
 class Target:
-    """An architecture, and the card that launchers configure themselves for."""
+    """An architecture, and the card that launches are configured for."""
 
     name: str
     card: str
@@ -49,14 +49,14 @@ class Target:
 
     @property
     def launcher_arch(self) -> str:
-        """What `_triton.architecture` calls it."""
+        """The name of the architecture in `_triton.Hardware`."""
         return self.name if self.backend == "cuda" else self.backend
 
     def blocks(self, num_warps: int, registers: int, shared_bytes: int) -> int:
-        """How many programs of a kernel an NVIDIA multiprocessor runs at a time; 0 of one that does not fit.
+        """How many programs of a kernel an NVIDIA multiprocessor runs at a time; 0 if one does not fit.
 
-        It has 65,536 registers, given out to a warp by 256 and to its quarters evenly; shared memory is what one program
-        may use and 1 KiB, given out by 128 bytes, of which every program costs 1 KiB more than it asks for.
+        A multiprocessor has 65,536 registers, in equal quarters; a warp gets them in units of 256. Its shared memory is
+        1 KiB more than one program may use, in units of 128 bytes; a program takes 1 KiB more than it asks for.
         """
         warps = 4 * (65536 // 4 // max(-(-registers * 32 // 256) * 256, 256))
         shared = -(-(shared_bytes + 1024) // 128) * 128
@@ -68,8 +68,8 @@ class Target:
         )
 
 
-# CUDA programming guide, table of technical specifications per compute capability; AMD's instruction set manuals, local
-# data share.
+# From the CUDA programming guide, table of technical specifications per compute capability, and from AMD's instruction set
+# manuals, local data share.
 TARGETS = {
     target.name: target
     for target in (
@@ -96,28 +96,28 @@ _DOT = re.compile(r"= tt\.dot .*: tensor<(\d+)x\d+x(?:bf16|f16)>")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel in one configuration: what its machine code uses."""
+    """The figures of one kernel's machine code in one configuration."""
 
     op: str
     case: str
     dtype: str
-    folder: str  # that the kernel stands in
+    folder: str  # where the kernel is defined
     kernel: str
     target: str
     num_warps: int
     registers: int = 0
     spills: int = 0  # NVIDIA: instructions on local memory; AMD: vector registers kept in scratch memory
     shared_bytes: int = 0
-    blocks: int = 0  # programs that a multiprocessor runs at a time; 0 on AMD, where that is not worked out
-    maxnreg: int | None = None  # the launch's bound of registers
-    wgmma_serialised: bool = False  # each waits for the one before it
+    blocks: int = 0  # programs that a multiprocessor runs at a time; 0 on AMD, where it is not computed
+    maxnreg: int | None = None  # the launch's bound of registers a thread
+    wgmma_serialised: bool = False  # whether each waits for the one before it
     matrix: dict[str, int] = field(default_factory=dict)  # instructions by kind
     dots: int = 0  # matrix products of 16-bit operands in the kernel's source
-    dot_rows: int = 0  # the fewest rows that one of them has: fewer than 64 do not fill a warp group's instruction
+    dot_rows: int = 0  # the fewest rows of one of these products: fewer than 64 do not fill a warp group's instruction
     error: str = ""  # why it does not compile
 
     def faults(self) -> list[str]:
-        """Why it cannot run on its target, or not well; empty for a kernel that can."""
+        """Why the kernel cannot run, or not well, on its target; empty if it can."""
         target = TARGETS[self.target]
         faults = [self.error] if self.error else []
         if self.spills:
@@ -150,7 +150,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Launch:
-    """What Triton would compile when the launchers run `case`; the last three are ``triton.compile``'s arguments."""
+    """A launch that Triton would compile when `case` runs; the last three fields are ``triton.compile``'s arguments."""
 
     op: str
     case: str
@@ -162,7 +162,7 @@ class Launch:
 
 
 class _Driver:
-    """Stands in for the driver of a GPU that is not there; Triton asks it what to specialise a launch for."""
+    """Stands in for the driver of a GPU; Triton asks it what to specialise a launch for."""
 
     def __init__(self, gpu: Any) -> None:
         self.gpu = gpu
@@ -171,14 +171,14 @@ class _Driver:
         return self.gpu
 
     def get_current_device(self) -> Any:
-        return self  # what Triton keys its kernels by: each driver starts with none
+        return self  # Triton keys its compiled kernels by this: each driver starts with none
 
     def get_current_stream(self, device: Any) -> int:
         return 0
 
 
 class _NotRun:
-    """A compiled kernel, to the code that launches it."""
+    """Stands in for a compiled kernel; launching it does nothing."""
 
     function = packed_metadata = None
 
@@ -190,13 +190,15 @@ class _NotRun:
             raise ValueError(f"a launch's grid is {(x, y, z)}; the second and third dimension may be 65535 at most")
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        return lambda *args: None  # another launch like one that was recorded
+        return lambda *args: None  # a launch like one that was recorded
 
 
 @contextmanager
 def _recorded(target: Target) -> Iterator[list[tuple[Any, ...]]]:
-    """Within it, launchers given tensors without data configure themselves for `target`; ``triton.compile``'s arguments,
-    of each distinct launch, are added to the list."""
+    """Within it, launches on tensors without data are configured for `target` and recorded.
+
+    The list receives ``triton.compile``'s arguments for each distinct launch.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -211,7 +213,7 @@ def _recorded(target: Target) -> Iterator[list[tuple[Any, ...]]]:
         recorded.append((source, target, options))
         return _NotRun()
 
-    # Tensors without data would stop at the ops' fake implementations: call the launchers themselves.
+    # Call the launchers themselves: with tensors without data, the ops would run their fake implementations.
     direct = SimpleNamespace(**{name: load() for name, load in _library.launchers.items()})
     with (
         mock.patch.object(_library, "ops", return_value=direct),
@@ -224,7 +226,7 @@ def _recorded(target: Target) -> Iterator[list[tuple[Any, ...]]]:
 
 
 class _Literals(TorchFunctionMode):
-    """Tensors of given numbers keep them: specs read lengths back."""
+    """Makes tensors of given numbers on the CPU, with their data: specs read lengths back."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -232,10 +234,10 @@ class _Literals(TorchFunctionMode):
 
 
 def _run_without_data(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """The operation as in inference, then forward and backward, on meta tensors."""
+    """Runs the operation without gradients, then forward and backward, on meta tensors."""
     from gptkernels.testing import outputs
 
-    with torch.device("meta"), _Literals():  # what the spec draws has no data either: no time, no memory
+    with torch.device("meta"), _Literals():  # the spec's random tensors have no data either, and cost no time or memory
         inputs = spec.make_inputs(case, dtype, torch.device("meta"), 0)
         with torch.no_grad():
             spec.function(**inputs.tensors, **inputs.options, backend="triton")
@@ -261,7 +263,7 @@ def _compile(launch: Launch) -> Compiled:
     names = (launch.op, launch.case, launch.dtype, folder, function.__name__, launch.target.name, num_warps)
     try:
         kernel = triton.compile(launch.source, target=launch.gpu, options=launch.options)
-    except Exception as error:  # one kernel that does not compile is a line of the report
+    except Exception as error:  # a kernel that does not compile becomes a line of the report
         message = str(error).strip().splitlines() or [""]
         return Compiled(*names, error=f"{type(error).__name__}: {message[-1]}"[:200])
     dot_rows = [int(rows) for rows in _DOT.findall(kernel.asm["ttir"])]
@@ -301,15 +303,15 @@ def launches(
     every_case: bool = False,
     cases: Sequence[Case] = (),
 ) -> list[Launch]:
-    """What the operations launch on each target: the specs' bench and compile cases, each distinct launch once.
+    """Returns each distinct launch that the specs' bench and compile cases make on each target.
 
     Args:
         targets: names in `TARGETS`.
         ops: operations that have Triton kernels; empty for all.
         dtypes: "bf16", "fp16", "fp32".
-        main: the compile cases alone where a spec has some.
-        every_case: also the small odd shapes that the tests run.
-        cases: these instead of the specs', of one operation.
+        main: only the compile cases, of a spec that has some.
+        every_case: also the small shapes that the tests run.
+        cases: cases of one operation, in place of the specs'.
 
     Raises:
         ValueError: an unknown target, operation or dtype.
@@ -338,16 +340,16 @@ def launches(
 
 
 def compile_launches(found: Sequence[Launch], jobs: int | None = None) -> Iterator[Compiled]:
-    """Each launch's figures, in order, as they come; `jobs` at a time (None: one a core).
+    """Compiles the launches, `jobs` at a time (None: one a core), and yields each one's figures in order.
 
-    Threads suffice: MLIR, LLVM and the assembler run without Python's lock.
+    Threads suffice: MLIR, LLVM and the assembler release Python's lock.
     """
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         yield from pool.map(_compile, found)
 
 
 def summary(target: str, results: Sequence[Compiled]) -> str:
-    """One target's kernels in a line, and a line for each that does not fit it."""
+    """Returns a line about one target's kernels, and a line for each kernel that does not fit it."""
     limit, card = TARGETS[target].shared_bytes, TARGETS[target].card
     faulty = [result for result in results if result.faults()]
     line = f"{target} ({card}): {len(results)} kernels, {len(faulty)} do not fit"
@@ -367,7 +369,7 @@ EXAMPLES = """examples:
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gptkernels.compile_report",
-        description="Compile every Triton kernel in its shipped configurations, without a GPU, and read its machine code.",
+        description="Compile every Triton kernel in its shipped configurations, without a GPU, and report its machine code.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -380,7 +382,7 @@ def main() -> int:
     parser.add_argument("--op", action="append", default=[], help="an operation; may be repeated (default: all)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated (default: bf16 and fp32)")
     parser.add_argument("--main", action="store_true", help="only each operation's main configurations")
-    parser.add_argument("--every-case", action="store_true", help="also the small odd shapes that the tests run")
+    parser.add_argument("--every-case", action="store_true", help="also the small shapes that the tests run")
     parser.add_argument("--jobs", type=int, help="kernels compiled at a time (default: one a core)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()

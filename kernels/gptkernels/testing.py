@@ -1,7 +1,7 @@
-"""How gptkernels proves an operation right; importable by your own tests.
+"""How gptkernels tests that an operation is right; your own tests can import it.
 
-The float64 error budget: against the float64 result, a fused operation may err at most twice as much as the plain PyTorch
-operation in the same dtype does, plus rounding of the result. No tolerance is tuned by hand.
+The error budget: measured against the float64 result, a fused operation may err at most twice as much as the plain PyTorch
+operation does in the same dtype, plus the rounding of the result. No tolerance is tuned by hand.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ SPECS: tuple[OpSpec, ...] = (
 
 
 FEW = 16
-"""Results with fewer elements than this say little about an operation's error by themselves."""
+"""A result with fewer elements than this says little about the operation's error."""
 PIECE = 2**26
-"""Longer results are compared in pieces of so many elements: a comparison takes ten times the memory of what it compares."""
+"""Longer results are compared in pieces of this many elements: a comparison takes ten times the memory of its operands."""
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fills every uninitialised tensor with NaN (integers: the largest value), so that an unwritten output shows.
+    """Fills every new uninitialised tensor with NaN (integers: the largest value), so that an unwritten output shows.
 
-    Uses PyTorch's own deterministic fill; works for allocations made by C++ and on every device.
+    It uses PyTorch's deterministic fill, which covers allocations in C++ and every device.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -92,7 +92,7 @@ def assert_within_budget(
         actual: the fused operation's result, dtype under test.
         plain: plain PyTorch's result in the same dtype.
         exact: the float64 result from the same inputs.
-        plain_error: the plain operation's largest error where it is known better than from this one result.
+        plain_error: the plain operation's largest error, where it was measured over more than this one result.
 
     Raises:
         AssertionError: naming the error, the budget and the worst element.
@@ -116,7 +116,7 @@ def assert_within_budget(
     if got.numel() == 0:
         return
     error, plain_errors = (got - want).abs(), (reference - want).abs()
-    # Half a unit in the last place of the result is what rounding alone may cost: eps / 2 of each value.
+    # Rounding alone may cost half a unit in the last place of the result: eps / 2 of each value.
     largest = max(float(plain_errors.max()), plain_error or 0.0)
     budget = 2 * largest + eps / 2 * want.abs() + torch.finfo(actual.dtype).tiny
     worst = int((error - budget).argmax())
@@ -131,14 +131,14 @@ def assert_within_budget(
 
 
 def outputs(result: Output) -> tuple[Tensor, ...]:
-    """What an operation returned, as a tuple: most return one tensor, some two."""
+    """Returns an operation's result as a tuple: most operations return one tensor, some two."""
     return result if isinstance(result, tuple) else (result,)
 
 
 def run(function: Callable[..., Output], inputs: Inputs, grad_out: Output | None = None) -> dict[str, Tensor]:
     """Calls `function` and differentiates it: ``{"out": ..., "grad_x": ...}`` for every floating-point input.
 
-    `grad_out` holds a gradient for each output (None: no backward). Further outputs are named ``out1`` and so on.
+    `grad_out` holds a gradient for each output; None skips the backward. A second output is named ``out1``.
     """
     leaves = inputs.mapped(lambda t: t.detach().requires_grad_(grad_out is not None))
     outs = outputs(function(**leaves.tensors, **leaves.options))
@@ -151,7 +151,7 @@ def run(function: Callable[..., Output], inputs: Inputs, grad_out: Output | None
 
 
 def random_grads(result: Output, seed: int) -> tuple[Tensor, ...]:
-    """A gradient for each of an operation's outputs."""
+    """Draws a gradient for each of an operation's outputs."""
     outs = outputs(result)
     draws = Draws(outs[0].device, seed)
     return tuple(draws.normal(*o.shape).to(o.device, o.dtype) for o in outs)
@@ -166,7 +166,7 @@ def check_op(
     seed: int = 0,
     grad_scale: float = 1.0,
 ) -> None:
-    """Holds one case of one operation, forward and backward, against the float64 error budget, on poisoned memory.
+    """Checks one case of one operation, forward and backward, against the float64 error budget, on poisoned memory.
 
     `grad_scale` multiplies the gradients of the outputs, as a loss scale does.
     """
@@ -175,7 +175,7 @@ def check_op(
         inputs = spec.make_inputs(case, dtype, torch.device(device), seed)
         grad_out = random_grads(spec.reference(**inputs.tensors, **inputs.options), seed + 1)
         grad_out = tuple(grad_scale * g for g in grad_out)
-        # The budget belongs to the numbers, not to their layout: PyTorch's attention picks another kernel for each.
+        # Contiguous: the budget must not depend on the layout, and PyTorch's attention picks a kernel by it.
         plain = run(spec.reference, inputs.mapped(torch.Tensor.contiguous), grad_out)
         exact = run(spec.reference, inputs.mapped(lambda t: t.double()), tuple(g.double() for g in grad_out))
         return inputs, grad_out, plain, exact
@@ -183,8 +183,8 @@ def check_op(
     inputs, grad_out, plain, exact = drawn(seed)
     with poisoned_memory():
         actual = run(lambda **kwargs: spec.function(**kwargs, backend=backend), inputs, grad_out)
-    # How far a handful of numbers lies off is luck (a mean loss may be exact): the plain operation's error is then the
-    # largest of several draws.
+    # The error of a handful of numbers is luck (a mean loss may be exact): take the plain operation's largest error of
+    # several draws.
     few = [name for name, value in plain.items() if 0 < value.numel() < FEW]
     errors: dict[str, float] = {}
     for other in range(seed + 1, seed + 8 if few else seed):

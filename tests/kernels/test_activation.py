@@ -1,4 +1,4 @@
-"""The activations' own edges: both ends of the number line, layouts read in place, and the sums of the bias's gradient."""
+"""The activations' edge cases: very large and small numbers, layouts read in place, and the sums of the bias's gradient."""
 
 from __future__ import annotations
 

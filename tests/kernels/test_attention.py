@@ -1,4 +1,4 @@
-"""Attention's own edges: masks, alignment, layouts, infinities, sizes, and every refusal."""
+"""Attention's edge cases: masks, alignment, layouts, infinities, sizes, and every error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def qkv(*shape: int, kv: tuple[int, ...] | None = None, seed: int = 0, device: s
 
 
 def textbook(q, k, v, visible=None, scale=None):
-    """softmax(QK^T) V in float64, one line of mathematics after the other."""
+    """softmax(QK^T) V in float64, step by step."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -80,7 +80,7 @@ def test_queries_without_keys_give_zeros_and_zero_gradients(backend: str, device
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_is_never_read(backend: str, device: str):
-    """What lies behind key_lengths may be anything, NaN too, without reaching outputs or gradients."""
+    """Whatever is stored beyond key_lengths, even NaN, does not reach outputs or gradients."""
     q, k, v = qkv(2, 2, 20, 16, device=device)
     lengths = torch.tensor([20, 11], device=device)
     clean = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -125,7 +125,7 @@ def test_slices_of_a_packed_projection_are_not_copied(device: str):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_tokens_farther_apart_than_32_bits_reach(device: str, backend: str):
-    """A tile's rows times the stride of its tokens are more than 2**31: of 10 GB of addresses a few pages are touched."""
+    """A tile's rows times the stride of its tokens exceed 2**31. A few pages of these 10 GB of addresses are accessed."""
     tokens, stride = 12, 2**28
     base = 2**31  # what lies before it is read if an offset wraps around: zeros
     storage = torch.empty(base + (tokens - 1) * stride + 64, dtype=torch.bfloat16, device=device)
@@ -195,7 +195,7 @@ def test_no_keys_at_all_give_zeros(device: str, backend: str):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_expanded_gradient_and_single_leaf(device: str, backend: str):
-    """A gradient from .sum() has stride 0 everywhere; and one leaf alone may want a gradient."""
+    """The gradient of .sum() has stride 0 everywhere; and only one of the leaves may need a gradient."""
     q, k, v = qkv(1, 2, 33, 16, device=device)
     for index in range(3):
         leaves = [x.clone() for x in (q, k, v)]
@@ -209,7 +209,7 @@ def test_expanded_gradient_and_single_leaf(device: str, backend: str):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_equals_softmax_of_scores(device: str, backend: str):
-    """The fused operation and the library's own softmax(causal=True) are two routes to one result."""
+    """Fused attention, and products around softmax(causal=True), give the same result."""
     q, k, v = qkv(1, 2, 37, 16, device=device)
     explicit = softmax(q @ k.transpose(-2, -1), scale=0.25, causal=True, backend=backend) @ v
     fused = causal_attention(q, k, v, backend=backend)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gptkernels import attention, available_backends
 from gptkernels.attention import reference
+from gptkernels.attention.options import Options
 from gptkernels.testing import Inputs, assert_within_budget, poisoned_memory, random_grads, run
 from torch import Tensor
 
@@ -23,8 +24,9 @@ def textbook(
     order: Order | None = None, *, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None = None,
     window: int | None = None, key_lengths: Tensor | None = None, key_mask: Tensor | None = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
-    """Scores, softmax, product, in plain PyTorch; its sums over head_dim and over the keys taken in this `order`."""
-    visible = reference.visible_keys(query, key, is_causal, key_lengths, key_mask, window)
+    """Scores, softmax and product in plain PyTorch, with the sums over head_dim and over the keys in this `order`."""
+    options = Options(is_causal=is_causal, key_lengths=key_lengths, key_mask=key_mask, window=window)
+    visible = reference.visible_keys(query, key, options)
     back = slice(None)
     if order is not None:
         dims, keys = order
@@ -40,7 +42,7 @@ def textbook(
 
 
 def assert_as_good_as_the_textbook(inputs: Inputs, backend: str, what: object = "") -> None:
-    """Output, log-sum-exp and gradients against float64.
+    """Compares output, log-sum-exp and gradients with float64.
 
     How far one sum lies off is luck, and a single pair of keys that are nearly level may decide a whole problem: the
     textbook's error is therefore its largest over several orders of its sums.
@@ -115,7 +117,7 @@ def test_pytorchs_sample_inputs(is_causal: bool, backend: str, device: str):
 @pytest.mark.parametrize("queries", [1, 3, 70])
 @pytest.mark.parametrize("keys", [1, 5])
 def test_a_lone_key_weighs_one_whatever_its_score(keys: int, queries: int, amplitude: float, backend: str, device: str):
-    """Its weight does not depend on query or key, nor does a rounded one: their gradients are exactly 0."""
+    """A lone key's weight does not depend on query or key, rounded or not: their gradients are exactly 0."""
     generator = torch.Generator().manual_seed(0)
     query = amplitude * torch.randn(1, 4, queries, 40, generator=generator).to(device)
     key, value = (amplitude * torch.randn(1, 2, keys, 40, generator=generator).to(device) for _ in range(2))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gptkernels import attention, attention_dropout_mask, attention_varlen, available_backends
 from gptkernels.attention import dropout
+from gptkernels.attention.options import Options
 from gptkernels.testing import assert_within_budget, poisoned_memory
 from torch._subclasses import FakeTensorMode
 
@@ -31,7 +32,7 @@ def draw(*shape: int, count: int = 3, seed: int = 0, device: str = "cpu") -> lis
     ],
 )
 def test_philox_gives_its_authors_known_answers(number: int, words: tuple[int, ...]):
-    """The vectors that come with Random123 for seven rounds of Philox4x32; counter and key all of one bit."""
+    """The test vectors of Random123 for seven rounds of Philox4x32; all bits of counter and key are 0, or all are 1."""
     counter = torch.tensor(number)
     key = torch.tensor(-1 if number else 0)
     assert tuple(int(word) for word in dropout._philox(key, (counter,) * 4)) == words
@@ -68,7 +69,7 @@ def test_the_mask_is_a_function_of_seed_head_and_position_alone():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_weights_are_dropped_where_the_public_mask_says(backend: str, kv_heads: int, device: str):
-    """Values that are unit vectors make the output the weights themselves."""
+    """With unit vectors as values, the output is the weights."""
     queries, keys, p = 45, 40, 0.4
     q, k = draw(2, 4, queries, 64, count=1, device=device)[0], draw(2, kv_heads, keys, 64, count=1, device=device)[0]
     v = torch.eye(keys, 64, device=device).expand(2, kv_heads, keys, 64)
@@ -83,7 +84,7 @@ def test_weights_are_dropped_where_the_public_mask_says(backend: str, kv_heads: 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_dropout_does_not_depend_on_the_batch(backend: str, device: str):
-    """A sequence gives the same bits alone as among others: data parallel training changes nothing."""
+    """A sequence has the same bits alone as in a batch: data-parallel training changes nothing."""
     q, k, v = draw(3, 2, 40, 16, device=device)
     seed = torch.tensor([1, 2, 3], device=device)
     options = {"is_causal": True, "dropout_p": 0.5, "backend": backend}
@@ -147,7 +148,7 @@ def test_a_wide_window_is_none(backend: str, device: str):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_keys_outside_every_window_are_not_even_read(backend: str, device: str):
-    """The work on them is skipped: NaN there would otherwise spread (0 * NaN)."""
+    """They are skipped: NaN there would otherwise spread (0 * NaN)."""
     q, k, v = draw(1, 1, 200, 16, device=device)
     query, grad_out = q[:, :, -12:].clone().requires_grad_(), torch.ones_like(q[:, :, -12:])
     for poisoned in (k, v):
@@ -165,7 +166,7 @@ def test_keys_outside_every_window_are_not_even_read(backend: str, device: str):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_halves_of_the_keys_are_joined_by_their_log_sum_exp(backend: str, device: str):
-    """What the log-sum-exp is for: attention over parts of the keys (other devices', say) adds up to the whole."""
+    """The log-sum-exp joins attention over parts of the keys, on several devices for example."""
     leaves = [x.requires_grad_() for x in draw(2, 2, 21, 16, device=device)]
     q, k, v = leaves
     grad_out = draw(2, 2, 21, 16, count=1, seed=9, device=device)[0]
@@ -232,7 +233,7 @@ class Packed(torch.nn.Module):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_packed_batch_of_tensors_without_data(backend: str, dtype: torch.dtype):
-    """Shapes and dtypes alone, as torch.export and tools that plan memory ask for them: no length is read."""
+    """torch.export and tools that plan memory ask only for shapes and dtypes: no length is read."""
     with FakeTensorMode():
         query, key, value = (torch.zeros(10, 2, 16, dtype=dtype).requires_grad_() for _ in range(3))
         cumulative = torch.zeros(3, dtype=torch.int32)
@@ -291,7 +292,7 @@ def test_refusals_of_a_packed_batch(error: type[Exception], message: str, argume
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_queries_give_what_many_do(backend: str, dtype: torch.dtype, device: str):
-    """Generation's kernel splits the keys over programs; the last rows of a long call come from the other one."""
+    """The kernel for few queries splits the keys over programs. It is compared with the last rows of the other kernel."""
     q, k, v = (x.to(dtype) for x in draw(2, 4, 150, 16, device=device))
     k, v = k[:, :2], v[:, :2]
     options = {"is_causal": True, "key_lengths": torch.tensor([150, 140], device=device), "return_lse": True}
@@ -301,3 +302,37 @@ def test_few_queries_give_what_many_do(backend: str, dtype: torch.dtype, device:
         few = attention(q[:, :, -queries:], k, v, backend=backend, **options)
         for name, ours, theirs, truth in zip(("out", "lse"), few, many, exact):
             assert_within_budget(name, ours, theirs[:, :, -queries:], truth[:, :, -queries:].double())
+
+
+# ---- from the public function to a kernel -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_options_are_the_last_arguments_of_the_ops(backend: str, direction: str):
+    schema = getattr(getattr(torch.ops, f"gptkernels_{backend}"), f"attention_{direction}").default._schema
+    assert tuple(argument.name for argument in schema.arguments)[-len(Options._fields) :] == Options._fields
+
+
+@pytest.mark.skipif("triton" not in FUSED, reason="about Triton's launchers")
+def test_an_architecture_with_kernels_of_its_own_takes_those(device: str, monkeypatch: pytest.MonkeyPatch):
+    from gptkernels._triton import hardware
+    from gptkernels.attention import triton as launchers
+
+    seen = []
+
+    def watched(launcher):
+        def run(*arguments):
+            seen.append(arguments[-1])
+            return launcher(*arguments)
+
+        return run
+
+    own = launchers.Launchers(*map(watched, launchers.LAUNCHERS["any"]))
+    q, k, v = (x.requires_grad_() for x in draw(1, 2, 9, 16, device=device))
+    for arch, calls in ((hardware(q).arch, 2), ("another", 0)):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setitem(launchers.LAUNCHERS, arch, own)
+            attention(q, k, v, is_causal=True, window=3, backend="triton").sum().backward()
+        assert [(options.is_causal, options.window, options.scale) for options in seen] == [(True, 3, 0.25)] * calls

@@ -1,4 +1,4 @@
-"""The one place that chooses: explicit choices hold or fail loudly, "auto" never fails, and the report tells the truth."""
+"""The choice of the backend: an explicit choice is kept or an error, "auto" never fails, and the report is true."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = torch.randn(3, 8)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, with the test's import path."""
+    """Runs code in a new Python process with the test's import path."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
@@ -109,7 +109,7 @@ def test_use_backend_is_a_setter_and_a_context_manager(monkeypatch: pytest.Monke
 
 
 class Wrapper(Tensor):
-    """A tensor made of a tensor, with operations of its own: those of PyTorch."""
+    """A tensor subclass that holds a tensor and overrides every operation, with PyTorch's."""
 
     inner: Tensor
 
@@ -128,12 +128,12 @@ class Wrapper(Tensor):
 
 
 class Labelled(Tensor):
-    """A subclass that is its data, as most people's are."""
+    """A subclass that overrides no operation, as most do."""
 
 
 @pytest.fixture
 def one_process():
-    """A process group of this process alone."""
+    """A process group of this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -183,7 +183,7 @@ def test_a_tensor_that_is_its_data_runs_on_the_kernels(one_process: None):
 
 
 def test_sequence_parallel_norms_and_activations(one_process: None):
-    """What `parallelize_module` makes of inputs and parameters are DTensors."""
+    """`parallelize_module` turns inputs and parameters into DTensors."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 

@@ -1,4 +1,4 @@
-"""Machine code for GPUs that are not there: shipped configurations spill nothing, fit, and use the matrix units.
+"""Machine code for GPUs, compiled without them: shipped configurations do not spill, fit, and use the matrix units.
 
 `make compile-report TARGET=all` is the whole. Here are the main configurations of an H100 and of an MI300X, which another
 compiler makes, and for the other generations of NVIDIA's cards those of attention, which has tiles for each.
@@ -56,7 +56,7 @@ def _compiled(file: Path) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, list[Row]]:
-    """Each target's kernels, compiled in a process where Triton does not interpret: by the first of several workers."""
+    """Each target's kernels, compiled by the first of several workers, in a process where Triton does not interpret."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder if worker_id == "master" else folder.parent
     report = folder / "compiled.json"
@@ -102,7 +102,7 @@ def test_16_bit_products_use_the_matrix_units(compiled: dict[str, list[Row]], ta
 
 
 def test_two_programs_share_an_h100s_multiprocessor(compiled: dict[str, list[Row]]):
-    """Of plain 16-bit attention with a head_dim of 64: while one waits for its products, the other computes."""
+    """Plain 16-bit attention with a head_dim of 64 runs two: while one waits for its products, the other computes."""
     for kernel in ("_forward_kernel", "_dq_kernel"):
         rows = [row for row in compiled["sm_90"] if row["kernel"] == kernel and row["dtype"] == "bf16"]
         rows = [row for row in rows if row["op"] == "attention" and "-D64-" in row["case"]]
@@ -127,7 +127,7 @@ for result in compile_report.compile_launches(wanted[:1]):
 
 
 def test_a_kernel_that_does_not_fit_is_found():
-    """In a tile that 4 warps cannot hold in registers, loaded too many tiles ahead."""
+    """A tile that 4 warps cannot hold in registers, with too many loads in flight."""
     spills, shared, _, *faults = _attention_forward("128, 64, 4, 9", "-D128-")
     assert int(spills) > 0
     assert int(shared) > TARGETS["sm_90"][0]

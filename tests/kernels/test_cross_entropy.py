@@ -1,4 +1,4 @@
-"""The losses' own edges: targets that are ignored or no class, infinities, chunks, loss scales, and no wait for the device."""
+"""The losses' edge cases: ignored targets, targets that are not classes, infinities, chunks, loss scales, no wait for a GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_ignored_rows_are_not_read(classes: int, backend: str, device: str):
 
 @pytest.mark.parametrize("classes", CLASSES)
 def test_triton_makes_a_target_that_is_no_class_nan(classes: int, device: str):
-    """Nothing is thrown: to know of it the host would have to wait."""
+    """No error is raised: the host would have to wait for the device."""
     logits = torch.randn(6, classes, device=device)
     target = torch.tensor([0, -1, 2, classes, 2**32 + 1, 1], device=device)
     wrong = torch.tensor([False, True, False, True, True, False], device=device)
@@ -135,7 +135,7 @@ def test_triton_backward_twice_and_times_a_loss_scale(reduction: str, device: st
 @pytest.mark.parametrize(("reduction", "scale"), [("mean", 2.0**16), ("sum", 2.0**10)])
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_loss_scale_reaches_every_class_in_float16(reduction: str, scale: float, backend: str, device: str):
-    """Classes that are no target: most gradients, and the small ones. Unscaled, float16 would round them to nothing."""
+    """The gradients of classes that are not targets are small: without the scale, float16 would round them to 0."""
     classes, width = 8000, 16
     x, weight = 0.3 * torch.randn(24, width, device=device), torch.randn(classes, width, device=device)
     target = torch.randint(0, 10, (24,), device=device)
@@ -196,7 +196,7 @@ def test_one_target_without_dimensions(backend: str, device: str):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_logits_may_change_in_place_between_forward_and_backward(backend: str, device: str):
-    """As with PyTorch's own loss, where the gradient is finished; where it is not, autograd notices."""
+    """As with PyTorch's own loss, if forward computed the gradient; if it did not, autograd raises an error."""
 
     def gradient(change: bool, dtype: torch.dtype = torch.float32, **options: object) -> torch.Tensor:
         leaf = base.to(dtype).requires_grad_()
@@ -214,7 +214,7 @@ def test_logits_may_change_in_place_between_forward_and_backward(backend: str, d
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where the host would ask the device for a value."""
+    """Fails where the host would wait for a value from the device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function.overloadpacket not in (
@@ -262,7 +262,7 @@ def test_triton_over_several_chunks(case, dtype: torch.dtype, small_chunks, devi
 
 
 def test_triton_sums_the_weights_gradient_in_float32(small_chunks, monkeypatch: pytest.MonkeyPatch, device: str):
-    """64 chunks that all pull one way: a bfloat16 sum would be rounded 64 times at its full size."""
+    """64 chunks with gradients of one sign: a bfloat16 sum would be rounded 64 times at its full size."""
     monkeypatch.setattr(small_chunks, "CHUNKS", 64)
     x = 1 + torch.rand(512, 16, device=device)
     weight = 0.1 * torch.randn(64, 16, device=device)

@@ -1,4 +1,4 @@
-"""What a launch hands to Triton's compiled kernels, watched on a stand-in for a GPU where nothing is compiled or run."""
+"""What launches pass to Triton's compiled kernels, recorded with a stand-in for a GPU; nothing is compiled or run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer normalisation's own edges: large means, mixed dtypes, gradients that are not needed, layouts, and every refusal."""
+"""Layer normalisation's edge cases: large means, mixed dtypes, gradients that are not needed, layouts, and every error."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_any_shape_within_the_error_budget(shape, weight, bias, layout, dtype, s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", [SPEC, rms_norm_spec.ADD_SPEC], ids=lambda spec: spec.name)
 def test_several_teams_share_long_rows(spec: OpSpec, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch):
-    """A GPU has room for several teams of programs, each with a part of the column sums; the interpreter's device for one."""
+    """A GPU has room for several teams of programs, each with a part of the column sums; the interpreter has room for one."""
     triton = pytest.importorskip("gptkernels._triton")
     larger = triton.Hardware(19, "interpreter")  # a team has 9 programs
     monkeypatch.setattr(triton, "_INTERPRETER", larger)

@@ -1,4 +1,4 @@
-"""linear: which product runs when, and the native one in every case."""
+"""linear: which product runs when, and the native product in every case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SPEC.cases, ids=lambda case: case.name)
 def test_our_products_are_within_the_budget(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    """Also where PyTorch's own would be taken: on another CPU they are not."""
+    """The native product is tested also where PyTorch's would be chosen, since other CPUs choose differently."""
     monkeypatch.setattr(_native, "multiplies", lambda dtype: False)
     check_op(SPEC, case, dtype, "native")
 
@@ -32,7 +32,7 @@ def test_many_float32_rows_are_pytorchs_own_product():
 
 
 def test_few_rows_give_the_same_bits_whatever_the_thread_count():
-    """Large enough to be shared, and with an odd row left over where rows of the weight go in pairs."""
+    """Large enough for several threads, and with an odd row where rows of the weight go in pairs."""
     x = torch.randn(4, 3072, dtype=torch.bfloat16)
     weight = torch.randn(101, 3072, dtype=torch.bfloat16)
     whole = gptkernels.linear(x, weight, backend="native")

@@ -66,7 +66,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def resized(case: Case, step: int) -> Case:
-    """`case` with another number of rows or tokens, and for attention of sequences as well, for each `step`."""
+    """`case` with another number of rows or tokens, and of sequences for attention, for each `step`."""
     p, count = case.parameters, 20 + 3 * step
     if "batch" in p:
         changes: dict[str, Any] = {"batch": 2 + step} | {
@@ -82,7 +82,7 @@ def resized(case: Case, step: int) -> Case:
 
 @every_op
 def test_one_dynamic_graph_serves_every_size(spec: OpSpec, backend: str, device: str):
-    """The first size is compiled for itself, the second makes the graph dynamic, the others find it; all equal eager."""
+    """The first size gets a static graph, the second makes it dynamic, the others reuse that; all equal eager."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(called(spec, backend), fullgraph=True, backend=counter)
@@ -109,7 +109,7 @@ def test_exported_program(spec: OpSpec, backend: str, device: str):
 
 
 def _plain(name: str) -> Callable[..., Any]:
-    """PyTorch's own operation, called as people call it."""
+    """PyTorch's own operation, called in the usual way."""
 
     def norm(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, weight=None, bias=None: function(
@@ -167,7 +167,7 @@ UNREPLACED = {"attention_varlen": torch.bfloat16, "rotary": None}
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU's autocast")
 @every_op
 def test_autocast_gives_the_gradients_of_its_casts(spec: OpSpec, backend: str):
-    """Of float32 leaves the gradients are float32, and as close to the reference's as bfloat16 allows."""
+    """The gradients of float32 leaves are float32, and as close to the reference's as bfloat16 allows."""
     inputs = drawn(spec, "cpu", 0)
     with torch.autocast("cpu", torch.bfloat16):
         grads = random_grads(spec.reference(**inputs.tensors, **inputs.options), 0)
@@ -204,7 +204,7 @@ def test_activation_checkpointing(spec: OpSpec, backend: str, reentrant: bool, d
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, of its own attention under vmap
 @every_op
 def test_torch_func_takes_the_reference_or_says_why_not(spec: OpSpec, backend: str, device: str):
-    """auto differentiates and batches as plain PyTorch does; a fused kernel named explicitly is an error, never wrong."""
+    """ "auto" differentiates and batches as plain PyTorch does; an explicit fused backend raises an error."""
     inputs = drawn(spec, device, 5)
     names, tensors = zip(*inputs.differentiable().items())
 
@@ -239,7 +239,7 @@ def test_torch_func_takes_the_reference_or_says_why_not(spec: OpSpec, backend: s
     ("spec", "backend"), [p for p in EVERY_OP if p.values[1] == BACKENDS[-1] or "cross_entropy" in p.values[0].name]
 )
 def test_gradients_in_batches(spec: OpSpec, backend: str, create_graph: bool, device: str):
-    """``is_grads_batched``: several vectors times one Jacobian; then the graph still serves one alone."""
+    """``is_grads_batched``: several vectors times one Jacobian; afterwards the graph still serves a single vector."""
     leaves = drawn(spec, device, 8).mapped(lambda t: t.detach().requires_grad_())
     tensors = list(leaves.differentiable().values())
     outs = outputs(spec.function(**leaves.tensors, **leaves.options, backend=backend))
@@ -280,7 +280,7 @@ def test_inference_mode(spec: OpSpec, backend: str, device: str):
 @pytest.mark.skipif("native" not in BACKENDS, reason="the native kernels run on the CPU")
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if "native" in FUSED[spec.name]], ids=lambda spec: spec.name)
 def test_threads_do_not_disturb_each_other(spec: OpSpec):
-    """Four Python threads at once, forward and backward on numbers of their own, give what one after the other gives."""
+    """Four Python threads at once, with different numbers, get the results that they get one after another."""
     jobs = []
     for seed in range(4):
         inputs = drawn(spec, "cpu", seed)
@@ -301,7 +301,7 @@ def test_threads_do_not_disturb_each_other(spec: OpSpec):
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the native kernels run on the CPU")
 def test_threads_may_meet_at_first_use(monkeypatch: pytest.MonkeyPatch):
-    """The extension is made ready by whichever thread comes first; the others wait for it."""
+    """The first thread prepares the extension; the others wait for it."""
     from gptkernels import _native
 
     assert _native.load() is None

@@ -1,4 +1,4 @@
-"""What every operation owes, for every operation, backend and dtype: one set of tests over the ops' specs."""
+"""What every operation must do, for every operation, backend and dtype: one set of tests over the specs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_within_the_error_budget(spec: OpSpec, case: Case, dtype: torch.dtype, b
 def test_within_the_error_budget_whatever_the_loss_scale(
     spec: OpSpec, case: Case, backend: str, grad_scale: float, device: str
 ):
-    """In float16, which has room for neither: a float32 loss takes them whole, a float16 output's gradient up to 2^10."""
+    """Loss scales with float16: a float32 loss takes any, a float16 output's gradient up to 2^10."""
     if "cross_entropy" not in spec.name:
         grad_scale = min(grad_scale, 2.0**10)
     check_op(spec, case, torch.float16, backend, device, grad_scale=grad_scale)
@@ -115,7 +115,7 @@ def test_explicit_backend_refuses_float64_and_auto_takes_the_reference(
 @pytest.mark.parametrize("case_of", ["one thread", "five threads"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_native_gives_the_same_bits_whatever_the_thread_count(spec: OpSpec, case_of: str):
-    """Cases with several blocks of rows, heads or classes, so that there is something to divide."""
+    """Cases with several blocks of rows, heads or classes, which threads can divide."""
     threads = {"one thread": 1, "five threads": 5}[case_of]
     previous = torch.get_num_threads()
     for case in spec.cases[-6:]:
@@ -133,7 +133,7 @@ def test_native_gives_the_same_bits_whatever_the_thread_count(spec: OpSpec, case
 
 
 def _op_calls(device: str, ops):
-    """One call and more of every registered op, with the arguments that the public functions pass."""
+    """At least one call of every registered op, with arguments as the public functions pass them."""
     x = torch.randn(5, 33, device=device)
     w, b = torch.randn(33, device=device), torch.randn(33, device=device)
     mean, rstd = torch.randn(5, device=device), torch.rand(5, device=device)

@@ -1,4 +1,4 @@
-"""A residual sum and its norm in one pass: which sum is normalised, which gradients come back, and what stays in its row."""
+"""A residual sum and its norm in one pass: which sum is normalised, its gradients, and no effect across rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pairs(rows: int, columns: int, stream: torch.dtype, device: str) -> tuple[Te
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("norm", ADD_NORMS)
 def test_the_norm_is_that_of_the_rounded_sum(norm: str, stream: torch.dtype, columns: int, device: str, backend: str):
-    """The sum is PyTorch's, and what is normalised is the tensor that goes on: within half a unit in the last place."""
+    """The sum is PyTorch's, and the returned sum is what is normalised, within half a unit in the last place."""
     both, alone = ADD_NORMS[norm]
     x, residual = pairs(3, columns, stream, device)
     normed, summed = both(x, residual, backend=backend)

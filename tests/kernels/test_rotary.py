@@ -1,4 +1,4 @@
-"""Rotary embedding's own properties: the rotation it claims to be, layouts, partial and per-sequence tables, refusals."""
+"""Rotary embedding's properties: the rotation, layouts, partial and per-sequence tables, errors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_dimensions_beyond_the_rotated_are_the_same_bits(backend: str, interleav
 @PAIRING
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_sequence_has_its_own_positions(backend: str, interleaved: bool, device: str):
-    """A left-padded batch: what follows the padding is what the sequence alone would give."""
+    """In a left-padded batch, a sequence's result is the same as without padding."""
     x = torch.randn(3, 2, 9, 16, device=device, requires_grad=True)
     padding = torch.tensor([0, 4, 8], device=device)
     positions = (torch.arange(9, device=device) - padding[:, None]).clamp(min=0)
@@ -196,7 +196,7 @@ def test_autocast_leaves_the_dtype(backend: str, dtype: torch.dtype, device: str
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_compiled_once_for_changing_lengths(backend: str, device: str):
-    """As in decoding and in batches of varying shape; what is recompiled is the second length, which becomes a symbol."""
+    """As in decoding and in batches of varying shape: only the second length is compiled again, as a symbol."""
 
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -1,4 +1,4 @@
-"""Gradients that are differentiated again: double backward, what PyTorch builds on it, and what must still hold beside it."""
+"""Gradients that are differentiated again: double backward, what PyTorch builds on it, and what it must not change."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def directions(shapes: list[Tensor], dtype: torch.dtype, seed: int) -> list[Tens
 def second_derivatives(
     function: Callable[..., Any], inputs: Inputs, recompute: Callable[..., Any] | None = None
 ) -> dict[str, Tensor]:
-    """The derivatives of ``sum(direction * gradient)``: by an input a Hessian's product, by grad_out the Jacobian's."""
+    """The derivatives of ``sum(direction * gradient)``: a Hessian product for inputs, a Jacobian product for grad_out."""
     leaves = inputs.mapped(lambda t: t.detach().requires_grad_())
     names, tensors = zip(*leaves.differentiable().items())
 
@@ -122,7 +122,7 @@ def test_second_derivatives_under_checkpointing_and_autocast(spec: OpSpec, case:
 
 @pytest.mark.parametrize(("spec", "case", "backend"), FIRST_CASES)
 def test_a_recorded_backward_leaves_the_others_as_they_are(spec: OpSpec, case: Case, backend: str, device: str):
-    """With retain_graph the same graph is gone through again without a record, by the kernels, as if alone."""
+    """With retain_graph, a later backward of the same graph without create_graph uses the kernels, as usual."""
     inputs = spec.make_inputs(case, torch.float32, torch.device(device), 0)
     leaves = inputs.mapped(lambda t: t.detach().requires_grad_())
     names, tensors = zip(*leaves.differentiable().items())
@@ -158,7 +158,7 @@ def test_functional_jvp_hvp_and_hessian(backend: str, device: str):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_tensor_given_as_every_argument(backend: str, device: str):
-    """Each place has a gradient of its own; they must not be counted twice."""
+    """Each argument has its own gradient; none may be counted twice."""
     x = torch.randn(1, 2, 7, 16, device=device)
 
     def penalty(attend: Callable[..., Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Softmax's own edges: rows without a finite score, infinities, causal alignment, dimensions, layouts, and every refusal."""
+"""Softmax's edge cases: rows without a finite score, infinities, causal alignment, dimensions, layouts, and every error."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_causal_keeps_each_querys_keys(backend: str, shape: tuple[int, int, int]
 
 
 def test_causal_does_not_read_the_future(device: str):
-    """What lies above the diagonal may be anything, NaN included, forward and backward."""
+    """Whatever is stored above the diagonal, even NaN, has no effect, forward and backward."""
     x = torch.randn(2, 6, 6, device=device)
     future = torch.ones(6, 6, dtype=torch.bool, device=device).triu(1)
     spoilt = x.masked_fill(future, math.nan).requires_grad_()

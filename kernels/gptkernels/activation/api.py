@@ -14,13 +14,13 @@ from gptkernels.activation import reference
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, backend: str | None = None) -> Tensor:
-    """``z * Phi(z)`` of ``z = x + bias``, Phi the normal distribution function: a layer's bias and its activation.
+    """``z * Phi(z)`` with ``z = x + bias`` and Phi the normal distribution function: a layer's bias and its activation.
 
-    Sum and activation are computed in float32 whatever the dtype, in one pass; so is the gradient of `bias`, which is
-    summed in a fixed order.
+    Sum and activation are computed in one pass, in float32 whatever the dtype. The gradient of `bias` is summed in float32,
+    in a fixed order.
 
     Args:
-        x: ``(..., N)`` or, without `bias`, ``()``; floating point; any layout, a last dimension of stride 1 is read in place.
+        x: ``(..., N)``, or ``()`` without `bias`; floating point; any layout, a last dimension of stride 1 is read in place.
         bias: ``(N,)`` or None for 0. Its dtype may differ from x's.
         approximate: "tanh": ``0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))``, GPT-2's; "none": the exact form.
         backend: overrides `use_backend` for this call.
@@ -55,7 +55,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         backend: overrides `use_backend` for this call.
 
     Returns:
-        their shape and dtype, contiguous.
+        The shape and dtype of `gate`, contiguous.
 
     Raises:
         ValueError: shapes that differ, or tensors on different devices.
@@ -78,7 +78,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
 
 class GELUFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: saves the inputs alone."""
+    """Autograd around the fused kernels: saves only the inputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh: bool, backend: str) -> Tensor:
@@ -92,14 +92,14 @@ class GELUFunction(torch.autograd.Function):
         if _library.graph_wanted():
             approximate = "tanh" if ctx.tanh else "none"
             formula = partial(reference.gelu, approximate=approximate)
-            return *_library.differentiated(formula, (x, bias), grad_out), None, None
+            return *_library.differentiable_gradients(formula, (x, bias), grad_out), None, None
         need_bias = ctx.needs_input_grad[1]
         grad_x, grad_bias = _library.ops(ctx.backend).gelu_backward(grad_out, x, bias, ctx.tanh, need_bias)
         return grad_x, grad_bias.to(bias.dtype) if need_bias else None, None, None
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: saves the inputs alone."""
+    """Autograd around the fused kernels: saves only the inputs."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, backend: str) -> Tensor:
@@ -111,7 +111,7 @@ class SwiGLUFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if _library.graph_wanted():
-            return *_library.differentiated(reference.swiglu, (gate, up), grad_out), None
+            return *_library.differentiable_gradients(reference.swiglu, (gate, up), grad_out), None
         return *_library.ops(ctx.backend).swiglu_backward(grad_out, gate, up), None
 
 
@@ -137,23 +137,19 @@ _library.register(
     "gelu_forward",
     "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
     fake=_fake_gelu_forward,
-    module="gptkernels.activation.triton",
 )
 _library.register(
     "gelu_backward",
     "(Tensor grad_out, Tensor x, Tensor? bias, bool tanh, bool need_bias) -> (Tensor grad_x, Tensor grad_bias)",
     fake=_fake_gelu_backward,
-    module="gptkernels.activation.triton",
 )
 _library.register(
     "swiglu_forward",
     "(Tensor gate, Tensor up) -> Tensor",
     fake=_fake_swiglu_forward,
-    module="gptkernels.activation.triton",
 )
 _library.register(
     "swiglu_backward",
     "(Tensor grad_out, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)",
     fake=_fake_swiglu_backward,
-    module="gptkernels.activation.triton",
 )

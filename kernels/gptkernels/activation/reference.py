@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
-    """``z * Phi(z)`` of ``z = x + bias``, in x's dtype; "tanh" takes the usual approximation of Phi."""
+    """``z * Phi(z)`` with ``z = x + bias``, in x's dtype; "tanh" is the usual approximation of Phi."""
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 

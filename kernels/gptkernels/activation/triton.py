@@ -1,7 +1,6 @@
 """GELU (with bias) and SwiGLU in Triton: one read and one write of each tensor.
 
-Where memory is contiguous and no bias tells the columns apart, a tensor is one long row, and every load is wide whatever
-its shape. All arithmetic is float32. Elements are addressed in int64. The derivation and the traffic are in MATH.md.
+A contiguous tensor without a bias is treated as one long row, so that every load is wide whatever its shape. All arithmetic is float32. Elements are addressed in int64. The derivation and the traffic are in MATH.md.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from gptkernels._triton import (
 
 # Elements of one program, 16 a thread.
 TILE = 2048
-# The logistic function's argument, z * (LINEAR + CUBIC * z^2), is twice that of the tanh.
+# The logistic function's argument is z * (LINEAR + CUBIC * z^2), twice the argument of the tanh.
 LINEAR = tl.constexpr(math.sqrt(8 / math.pi))
 CUBIC = tl.constexpr(math.sqrt(8 / math.pi) * 0.044715)
 CUBIC_SLOPE = tl.constexpr(math.sqrt(8 / math.pi) * 0.044715 * 3)
@@ -39,7 +38,7 @@ LINEAR_LOG2 = tl.constexpr(-math.log2(math.e) * math.sqrt(8 / math.pi))
 CUBIC_LOG2 = tl.constexpr(-math.log2(math.e) * math.sqrt(8 / math.pi) * 0.044715)
 HALF_LOG2 = tl.constexpr(-0.5 * math.log2(math.e))
 DENSITY_0 = tl.constexpr(1 / math.sqrt(2 * math.pi))  # of the standard normal, at 0
-# The normal tail over exp(-z^2 / 2), as a polynomial in 1 / (1 + TAIL_SCALE |z|): fitted as MATH.md says.
+# The normal distribution's tail divided by exp(-z^2 / 2), as a polynomial in 1 / (1 + TAIL_SCALE |z|), fitted as MATH.md says.
 TAIL_SCALE = tl.constexpr(0.278)
 TAIL_1 = tl.constexpr(0.11713025967974411)
 TAIL_2 = tl.constexpr(0.05675662422252564)
@@ -51,7 +50,7 @@ TAIL_6 = tl.constexpr(-0.10994460294497274)
 
 @triton.jit
 def _logistic(v):
-    """1 / (1 + exp(-v)) and its derivative; nothing overflows or cancels at either end."""
+    """1 / (1 + exp(-v)) and its derivative, without overflow or cancellation at either end."""
     e = tl.exp(-tl.abs(v))
     s = 1.0 / (1.0 + e)
     return tl.where(v < 0, e * s, s), e * s * s
@@ -59,7 +58,7 @@ def _logistic(v):
 
 @triton.jit
 def _normal(z):
-    """The standard normal's distribution function, and exp(-z^2 / 2): less work than erf and exp, and nothing cancels."""
+    """The standard normal's distribution function and exp(-z^2 / 2), without cancellation; cheaper than erf and exp."""
     bell = tl.exp2(z * z * HALF_LOG2)
     t = 1.0 / (tl.abs(z) * TAIL_SCALE + 1.0)
     tail = bell * t * (((((t * TAIL_6 + TAIL_5) * t + TAIL_4) * t + TAIL_3) * t + TAIL_2) * t + TAIL_1)
@@ -69,7 +68,7 @@ def _normal(z):
 @triton.jit
 def _gelu(z, TANH: tl.constexpr):
     if TANH:
-        # z * logistic: an exponential that overflows divides to the 0 that belongs there.
+        # z * logistic: where the exponential overflows, the quotient is 0, as it should be.
         return z / (1.0 + tl.exp2(z * (z * z * CUBIC_LOG2 + LINEAR_LOG2)))
     else:
         cdf, _ = _normal(z)
@@ -80,7 +79,7 @@ def _gelu(z, TANH: tl.constexpr):
 def _gelu_slope(z, TANH: tl.constexpr):
     """d gelu / dz."""
     if TANH:
-        square = tl.minimum(z * z, 1e4)  # where the slope has long been 0 it shall not be 0 * inf
+        square = tl.minimum(z * z, 1e4)  # for a large |z| the slope is 0, which must not be multiplied by inf
         cdf, slope = _logistic(z * (square * CUBIC + LINEAR))
         return cdf + z * slope * (square * CUBIC_SLOPE + LINEAR)
     else:
@@ -90,7 +89,7 @@ def _gelu_slope(z, TANH: tl.constexpr):
 
 @triton.jit
 def _tile(M, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's tile of (M, N): rows (ROWS, 1), cols (1, BLOCK), and which of it is inside."""
+    """This program's tile of (M, N): rows (ROWS, 1), cols (1, BLOCK), and the mask of what is inside."""
     blocks = tl.cdiv(N, BLOCK).to(tl.int32)
     rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -126,7 +125,7 @@ def _gelu_backward_bias_kernel(
     DY, X, B, DX, PARTIAL_DB, M, N, stride_dy, stride_x,
     TANH: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns over a share of the rows, every P-th group of ROWS: dx, and the sums of db in registers."""
+    """dx of a block of columns in every P-th group of ROWS rows, and their sums of db, kept in registers."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     steps = tl.cdiv(tl.cdiv(M, ROWS), tl.num_programs(0))
@@ -170,7 +169,7 @@ def _swiglu_backward_kernel(
 
 
 def _as_rows(*tensors: Tensor, bias: Tensor | None = None) -> tuple[list[Tensor], tuple[int, ...]]:
-    """``(tensors, (M, N, stride of each))``: one row of all elements where each lies in one piece and no bias is added."""
+    """``(tensors, (M, N, stride of each))``: one row of all elements if each is contiguous and there is no bias."""
     if bias is None and all(x.is_contiguous() for x in tensors):
         size = tensors[0].numel()
         return list(tensors), (1, size, *[size] * len(tensors))
@@ -200,7 +199,7 @@ def _gelu_backward_launch(sizes: tuple[int, ...], has_bias: bool, tanh: bool) ->
 def _gelu_backward_bias_launch(
     device: Hardware, itemsize: int, rows: int, columns: int, stride_dy: int, stride: int, tanh: bool
 ) -> tuple[Launch, tuple[int, int, int]]:
-    """And the shape of the partial sums."""
+    """The launch, and the shape of the partial sums."""
     grid, constants = share_rows(device, row_tile(rows, columns), rows, columns, [itemsize, itemsize])
     launch = Launch(_gelu_backward_bias_kernel, grid, (rows, columns, stride_dy, stride), TANH=tanh, **constants)
     return launch, (1, grid[0], columns)

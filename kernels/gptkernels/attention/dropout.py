@@ -1,4 +1,7 @@
-"""Attention dropout's mask: a function of seed, head and position alone, the same in every kernel, pass and sharding."""
+"""The mask of attention's dropout in plain PyTorch.
+
+It depends only on seed, head and position, and is the same in every kernel, pass and sharding.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from torch import Tensor
 
 from gptkernels import _check
 
-ROUNDS = 7  # the fewest with which Philox4x32 passes every test of randomness tried by its authors
-LEVELS = 1 << 16  # dropout_p counts in units of 1 / LEVELS
+ROUNDS = 7  # the fewest with which Philox4x32 passes all tests of randomness that its authors ran
+LEVELS = 1 << 16  # dropout_p is rounded to a multiple of 1 / LEVELS
 
 
 def threshold(dropout_p: float) -> int:
@@ -17,26 +20,26 @@ def threshold(dropout_p: float) -> int:
 
 
 def rescale(dropout_p: float) -> float:
-    """What kept weights are multiplied by, so that their expectation stays; 0 when all are dropped."""
+    """The factor of kept weights, which preserves their expectation; 0 when all are dropped."""
     kept = LEVELS - threshold(dropout_p)
     return LEVELS / kept if kept else 0.0
 
 
 def draw_seeds(sequences: int, device: torch.device) -> Tensor:
-    """A seed for each sequence, int64 (sequences,), from PyTorch's generator of `device`: no wait for a GPU."""
+    """Draws a seed for each sequence, int64 (sequences,), from PyTorch's generator of `device`, without waiting for a GPU."""
     return torch.randint(2**63 - 1, (sequences,), device=device)
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """``(high, low)`` 32 bits of the product of a 32-bit constant and 32-bit numbers (held in int64)."""
-    # Of the 64-bit product only the high half can overflow an int64: it is put together from 16-bit parts.
+    # The product itself can overflow an int64: compute it from 16-bit parts.
     low = a * (b & 0xFFFF)
     middle = a * (b >> 16) + (low >> 16)
     return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def _philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), numbers held in int64."""
+    """Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), its 32-bit numbers in int64."""
     c0, c1, c2, c3 = counter
     key0, key1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     for _ in range(ROUNDS):
@@ -48,7 +51,9 @@ def _philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tup
 
 
 def kept(seed: Tensor, head: Tensor, query: Tensor, key: Tensor, dropout_p: float) -> Tensor:
-    """Which weights are kept, bool; the four int64 tensors broadcast to its shape. Positions count within a sequence.
+    """Which weights are kept, bool, of the shape that the four int64 tensors broadcast to.
+
+    `query` and `key` are positions within a sequence.
 
     One evaluation of Philox, at the counter ``(key // 8, query, head, 0)``, gives 16 bits to each of eight keys.
     """
@@ -61,15 +66,15 @@ def kept(seed: Tensor, head: Tensor, query: Tensor, key: Tensor, dropout_p: floa
 
 
 def attention_dropout_mask(seed: Tensor, heads: int, queries: int, keys: int, dropout_p: float) -> Tensor:
-    """The weights that `attention` keeps with ``dropout_seed=seed`` and this `dropout_p`.
+    """Returns which weights `attention` keeps with ``dropout_seed=seed`` and this `dropout_p`.
 
-    A function of the sequence's seed, the head and the two positions alone: not of tile sizes, backend, batch size or
-    the sequence's place in the batch.
+    This depends only on the sequence's seed, the head and the two positions; it does not depend on tile sizes, backend,
+    batch size or the sequence's place in the batch.
 
     Args:
         seed: ``(B,)`` int64, one for each sequence.
         heads: query heads H.
-        queries, keys: tokens Tq and Tk; of a sequence of a packed batch, its own.
+        queries, keys: tokens Tq and Tk; in a packed batch, those of one sequence.
         dropout_p: probability of dropping, from 0 to 1, rounded to a multiple of 2^-16.
 
     Returns:

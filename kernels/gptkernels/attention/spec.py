@@ -168,13 +168,13 @@ SPEC = OpSpec(
         _case(4, 16, 2048, 128, kv_heads=4, lengths=(2048, 100, 7, 1)),
         _case(4, 16, 4096, 128, window=512, dropout_p=0.1),
         _case(16, 32, 1, 128, keys=4096, kv_heads=8),
-        _case(2, 16, 128, 128, keys=30, left_padding=(0, 2)),  # few keys: of float32 inputs one tile holds them all
+        _case(2, 16, 128, 128, keys=30, left_padding=(0, 2)),  # few keys: one tile holds all of them for float32 inputs
     ),
 )
 
 
 def _packed_case(lengths: tuple[tuple[int, int], ...], heads: int, head_dim: int, **changes: Any) -> Case:
-    """`lengths`: queries and keys of each sequence."""
+    """`lengths` are the numbers of queries and keys of each sequence."""
     parameters: dict[str, Any] = {
         "lengths": lengths, "heads": heads, "head_dim": head_dim, "kv_heads": heads,
         "is_causal": True, "window": None, "dropout_p": 0.0, "return_lse": False,
@@ -226,7 +226,7 @@ VARLEN_SPEC = OpSpec(
         _packed_case(((40, 40), (9, 25)), 2, 16, dropout_p=0.4, return_lse=True),
         _packed_case(((8, 0), (33, 20)), 1, 16),
     ),
-    # The reference's scores span the whole batch, squared: in float64 8 GiB of memory for its gradients.
+    # The reference's scores are quadratic in the whole batch's tokens: its float64 gradients take 8 GiB.
     bench_cases=(_packed_case(tuple((n, n) for n in (2048, 1024, 512, 256, 256, 1024)), 12, 64),),
     cpu_cases=(_packed_case(tuple((n, n) for n in (512, 256, 128, 128)), 12, 64),),
 )

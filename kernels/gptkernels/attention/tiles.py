@@ -1,7 +1,7 @@
-"""The shipped launch configurations of the attention kernels: one tile per direction, architecture, dtype and head_dim.
+"""The shipped launch configurations of the attention kernels: one tile for each direction, architecture, dtype and head_dim.
 
-Chosen so that under Triton 3.6, 3.7.1, 3.8 and 3.9 no kernel spills registers or waits for each of its products, and each
-fits its target's shared memory (`tests/kernels/test_compile.py` holds the main configurations). Nothing is tuned at first
+They are chosen so that under Triton 3.6, 3.7.1, 3.8 and 3.9 no kernel spills registers or waits for each of its products,
+and each fits its target's shared memory (`tests/kernels/test_compile.py` checks the main ones). Nothing is tuned at first
 use.
 """
 
@@ -13,9 +13,9 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Tile:
-    """`block_m` queries by `block_n` keys, computed by `num_warps` warps, `num_stages` loads deep.
+    """`block_m` queries by `block_n` keys, computed by `num_warps` warps, with `num_stages` loads in flight.
 
-    `maxnreg` bounds a thread's registers where that lets one more program run on a multiprocessor. CUDA alone knows it.
+    `maxnreg` bounds a thread's registers where that lets a multiprocessor run one more program. CUDA only.
     """
 
     block_m: int
@@ -31,11 +31,11 @@ class Tile:
         return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
     def at_most(self, queries: int) -> Tile:
-        """With fewer queries where there are no more than `queries`, a power of 2."""
+        """Returns the tile with at most `queries` queries, a power of 2; but at least 16."""
         return replace(self, block_m=min(self.block_m, max(16, queries)))
 
 
-# Columns: the forward, dK/dV, dQ, the forward of few queries. Rows: padded head_dim up to 64, 128, 256.
+# Columns: the forward, dK with dV, dQ, the forward of few queries. Rows: padded head_dim up to 64, 128, 256.
 _Row = tuple[Tile, Tile, Tile, Tile]
 _Table = dict[int, _Row]
 _HOPPER: _Table = {  # 227 kB of shared memory
@@ -43,7 +43,7 @@ _HOPPER: _Table = {  # 227 kB of shared memory
     128: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 64, 4, 3)),
     256: (Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 64, 8, 2), Tile(16, 32, 4, 3)),
 }
-_BLACKWELL: _Table = {  # 227 kB too; accumulators wait in tensor memory, and their way through registers costs
+_BLACKWELL: _Table = {  # 227 kB; accumulators are in tensor memory, and moving them through registers costs
     64: (Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(16, 128, 4, 3)),
     128: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 1), Tile(128, 64, 8, 2), Tile(16, 64, 4, 3)),
     256: (Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 2), Tile(16, 32, 4, 3)),
@@ -63,20 +63,20 @@ _HIP: _Table = {  # 64 kB of local data share, 64-thread waves
     128: (Tile(128, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(16, 64, 4, 1)),
     256: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
 }
-_FLOAT32: _Table = {  # IEEE products, on the general units and within 99 kB: small tiles everywhere
+_FLOAT32: _Table = {  # any architecture, within 99 kB: IEEE products, which the matrix units do not compute
     64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
     128: (Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
     256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 4, 2)),
 }
-# Beside those, by table, direction and row: where queries see all keys, or all up to their own, of one length and without
-# dropout. What else a kernel may have to do takes registers that these do not have; bench/tune.py finds them.
+# By table, direction and row, tiles for plain attention: full or causal, without dropout, window, masks or packing. They
+# leave no registers for more. bench/tune.py finds them.
 _PLAIN = {
     ("sm_90", "forward", 64): Tile(128, 64, 8, 3, 128),
     ("sm_90", "dq", 64): Tile(128, 64, 8, 3, 128),
     ("sm_90", "forward", 128): Tile(128, 128, 8, 2),
     ("float32", "dq", 128): Tile(16, 32, 8, 2),
 }
-# And with dropout, whose random numbers take registers of their own.
+# Tiles for attention with dropout, whose random numbers take registers.
 _DROPOUT = {
     ("sm_80", "forward", 128): Tile(128, 32, 8, 3),
     ("sm_90", "dkdv", 128): Tile(16, 128, 8, 2),
@@ -91,16 +91,16 @@ _TABLES = {
     "hip": _HIP,
     "float32": _FLOAT32,
 }
-# In the interpreter a tile costs the same whatever its size; small ones bring several into short test sequences.
+# In the interpreter a tile's cost does not depend on its size; with small tiles, short test sequences have several.
 _INTERPRETER = Tile(32, 16, 1, 1)
 
 
 def tile(
     direction: str, arch: str, itemsize: int, block_d: int, has_dropout: bool = False, is_plain: bool = False
 ) -> Tile:
-    """The launch configuration of a direction on `arch` for elements of `itemsize` bytes.
+    """Returns the launch configuration of a direction on `arch` for elements of `itemsize` bytes.
 
-    `is_plain`: there is no dropout, window, mask or length of keys, and the batch is not packed.
+    `is_plain` says that there is no dropout, window, key mask or key lengths, and that the batch is not packed.
     """
     if arch == "interpreter":
         return _INTERPRETER
@@ -112,10 +112,10 @@ def tile(
 
 
 def whole_rows(keys: int, block_d: int) -> tuple[Tile, Tile] | None:
-    """Tiles of dK with dV and of dQ that hold all `keys` (a power of 2) of float32 inputs; None for more than fit.
+    """Returns tiles of dK with dV, and of dQ, that hold all `keys` (a power of 2) of float32 inputs; None if they do not fit.
 
-    Weights and what softmax's backward subtracts are then made within the tile, as the textbook makes them: a lone key's
-    gradient is exactly 0, where sums that were rounded apart would leave their difference.
+    The weights and the row sums of softmax's backward are then computed within the tile, from the same rounded numbers: the
+    gradient of a lone key's score is exactly 0, and not the difference of two sums that were rounded separately.
     """
     block_n = max(16, keys)
     if block_n > min(64, 4096 // block_d):

@@ -1,9 +1,9 @@
-"""Attention in Triton: tiles with an online softmax forward, and two deterministic loops backward. The launchers.
+"""Attention in Triton: the launchers. The kernels are in `triton_forward` and `triton_backward`.
 
-The kernels (`triton_forward`, `triton_backward`) walk the tiles that need no mask in one loop and the others (the causal
-diagonal, a window's edge, the ragged end) in loops of their own, so that most of the work is free of comparisons. Scores
-are kept raw: ``qk * scale - max`` is one fused multiply-add, exponentials are base 2, and the saved log-sum-exp is base 2
-too. The derivation is in MATH.md.
+The forward computes an online softmax over tiles of keys; the backward has two deterministic loops. The tiles that need no
+mask have a loop of their own, apart from those on the causal diagonal, a window's edge and the ragged end: most of the work
+is done without comparisons. Scores are kept unscaled, so that ``qk * scale - max`` is one fused multiply-add; exponentials
+and the saved log-sum-exp are base 2. The derivation is in MATH.md.
 """
 
 from __future__ import annotations
@@ -15,39 +15,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gptkernels._layout import empty_like_heads
 from gptkernels._triton import Hardware, Launch, cdiv, hardware, next_power_of_2, on_device, planned
 from gptkernels.attention import dropout
-from gptkernels.attention.api import empty_like_heads
+from gptkernels.attention.options import Options
 from gptkernels.attention.tiles import Tile, tile, whole_rows
 from gptkernels.attention.triton_backward import _delta_kernel, _dkdv_kernel, _dq_kernel
 from gptkernels.attention.triton_forward import _combine_kernel, _decode_kernel, _forward_kernel
 
 LOG2_E = math.log2(math.e)
 DELTA_BLOCK = 32
-# Up to so many queries share a program with their group's other heads, the keys split over programs.
+# The most queries, and rows (queries times heads of a group), for which the keys are split over programs.
 DECODE_QUERIES = 8
 DECODE_ROWS = 64
-# Within a tile of at most 128 tokens, offsets are 32 bits: twice as many registers would be spilled for wider ones.
+# Offsets within a tile of at most 128 tokens are 32-bit: with wider ones the kernels would spill registers.
 MAX_TOKEN_STRIDE = 2**24
-# The fewest tiles of keys that are worth a program of their own.
+# The fewest tiles of keys in a split.
 DECODE_TILES = 4
 
 
 def _readable(x: Tensor) -> Tensor:
-    """`x` itself where head_dim has stride 1 (slices of a packed projection have) and tokens lie close enough, else a copy."""
+    """Returns `x` itself if the kernels can read it, as they can a slice of a packed projection; else a contiguous copy.
+
+    They need head_dim to have stride 1, and a stride of tokens below `MAX_TOKEN_STRIDE`.
+    """
     *_, token, last = x.stride()
     return x if token < MAX_TOKEN_STRIDE and (last == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
 def _block_d(head_dim: int) -> int:
-    return max(16, next_power_of_2(head_dim))  # the matrix units' smallest inner dimension is 16
+    return max(16, next_power_of_2(head_dim))  # 16 is the matrix units' smallest inner dimension
 
 
 _Strides = tuple[int, ...]
 
 
 class _Problem(NamedTuple):
-    """What every launch depends on beside strides and dtypes; its properties say it in the kernels' form."""
+    """What a launch depends on beside strides and dtypes. The properties are in the form that the kernels take."""
 
     hardware: Hardware
     itemsize: int
@@ -56,12 +60,12 @@ class _Problem(NamedTuple):
     has_lengths: bool
     has_mask: bool
     packed_sequences: int | None
-    packed_queries: int  # of the longest sequence
-    packed_keys: int
-    is_causal: bool
-    window: int | None
-    scale: float
-    dropout_p: float
+    scalars: tuple[Any, ...]  # of the options
+
+    @property
+    def options(self) -> Options:
+        """Without their tensors."""
+        return Options(None, None, None, None, None, *self.scalars)
 
     @property
     def packed(self) -> bool:
@@ -93,29 +97,40 @@ class _Problem(NamedTuple):
 
     @property
     def max_queries(self) -> int:
-        return self.packed_queries if self.packed else self.queries
+        return self.options.max_queries if self.packed else self.queries
 
     @property
     def max_keys(self) -> int:
-        return self.packed_keys if self.packed else self.keys
+        return self.options.max_keys if self.packed else self.keys
 
     @property
     def block_d(self) -> int:
         return _block_d(self.head_dim)
 
     @property
+    def scale(self) -> float:
+        assert self.options.scale is not None
+        return self.options.scale
+
+    @property
     def has_dropout(self) -> bool:
-        return dropout.threshold(self.dropout_p) > 0
+        return dropout.threshold(self.options.dropout_p) > 0
 
     @property
     def is_plain(self) -> bool:
-        """As `tiles.tile` has it."""
+        """The `is_plain` of `tiles.tile`."""
         others = self.has_dropout or self.has_lengths or self.has_mask or self.packed
-        return self.window is None and not others
+        return self.options.window is None and not others
 
     @property
-    def options(self) -> tuple[float, int, int]:
-        return dropout.rescale(self.dropout_p), dropout.threshold(self.dropout_p), self.window or 0
+    def window(self) -> int:
+        """As the kernels take it: 0 for none."""
+        return self.options.window or 0
+
+    @property
+    def dropout_numbers(self) -> tuple[float, int]:
+        """The kernels' `rescale` and `threshold`."""
+        return dropout.rescale(self.options.dropout_p), dropout.threshold(self.options.dropout_p)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -123,16 +138,16 @@ class _Problem(NamedTuple):
 
     @property
     def statistics_strides(self) -> tuple[int, int]:
-        # Of a packed batch the one batch entry holds all sequences.
+        # All sequences of a packed batch are in its one batch entry.
         return 0 if self.packed else self.heads * self.queries, self.queries
 
     @property
-    def flags(self) -> dict[str, Any]:
+    def constants(self) -> dict[str, Any]:
         return {
-            "IS_CAUSAL": self.is_causal,
+            "IS_CAUSAL": self.options.is_causal,
             "HAS_LENGTHS": self.has_lengths,
             "HAS_MASK": self.has_mask,
-            "HAS_WINDOW": self.window is not None,
+            "HAS_WINDOW": self.options.window is not None,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": self.block_d,
         }
@@ -149,13 +164,11 @@ class _Problem(NamedTuple):
         return not self.packed and self.queries % block_m == 0
 
 
-def _problem(
-    query: Tensor, key: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, cu_queries: Tensor | None,
-    max_queries: int, max_keys: int, is_causal: bool, window: int | None, scale: float, dropout_p: float,
-) -> _Problem:  # fmt: skip
+def _problem(query: Tensor, key: Tensor, options: Options) -> _Problem:
+    sequences = None if options.cu_queries is None else options.cu_queries.shape[0] - 1
     return _Problem(
-        hardware(query), query.dtype.itemsize, query.shape, key.shape, key_lengths is not None, key_mask is not None,
-        None if cu_queries is None else cu_queries.shape[0] - 1, max_queries, max_keys, is_causal, window, scale, dropout_p,
+        hardware(query), query.dtype.itemsize, query.shape, key.shape,
+        options.key_lengths is not None, options.key_mask is not None, sequences, options.scalars(),
     )  # fmt: skip
 
 
@@ -164,7 +177,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 class _Split(NamedTuple):
-    """The forward of few queries: as many splits of the keys as fill the GPU twice, then their union."""
+    """The forward of few queries: one launch over splits of the keys, one that joins their results."""
 
     splits: Launch
     union: Launch
@@ -173,9 +186,9 @@ class _Split(NamedTuple):
 
 @planned
 def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides) -> Launch | _Split | None:
-    """None where there is nothing to compute. `strides` are those of query, key, value and out.
+    """Returns None if there is nothing to compute. `strides` are those of query, key, value and out.
 
-    `choose` is `tile`: an argument, so that another choice (bench.tune tries many) finds launches of its own.
+    `choose` is `tile`. It is an argument so that other choices, as bench.tune makes, do not get this one's cached launches.
     """
     if p.empty:
         return None
@@ -185,8 +198,8 @@ def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides
     t = choose("forward", p.hardware.arch, p.itemsize, p.block_d, p.has_dropout, p.is_plain)
     return Launch(
         _forward_kernel, (cdiv(p.max_queries, t.block_m) * p.sequences * p.heads,),
-        (p.scale * LOG2_E, *p.options, *p.sizes, p.max_queries, *p.strides(*strides), *p.statistics_strides),
-        **p.flags, HAS_DROPOUT=p.has_dropout, PACKED=p.packed, EVEN_Q=p.even(t.block_m),
+        (p.scale * LOG2_E, *p.dropout_numbers, p.window, *p.sizes, p.max_queries, *p.strides(*strides), *p.statistics_strides),
+        **p.constants, HAS_DROPOUT=p.has_dropout, PACKED=p.packed, EVEN_Q=p.even(t.block_m),
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, **t.options,
     )  # fmt: skip
 
@@ -194,15 +207,15 @@ def _forward_launch(p: _Problem, choose: Callable[..., Tile], *strides: _Strides
 def _split(p: _Problem, t: Tile, *strides: _Strides) -> _Split:
     rows = p.queries * p.heads // p.kv_heads
     kv_heads = p.sequences * p.kv_heads
-    wanted = cdiv(2 * p.hardware.multiprocessors, kv_heads)
+    wanted = cdiv(2 * p.hardware.multiprocessors, kv_heads)  # splits that fill the GPU twice
     tiles = cdiv(p.keys, t.block_n)
     chunk = max(DECODE_TILES, cdiv(tiles, wanted)) * t.block_n
     splits = cdiv(p.keys, chunk)
     return _Split(
         Launch(
             _decode_kernel, (splits, kv_heads),
-            (p.scale * LOG2_E, p.options[-1], *p.sizes, chunk, *p.strides(*strides[:3])),
-            **p.flags, BLOCK_M=max(t.block_m, next_power_of_2(rows)), BLOCK_N=t.block_n,
+            (p.scale * LOG2_E, p.window, *p.sizes, chunk, *p.strides(*strides[:3])),
+            **p.constants, BLOCK_M=max(t.block_m, next_power_of_2(rows)), BLOCK_N=t.block_n,
             **t.options,
         ),
         Launch(
@@ -213,39 +226,17 @@ def _split(p: _Problem, t: Tile, *strides: _Strides) -> _Split:
     )  # fmt: skip
 
 
-def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    cu_queries: Tensor | None,
-    cu_keys: Tensor | None,
-    dropout_seed: Tensor | None,
-    max_queries: int,
-    max_keys: int,
-    is_causal: bool,
-    window: int | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """``(out, statistics)``: out (B, H, Tq, D) laid out (B, Tq, H, D), statistics float32 (1, B, H, Tq) or (2, B, H, Tq).
-
-    They are each row's log-sum-exp in base 2, +inf where it sees no key; of float32 inputs its maximum in those units and
-    its sum of exponentials over it, 0 and 0 where it sees no key.
-    """
+def _forward(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     out = empty_like_heads(query)
     numbers = 2 if query.dtype == torch.float32 else 1
     statistics = query.new_empty((numbers, *query.shape[:3]), dtype=torch.float32)
     query, key, value = _readable(query), _readable(key), _readable(value)
-    p = _problem(
-        query, key, key_lengths, key_mask, cu_queries, max_queries, max_keys, is_causal, window, scale, dropout_p
-    )  # fmt: skip
+    p = _problem(query, key, options)
     launch = _forward_launch(p, tile, query.stride(), key.stride(), value.stride(), out.stride())
     if launch is None:
         return out.zero_(), statistics.fill_(math.inf if numbers == 1 else 0.0)
     sums = statistics[1] if numbers == 2 else None
-    masks = _contiguous(key_lengths, key_mask)
+    masks = _contiguous(options.key_lengths, options.key_mask)
     with on_device(query):
         if isinstance(launch, _Split):
             partial = query.new_empty(launch.partial, dtype=torch.float32)
@@ -254,14 +245,14 @@ def attention_forward(
             launch.splits(query, key, value, partial, partial_maxima, partial_sums, *masks)
             launch.union(partial, partial_maxima, partial_sums, out, statistics, sums)
         else:
-            sequences = _contiguous(cu_queries, cu_keys)
-            seed = dropout_seed if dropout.threshold(dropout_p) else None
+            sequences = _contiguous(options.cu_queries, options.cu_keys)
+            seed = options.dropout_seed if dropout.threshold(options.dropout_p) else None
             launch(query, key, value, out, statistics, sums, *masks, *sequences, seed)
     return out, statistics
 
 
-class _Backward(NamedTuple):
-    """The three kernels; `whole_rows` is whether they make the weights anew within a tile, without the saved sums."""
+class _BackwardLaunches(NamedTuple):
+    """The launches of the three kernels. `whole_rows`: they compute the weights within a tile, without the saved sums."""
 
     delta: Launch
     dkdv: Launch
@@ -272,8 +263,8 @@ class _Backward(NamedTuple):
 @planned
 def _backward_launches(
     p: _Problem, choose: Callable[..., Tile], has_grad_lse: bool, *strides: _Strides
-) -> _Backward | None:
-    """As `_forward_launch`; `strides` are those of query, key, value, grad_out, out and of the three gradients."""
+) -> _BackwardLaunches | None:
+    """As `_forward_launch`. `strides` are those of query, key, value, grad_out, out and the three gradients."""
     if p.empty:
         return None
     arch, inputs, (out, grad_query, *grads_key_value) = p.hardware.arch, strides[:4], strides[4:]
@@ -284,10 +275,10 @@ def _backward_launches(
     whole = whole_rows(next_power_of_2(p.max_keys), p.block_d) if p.itemsize == 4 else None
     if whole:
         dkdv, dq = whole
-    numbers = (p.scale, p.scale * LOG2_E, *p.options, *p.sizes)
+    numbers = (p.scale, p.scale * LOG2_E, *p.dropout_numbers, p.window, *p.sizes)
     given = (*p.strides(*inputs), *p.statistics_strides)
-    flags = {**p.flags, "HAS_DROPOUT": p.has_dropout, "PACKED": p.packed, "WHOLE_ROWS": bool(whole)}
-    return _Backward(
+    constants = {**p.constants, "HAS_DROPOUT": p.has_dropout, "PACKED": p.packed, "WHOLE_ROWS": bool(whole)}
+    return _BackwardLaunches(
         Launch(
             _delta_kernel, (cdiv(p.max_queries, DELTA_BLOCK) * p.sequences * p.heads,),
             (p.heads, p.queries, p.max_queries, *p.strides(out, inputs[3]), *p.statistics_strides),
@@ -297,45 +288,26 @@ def _backward_launches(
         Launch(
             _dkdv_kernel, (cdiv(p.max_keys, dkdv.block_n) * p.sequences * p.kv_heads,),
             (*numbers, p.max_keys, *given, *p.strides(*grads_key_value)),
-            **flags, EVEN_Q=p.even(dkdv.block_m), EVEN_K=not p.packed and p.keys % dkdv.block_n == 0,
+            **constants, EVEN_Q=p.even(dkdv.block_m), EVEN_K=not p.packed and p.keys % dkdv.block_n == 0,
             BLOCK_M=dkdv.block_m, BLOCK_N=dkdv.block_n, **dkdv.options,
         ),
         Launch(
             _dq_kernel, (cdiv(p.max_queries, dq.block_m) * p.sequences * p.heads,),
             (*numbers, p.max_queries, *given, *p.strides(grad_query)),
-            **flags, EVEN_Q=p.even(dq.block_m),
+            **constants, EVEN_Q=p.even(dq.block_m),
             BLOCK_M=dq.block_m, BLOCK_N=dq.block_n, **dq.options,
         ),
         bool(whole),
     )  # fmt: skip
 
 
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    cu_queries: Tensor | None,
-    cu_keys: Tensor | None,
-    dropout_seed: Tensor | None,
-    max_queries: int,
-    max_keys: int,
-    is_causal: bool,
-    window: int | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(grad_query, grad_key, grad_value)``, each laid out as the forward's output; the same bits on every run."""
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_query, grad_key, grad_value = empty_like_heads(query), empty_like_heads(key), empty_like_heads(value)
     query, key, value, grad_out = _readable(query), _readable(key), _readable(value), _readable(grad_out)
-    p = _problem(
-        query, key, key_lengths, key_mask, cu_queries, max_queries, max_keys, is_causal, window, scale, dropout_p
-    )  # fmt: skip
+    p = _problem(query, key, options)
     launches = _backward_launches(
         p, tile, grad_lse is not None, query.stride(), key.stride(), value.stride(), grad_out.stride(), out.stride(),
         grad_query.stride(), grad_key.stride(), grad_value.stride(),
@@ -343,9 +315,9 @@ def attention_backward(
     if launches is None:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
     sums = statistics[1] if len(statistics) == 2 and not launches.whole_rows else None
-    masks = _contiguous(key_lengths, key_mask)
-    cu_queries, cu_keys, grad_lse = _contiguous(cu_queries, cu_keys, grad_lse)
-    seed = dropout_seed if dropout.threshold(dropout_p) else None
+    masks = _contiguous(options.key_lengths, options.key_mask)
+    cu_queries, cu_keys, grad_lse = _contiguous(options.cu_queries, options.cu_keys, grad_lse)
+    seed = options.dropout_seed if dropout.threshold(options.dropout_p) else None
     delta = torch.empty_like(statistics[0] if len(statistics) == 2 else statistics)
     inputs = (query, key, value, grad_out, statistics, sums, delta, grad_lse)
     rest = (*masks, cu_queries, cu_keys, seed)
@@ -354,3 +326,33 @@ def attention_backward(
         launches.dkdv(*inputs, grad_key, grad_value, *rest)
         launches.dq(*inputs, grad_query, *rest)
     return grad_query, grad_key, grad_value
+
+
+class Launchers(NamedTuple):
+    """What computes attention's two ops on one architecture, from their tensors and the `Options`."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+LAUNCHERS = {"any": Launchers(_forward, _backward)}
+"""By architecture, as `Hardware.arch` names it; "any" serves those that have no kernels of their own."""
+
+
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """``(out, statistics)``: out (B, H, Tq, D) laid out (B, Tq, H, D), statistics float32 (1, B, H, Tq) or (2, B, H, Tq).
+
+    For 16-bit inputs the statistics are each row's log-sum-exp in base 2, +inf where it sees no key. For float32 inputs
+    they are the row's maximum in base-2 units and its sum of exponentials relative to that, both 0 where it sees no key.
+    """
+    return LAUNCHERS.get(hardware(query).arch, LAUNCHERS["any"]).forward(query, key, value, Options(*arguments))
+
+
+def attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(grad_query, grad_key, grad_value)``, each laid out as the forward's output. Every run gives the same bits."""
+    return LAUNCHERS.get(hardware(query).arch, LAUNCHERS["any"]).backward(
+        grad_out, grad_lse, query, key, value, out, statistics, Options(*arguments)
+    )

@@ -1,4 +1,4 @@
-"""The backward kernels: delta once per query, then dK with dV by tiles of keys and dQ by tiles of queries."""
+"""The backward kernels: first delta for every query, then dK with dV by tiles of keys, and dQ by tiles of queries."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def _delta_kernel(
     PACKED: tl.constexpr, HAS_DLSE: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dout) - dlse: what softmax's backward subtracts from every row of dP.
+    """delta = rowsum(out * dout) - dlse, which softmax's backward subtracts from every row of dP.
 
-    With `SUMS` it is rowsum(out * dout) alone, divided by the row's sum, as dout is where dP is made; dP - delta cancels,
-    and dlse is added after it. With WHOLE_ROWS it is -dlse alone.
+    With `SUMS`, delta is rowsum(out * dout) divided by the row's sum of exponentials, by which dout is divided before dP
+    is computed. dP - delta then cancels as it should, and dlse is added to the difference. With WHOLE_ROWS, delta is -dlse.
     """
     blocks = tl.cdiv(MAX_QUERIES, BLOCK_M)
     program = tl.program_id(0)
@@ -41,7 +41,7 @@ def _delta_kernel(
         dout = tl.load(DOUT + row[:, None] * stride_dt + dims[None, :], mask=mask, other=0.0).to(tl.float32)
         if SUMS is None:
             delta = tl.sum(out * dout, axis=1)
-        else:  # in the order of the product that dP is: where one key has all the weight, their difference is exactly 0
+        else:  # summed in the order of the product dP: where one key has all the weight, their difference is exactly 0
             dout *= _reciprocals(SUMS, statistics, queries < Tq)[:, None]
             products = tl.dot(dout, tl.trans(out), input_precision="ieee")
             delta = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), axis=1)
@@ -52,14 +52,14 @@ def _delta_kernel(
 
 @triton.jit
 def _reciprocals(SUMS, rows, mask):
-    """1 / each row's sum of exponentials; anything finite for a row that sees no key."""
+    """1 / each row's sum of exponentials; 1 for a row that sees no key."""
     l = tl.load(SUMS + rows, mask=mask, other=0.0)
     return 1.0 / tl.where(l == 0.0, 1.0, l)
 
 
 @triton.jit
 def _whole_rows_weights(s, seen, scale, AXIS: tl.constexpr):
-    """The softmax of scores that reach along AXIS over all keys: a lone key's weight is exactly 1."""
+    """Softmax of scores of which AXIS holds all keys: a lone key's weight is exactly 1."""
     s = tl.where(seen, s, float("-inf"))
     m = tl.max(s, axis=AXIS, keep_dims=True)
     p = tl.exp2((s - tl.where(m == float("-inf"), 0.0, m)) * scale)
@@ -85,10 +85,10 @@ def _dkdv_loop(
         queries = m + row
         inside = queries < Tq
         q = load_tile(Q + q_offsets, queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # (M, D)
-        if SUMS is not None:  # as in the forward
+        if SUMS is not None:  # scaled before the product, as in the forward
             q *= scale
         st = tl.dot(k, tl.trans(q), input_precision="ieee")  # (N, M): scores transposed, so that P^T feeds a product
-        if MASKED:  # keys beyond the end are dropped when dk and dv are stored
+        if MASKED:  # keys beyond the end are masked when dk and dv are stored
             shown = keys[:, None] <= queries[None, :] + diagonal
             if HAS_WINDOW:
                 shown = shown & (keys[:, None] > queries[None, :] + diagonal - window)
@@ -115,7 +115,7 @@ def _dkdv_loop(
         dpt = tl.dot(v, tl.trans(do), input_precision="ieee")  # (N, M)
         if HAS_DROPOUT:
             dpt = tl.where(keep, dpt * rescale, 0.0)
-        if WHOLE_ROWS:  # rowsum(out * dout), by the weights themselves
+        if WHOLE_ROWS:  # subtract rowsum(out * dout), computed from the weights
             dpt -= tl.sum(pt * tl.where(visible, dpt, 0.0), axis=0)[None, :]
         dpt -= delta[None, :]
         if SUMS is not None and DLSE is not None:
@@ -138,10 +138,10 @@ def _dkdv_kernel(
     HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, WHOLE_ROWS: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys: all query heads of the group, all queries that see it, in fixed order."""
+    """dK and dV of one tile of keys, over all query heads of the group and all queries that see it, in fixed order."""
     blocks = tl.cdiv(MAX_KEYS, BLOCK_N)
     program = tl.program_id(0)
-    start_n = program % blocks * BLOCK_N  # early keys are seen by most queries: they come first
+    start_n = program % blocks * BLOCK_N  # most queries see the early keys: start with them
     head_index = program // blocks
     kv_heads = H // GROUP
     batch = (head_index // kv_heads).to(tl.int64)
@@ -169,7 +169,7 @@ def _dkdv_kernel(
     diagonal = Tk - Tq
     first = 0
     from_ = 0
-    last = tl.where(start_n < keys_end, Tq, 0)  # a tile of padding has no work
+    last = tl.where(start_n < keys_end, Tq, 0)  # no work for a tile of padding
     if IS_CAUSAL:
         first = tl.minimum(tl.maximum(start_n - diagonal, 0) // BLOCK_M * BLOCK_M, Tq)
         from_ = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - diagonal, 0), BLOCK_M) * BLOCK_M
@@ -189,7 +189,7 @@ def _dkdv_kernel(
         q_head = Q + batch * stride_qb + head * stride_qh + first_query * stride_qt
         do_head = DOUT + batch * stride_db + head * stride_dh + first_query * stride_dt
         statistics = batch * stride_lb + head * stride_lh + first_query
-        # The loop without a mask comes first: ptxas spills less than with the diagonal first.
+        # The loop without a mask comes first: with the diagonal first, ptxas spills more.
         dk, dv = _dkdv_loop(
             dk, dv, k, v, q_head, do_head, SHIFTS, SUMS, DELTA, DLSE, statistics, from_, to, keys, seen, start_n,
             diagonal, window, scale_log2, Tq, stride_qt, stride_dt, seed, head, threshold, rescale,
@@ -209,11 +209,11 @@ def _dkdv_kernel(
             )  # fmt: skip
     if HAS_DROPOUT:
         dv *= rescale
-    if SUMS is not None:  # the queries were multiplied by the rest
+    if SUMS is not None:  # the queries were already multiplied by scale_log2
         scale /= scale_log2
     dk = tl.where(seen[:, None], dk * scale, 0.0)
     dv = tl.where(seen[:, None], dv, 0.0)
-    # Not before the loops, which would have to keep these addresses in registers.
+    # Computed after the loops, which would otherwise keep these addresses in registers.
     DK += batch * stride_gkb + kv_head * stride_gkh + start * stride_gkt
     DV += batch * stride_gvb + kv_head * stride_gvh + start * stride_gvt
     mask = (keys[:, None] < Tk) & (dims[None, :] < HEAD_DIM)
@@ -251,7 +251,7 @@ def _dq_loop(
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if HAS_DROPOUT:
             dp = tl.where(kept(seed, head, queries, n, threshold, BLOCK_M, BLOCK_N), dp * rescale, 0.0)
-        if WHOLE_ROWS:  # rowsum(out * dout), by the weights themselves
+        if WHOLE_ROWS:  # subtract rowsum(out * dout), computed from the weights
             dp -= tl.sum(p * tl.where(seen, dp, 0.0), axis=1)[:, None]
         dp -= delta[:, None]
         if dlse is not None:
@@ -273,7 +273,7 @@ def _dq_kernel(
     HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, WHOLE_ROWS: tl.constexpr, EVEN_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries against all keys they see; the walk is the forward's."""
+    """dQ of one tile of queries, over all keys they see, in the forward's order."""
     blocks = tl.cdiv(MAX_QUERIES, BLOCK_M)
     program = tl.program_id(0)
     start_m = (blocks - 1 - program % blocks) * BLOCK_M

@@ -1,4 +1,4 @@
-"""The forward kernels: a tile of queries against its keys, and for few queries the keys split over programs."""
+"""The forward kernels: for each tile of queries all its keys; for few queries, the keys split over programs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def _forward_loop(
             s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
         shift = m_new
-        if MASKED:  # a row that has seen nothing: -inf - -inf would be NaN
+        if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s * scale - shift[:, None])
         correction = tl.exp2(m - shift)
         l = l * correction + tl.sum(p, axis=1)
-        if HAS_DROPOUT:  # the sum is that of all weights
+        if HAS_DROPOUT:  # after the sum, which counts all weights
             p = tl.where(kept(seed, head, queries, n, threshold, BLOCK_M, BLOCK_N), p, 0.0)
         v = load_tile(V + v_offsets, keys[:, None], dims[None, :], keys_end, HEAD_DIM, BLOCK_D, not MASKED)  # (N, D)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
@@ -55,7 +55,7 @@ def _attend(
 ):  # fmt: skip
     """``(weighted sum of values, sum of weights, maximum)`` over keys [begin, end), without a mask from `from_` to `to`.
 
-    The maximum is of the scores times `scale`, the weights are powers of 2 of what is below it.
+    The maximum is that of the scores times `scale`; the weights are 2 to the power of score times `scale` minus maximum.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
@@ -80,9 +80,9 @@ def _attend(
 
 @triton.jit
 def _store_statistics(m, l, SHIFTS, SUMS, rows, mask):
-    """What the backward recomputes weights from: maximum and sum, or without `SUMS` their log-sum-exp, base 2.
+    """Stores what the backward recomputes weights from: maximum and sum, or without `SUMS` the log-sum-exp in base 2.
 
-    A row that sees no key has the log-sum-exp +inf, so that its weights come out as 0, or maximum and sum 0.
+    For a row that sees no key, the log-sum-exp is +inf, so that its weights become 0; maximum and sum are 0.
     """
     if SUMS is None:
         shift = tl.where(l == 0.0, float("inf"), m + tl.log2(l))
@@ -105,7 +105,7 @@ def _forward_kernel(
     """One tile of BLOCK_M queries of one head against all keys they see. `scale` includes log2(e)."""
     blocks = tl.cdiv(MAX_QUERIES, BLOCK_M)
     program = tl.program_id(0)
-    # Late queries see most keys: start with them, and end with the light tiles that fill the gaps.
+    # Late queries see most keys: start with them, and end with the short tiles, which fill the gaps.
     start_m = (blocks - 1 - program % blocks) * BLOCK_M
     head_index = program // blocks
     batch = (head_index // H).to(tl.int64)
@@ -132,7 +132,7 @@ def _forward_kernel(
     diagonal = Tk - Tq
     begin, from_, to, end = key_range(start_m, diagonal, keys_end, window, IS_CAUSAL, HAS_MASK, HAS_WINDOW, BLOCK_M, BLOCK_N)  # fmt: skip
     q = load_tile(Q + row[:, None] * stride_qt + dims[None, :], queries[:, None], dims[None, :], Tq, HEAD_DIM, BLOCK_D, EVEN_Q)  # fmt: skip
-    if Q.dtype.element_ty == tl.float32:  # scores in base-2 units: what is subtracted from them is exact
+    if Q.dtype.element_ty == tl.float32:  # scale the queries: scores are then in base 2, and the maximum is not rounded
         q *= scale
         scale = 1.0
     acc, l, m = _attend(
@@ -159,9 +159,9 @@ def _decode_kernel(
     IS_CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Few queries: all of a key/value head's, of all query heads of its group, against CHUNK of the keys.
+    """Few queries: all queries of all heads of one group, against CHUNK of the keys.
 
-    Row r of the tile is query ``r % Tq`` of the group's head ``r // Tq``; each key is read once for all of them.
+    Row r of the tile is query ``r % Tq`` of the group's head ``r // Tq``. Each key is read once for all rows.
     """
     split = tl.program_id(0)
     splits = tl.num_programs(0)
@@ -186,7 +186,7 @@ def _decode_kernel(
     )
     keys_end = keys_in_use(KEY_LENGTHS, batch, Tk, HAS_LENGTHS)
     diagonal = Tk - Tq
-    # The queries are 0 to Tq - 1: what all of them see ends with the first one's keys and begins with the last one's.
+    # The keys that all queries see end with those of the first query, 0, and begin with those of the last, Tq - 1.
     begin = split * CHUNK
     end = tl.minimum(begin + CHUNK, keys_end)
     to = end
@@ -207,7 +207,7 @@ def _decode_kernel(
         q, K, V, KEY_MASK, begin, from_, to, end, queries, keys_end, diagonal, window, scale,
         stride_kt, stride_vt, 0, 0, 0, IS_CAUSAL, HAS_MASK, HAS_WINDOW, False, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    # (batch * kv_heads, splits, group * Tq, D): nothing is divided by its sum yet.
+    # (batch * kv_heads, splits, group * Tq, D), not yet divided by the sums.
     rows = (head_index.to(tl.int64) * splits + split) * (GROUP * Tq) + row
     tl.store(MAXIMA + rows, m, mask=inside)
     tl.store(SUMS + rows, l, mask=inside)
@@ -219,7 +219,7 @@ def _combine_kernel(
     PARTIAL, PARTIAL_MAXIMA, PARTIAL_SUMS, OUT, SHIFTS, SUMS, H, GROUP, Tq, SPLITS, stride_ob, stride_oh, stride_ot,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of one query of one head, in order, as the tiles of one loop are: under their common maximum."""
+    """Joins the splits of one query of one head in order, relative to their common maximum, as a loop joins its tiles."""
     program = tl.program_id(0)
     query = (program % Tq).to(tl.int64)
     head_index = program // Tq

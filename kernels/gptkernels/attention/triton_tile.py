@@ -1,4 +1,4 @@
-"""What the attention kernels share: where a tile's keys and queries begin and end, masks, dropout."""
+"""What the attention kernels share: loads, the ranges of a tile's keys and queries, masks, dropout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import triton.language as tl
 
 @triton.jit
 def load_tile(pointers, rows, cols, ROWS_END, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
-    """A tile of rows x cols (either may be the head_dim axis); masks only where the tile can stick out."""
+    """Loads a tile of rows x cols, with a mask only where the tile may extend beyond the tensor.
+
+    `cols` is the axis of head_dim; either may be the tile's first axis.
+    """
     if EVEN:
         if HEAD_DIM == BLOCK_D:
             x = tl.load(pointers)
@@ -24,7 +27,7 @@ def load_tile(pointers, rows, cols, ROWS_END, HEAD_DIM: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def sequence_of(CU_QUERIES, CU_KEYS, batch, Tq, Tk, PACKED: tl.constexpr):
-    """``(first query row, first key row, queries, keys)`` of one sequence; rows count from its batch entry's first."""
+    """``(first query row, first key row, queries, keys)`` of one sequence; rows are counted within its batch entry."""
     first_query = batch * 0
     first_key = batch * 0
     if PACKED:
@@ -37,7 +40,7 @@ def sequence_of(CU_QUERIES, CU_KEYS, batch, Tq, Tk, PACKED: tl.constexpr):
 
 @triton.jit
 def keys_in_use(KEY_LENGTHS, batch, Tk, HAS_LENGTHS: tl.constexpr):
-    """How many keys of this sequence exist."""
+    """The number of this sequence's keys that are not padding."""
     keys = Tk
     if HAS_LENGTHS:
         keys = tl.maximum(tl.minimum(tl.load(KEY_LENGTHS + batch).to(tl.int32), Tk), 0)
@@ -50,9 +53,9 @@ def key_range(
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """For BLOCK_M queries: their keys are [begin, end), all of which every query sees from `from_` to `to`.
+    """``(begin, from_, to, end)`` for a tile of BLOCK_M queries, which see no keys but those of [begin, end).
 
-    All but `end` are multiples of BLOCK_N.
+    Every query of the tile sees all keys of [from_, to). All but `end` are multiples of BLOCK_N.
     """
     begin = 0
     from_ = 0
@@ -78,7 +81,7 @@ def visible(
     queries, keys, keys_end, KEY_MASK, diagonal, window,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Which keys which queries see; `queries` and `keys` are index tensors that broadcast to the tile."""
+    """Which queries see which keys; `queries` and `keys` are index tensors that broadcast to the tile."""
     seen = keys < keys_end
     if HAS_MASK:
         seen = seen & (tl.load(KEY_MASK + keys, mask=seen, other=0) != 0)
@@ -91,9 +94,9 @@ def visible(
 
 @triton.jit
 def kept(seed, head, queries, start_n, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights of a tile (queries, keys) survive dropout: `dropout.kept` of this tile's positions.
+    """Which weights of a tile (queries, keys) dropout keeps: `dropout.kept` at the tile's positions.
 
-    One evaluation of Philox serves eight adjacent keys; its four words are laid side by side again by `interleave`.
+    One evaluation of Philox serves eight adjacent keys; `interleave` puts its four words side by side again.
     """
     zero = tl.zeros((BLOCK_M, BLOCK_N // 8), tl.int32)
     eighths = start_n // 8 + tl.arange(0, BLOCK_N // 8)

@@ -23,16 +23,16 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy in nats: ``log(sum(exp(logits))) - logits[target]``, over the last dimension.
 
-    Computed in float32 whatever the dtype. When the logits need a gradient, it is computed in the same pass as the
-    loss, and backward only hands it over: the logits may then be changed in place in between. With "none", and for
-    float16 logits, whose gradient a loss scale must reach before it is rounded, backward computes it from the logits.
-    On a GPU the host waits for nothing, in forward or backward.
+    Computed in float32 whatever the dtype. When the logits need a gradient, forward computes it in the same pass as the
+    loss, and backward returns it: the logits may be changed in place in between. With "none", and for float16 logits,
+    backward computes the gradient from the logits (a loss scale must multiply a float16 gradient before it is rounded).
+    On a GPU the host never waits, in forward or backward.
 
     Args:
         logits: ``(..., V)``, floating point; any layout, a last dimension of stride 1 is read in place.
         target: ``(...)`` int64 or int32, the index of the right class, or `ignore_index`.
-        ignore_index: targets of this value count for nothing, in the loss and in the mean.
-        reduction: "mean" over the targets that count (NaN when none does), "sum", or "none".
+        ignore_index: targets of this value do not count, in the loss or in the mean.
+        reduction: "mean" over the targets that count (NaN if none does), "sum", or "none".
         backend: overrides `use_backend` for this call.
 
     Returns:
@@ -41,12 +41,12 @@ def cross_entropy(
     Raises:
         ValueError: a shape or reduction that is not accepted, or tensors on different devices.
         TypeError: logits that are not floating point, targets that are not integers.
-        IndexError: a target that is no class, on the CPU. On a GPU nobody looks, and its loss and the gradient of its
-            logits are NaN (the reference's are PyTorch's, which stops the device by an assertion).
+        IndexError: a target that is not a class, on the CPU. On a GPU it is not checked: its loss and the gradient of its
+            logits are NaN (in the reference, PyTorch stops the device by an assertion).
         BackendUnavailableError: an explicit backend that cannot run here.
 
-    Source: the gradient ``softmax - onehot`` is textbook (Bishop, "Pattern Recognition and Machine Learning", 4.3.4);
-    to form it with the loss is from Hsu et al., "Liger Kernel", arXiv 2410.10989. The derivation is in ``MATH.md``.
+    Source: the gradient ``softmax - onehot`` is in Bishop, "Pattern Recognition and Machine Learning", 4.3.4; computing
+    it with the loss is from Hsu et al., "Liger Kernel", arXiv 2410.10989. The derivation is in ``MATH.md``.
     """
     _loss.validate("logits", logits, target, reduction)
     name = _backend.choose("cross_entropy", logits, backend)
@@ -56,9 +56,9 @@ def cross_entropy(
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: keeps the finished gradient, and the logits to compute it (again).
+    """Autograd around the fused kernels: saves the finished gradient, and the logits to compute it in or for a backward.
 
-    `recording` is whether a backward can come: ``needs_input_grad`` is about the inputs, in no_grad mode too.
+    `recording` says whether gradients are recorded; ``needs_input_grad`` does not, it is True in no_grad mode too.
     """
 
     @staticmethod
@@ -67,23 +67,25 @@ class CrossEntropyFunction(torch.autograd.Function):
     ) -> Tensor:
         ops = _library.ops(backend)
         ctx.ignore_index, ctx.reduction, ctx.backend = ignore_index, reduction, backend
-        if recording and ctx.needs_input_grad[0] and _loss.with_the_loss(logits, reduction):
+        if recording and ctx.needs_input_grad[0] and _loss.gradient_in_forward(logits, reduction):
             weights = _loss.row_weights(target, ignore_index, reduction)
             losses, *gradients = ops.cross_entropy_backward(logits, target, weights, ignore_index)
         else:
             losses, gradients = ops.cross_entropy_forward(logits, target, ignore_index), ()
-        _loss.keep(ctx, (logits, target), tuple(gradients))
+        _loss.save(ctx, (logits, target), tuple(gradients))
         return losses if reduction == "none" else _loss.reduced(losses, target, ignore_index, reduction)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         graph = _library.graph_wanted()
-        gradients = () if graph else _loss.take(ctx, 2, grad_out)
+        gradients = () if graph else _loss.saved_gradients(ctx, 2, grad_out)
         if not gradients:
             logits, target = ctx.saved_tensors[:2]
             if graph:
                 options = {"target": target, "ignore_index": ctx.ignore_index, "reduction": ctx.reduction}
-                gradients = _library.differentiated(partial(reference.cross_entropy, **options), (logits,), grad_out)
+                gradients = _library.differentiable_gradients(
+                    partial(reference.cross_entropy, **options), (logits,), grad_out
+                )
             else:
                 row_weight = _loss.row_gradients(target, ctx.ignore_index, ctx.reduction, grad_out)
                 ops = _library.ops(ctx.backend)
@@ -103,12 +105,10 @@ _library.register(
     "cross_entropy_forward",
     "(Tensor logits, Tensor target, int ignore_index) -> Tensor",
     fake=_fake_forward,
-    module="gptkernels.cross_entropy.triton",
 )
-# The losses, and with them the gradient of their sum weighted by row_weight (target's shape).
+# Returns the losses, and the gradient of their sum weighted by row_weight (of target's shape).
 _library.register(
     "cross_entropy_backward",
     "(Tensor logits, Tensor target, Tensor row_weight, int ignore_index) -> (Tensor losses, Tensor grad_logits)",
     fake=_fake_backward,
-    module="gptkernels.cross_entropy.triton",
 )

@@ -1,4 +1,4 @@
-"""Layer normalisation, alone and after a residual sum: the public functions, their checks and autograd.Functions."""
+"""Layer normalisation, alone or after a residual sum: the public functions, their checks and autograd.Functions."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def layer_norm(
 ) -> Tensor:
     """Normalises `x` over its last dimension: ``(x - mean) / sqrt(var + eps) * weight + bias``.
 
-    Mean and (population) variance are computed in float32 whatever the dtype, and so are the gradients of `weight` and
-    `bias`, which are summed in a fixed order: the same inputs give the same bits.
+    Mean, (population) variance and the gradients of `weight` and `bias` are computed in float32 whatever the dtype. The
+    gradients are summed in a fixed order: the same inputs give the same bits.
 
     Args:
         x: ``(..., N)``, floating point; any layout, a last dimension of stride 1 is read in place.
         weight: ``(N,)`` or None for 1. Its dtype may differ from x's (float32 weights beside a bfloat16 x).
-        bias: ``(N,)`` or None for 0; likewise.
+        bias: ``(N,)`` or None for 0. Its dtype may differ from x's too.
         eps: added to the variance.
         backend: overrides `use_backend` for this call.
 
@@ -59,12 +59,11 @@ def add_layer_norm(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A pre-norm residual stream's next step in one pass: ``summed = x + residual``, and `layer_norm` of it.
+    """The next step of a pre-norm residual stream in one pass: ``summed = x + residual``, and `layer_norm` of `summed`.
 
     Args:
         x: ``(..., N)``, a branch's output.
-        residual: the stream, of x's shape; x's dtype or float32. The statistics are those of the sum rounded to its
-            dtype.
+        residual: the stream, of x's shape; x's dtype or float32. The sum is rounded to its dtype before it is normalised.
         weight, bias, eps, backend: as `layer_norm`.
 
     Returns:
@@ -76,7 +75,7 @@ def add_layer_norm(
     _check.normalised(x, weight=weight, bias=bias)
     _check.stream(x, residual)
     name = _backend.choose("add_layer_norm", x, backend)
-    if name == "reference":  # without a kernel for both, the norm alone may still have one
+    if name == "reference":  # layer_norm may still choose a kernel
         summed = (x + residual).to(residual.dtype)
         return layer_norm(summed, weight, bias, eps, backend=backend).to(x.dtype), summed
     return _library.apply(AddLayerNormFunction, x, residual, weight, bias, eps, name)
@@ -97,7 +96,7 @@ class LayerNormFunction(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if _library.graph_wanted():
             formula = partial(reference.layer_norm, eps=ctx.eps)
-            return *_library.differentiated(formula, (x, weight, bias), grad_out), None, None
+            return *_library.differentiable_gradients(formula, (x, weight, bias), grad_out), None, None
         need_weight = ctx.needs_input_grad[1]
         need_bias = ctx.needs_input_grad[2]
         grad_x, grad_weight, grad_bias = _library.ops(ctx.backend).layer_norm_backward(
@@ -136,14 +135,14 @@ class AddLayerNormFunction(torch.autograd.Function):
             def formula(summed: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
                 return reference.layer_norm(summed, weight, bias, ctx.eps).to(ctx.dtype)
 
-            grad_residual, *grads = _library.differentiated(formula, (summed, weight, bias), grad_out)
+            grad_residual, *grads = _library.differentiable_gradients(formula, (summed, weight, bias), grad_out)
             if grad_summed is not None:
                 grad_residual = grad_residual + grad_summed
             return grad_residual.to(ctx.dtype), grad_residual, *grads, None, None
         grad_residual, grad_x, grad_weight, grad_bias = _library.ops(ctx.backend).add_layer_norm_backward(
             grad_out, grad_summed, summed, weight, mean, rstd, need_weight, need_bias, need_x
         )
-        # Of one dtype, the two inputs share one gradient.
+        # Inputs of one dtype share one gradient.
         grad_x = grad_residual if ctx.dtype == summed.dtype else grad_x
         return (
             grad_x if need_x else None,
@@ -204,27 +203,23 @@ _library.register(
     "layer_norm_forward",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor out, Tensor mean, Tensor rstd)",
     fake=_fake_forward,
-    module="gptkernels.layer_norm.triton",
 )
 _library.register(
     "layer_norm_backward",
     "(Tensor grad_out, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool need_weight, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
-    module="gptkernels.layer_norm.triton",
 )
 _library.register(
     "add_layer_norm_forward",
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor out, Tensor summed, Tensor mean, Tensor rstd)",
     fake=_fake_add_forward,
-    module="gptkernels.layer_norm.triton",
 )
-# grad_x is empty unless x's dtype is not the sum's: grad_residual then serves both.
+# grad_x is empty where x has the sum's dtype: grad_residual is then the gradient of both.
 _library.register(
     "add_layer_norm_backward",
     "(Tensor grad_out, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor mean, Tensor rstd, bool need_weight,"
     " bool need_bias, bool need_x) -> (Tensor grad_residual, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_add_backward,
-    module="gptkernels.layer_norm.triton",
 )

@@ -1,4 +1,4 @@
-"""Layer normalisation in Triton, alone and after a residual sum: whole rows in registers while they fit, loops beyond.
+"""Layer normalisation in Triton, alone or after a residual sum: rows that fit stay in registers, longer ones are read again.
 
 All arithmetic is float32. Rows are addressed in int64. The derivation and the traffic are in MATH.md.
 """
@@ -27,12 +27,12 @@ from gptkernels._triton import (
     whole_rows,
 )
 
-# The longest row that one program holds in registers: forward 32 float32 a thread; backward 16 of each of x, dy, weight,
-# dw and db.
-# Half of it where a 16-bit branch meets a float32 stream: their layouts differ, and a thread needs more.
+# The longest row that one program holds in registers: forward 32 float32 a thread; backward 16 of x, dy, weight, dw and db
+# each.
+# Half of that where a 16-bit branch is added to a float32 stream: their layouts differ, and a thread needs more registers.
 FORWARD_BLOCK = 32768
 BACKWARD_BLOCK = 8192
-# What is read once is to leave the caches first, what is read again last.
+# Eviction policies: data that is read once leaves the caches first, data that is read again leaves them last.
 ONCE, AGAIN = tl.constexpr("evict_first"), tl.constexpr("evict_last")
 
 
@@ -50,13 +50,13 @@ def _forward_kernel(
     x = tl.load(X + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(RESIDUAL + rows[:, None] * stride_residual + cols[None, :], mask=mask, other=0.0)
-        # The statistics are those of the sum that goes on: of the rounded one.
+        # The rounded sum is what the stream holds: normalise that.
         summed = (x + residual.to(tl.float32)).to(SUMMED.dtype.element_ty)
         tl.store(SUMMED + offsets, summed, mask=mask)
         x = summed.to(tl.float32)
     mean = tl.sum(x, axis=1) / N  # (ROWS,)
     centred = tl.where(mask, x - mean[:, None], 0.0)
-    # The mean's own rounding error is the mean of what it leaves: a second look, in registers, takes it out.
+    # The mean of the deviations is the mean's rounding error: correct it, in registers.
     rest = tl.sum(centred, axis=1) / N
     mean += rest
     centred = tl.where(mask, centred - rest[:, None], 0.0)
@@ -76,7 +76,7 @@ def _forward_long_kernel(
     X, RESIDUAL, W, B, OUT, SUMMED, MEAN, RSTD, N, stride_x, stride_residual, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row longer than a block: statistics by Chan's pairwise update in one read, the result in a second."""
+    """One row longer than a block: one read for the statistics, by Chan's pairwise update, a second one for the result."""
     row = tl.program_id(0).to(tl.int64)
     X += row * stride_x
     OUT += row * N
@@ -103,9 +103,9 @@ def _forward_long_kernel(
         mean += delta * share
     rstd = 1.0 / tl.sqrt(m2 / N + eps)
     if HAS_RESIDUAL:
-        tl.debug_barrier()  # the sums below may be another thread's
+        tl.debug_barrier()  # the sums read below may be written by another thread
         X = SUMMED
-    # From the end: what was read last is what the caches still hold. The result is not to drive it out.
+    # From the row's end, which the caches still hold. The result must not evict it.
     blocks = tl.cdiv(N, BLOCK)
     for block in range(blocks):
         cols = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
@@ -129,7 +129,7 @@ def _backward_kernel(
     NEED_DW: tl.constexpr, NEED_DB: tl.constexpr,
     STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A share of the rows, every P-th group of ROWS: dx of each, and the sums of dw and db, in registers to the end."""
+    """dx of every P-th group of ROWS rows, and their sums of dw and db, kept in registers."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     steps = tl.cdiv(tl.cdiv(M, ROWS), tl.num_programs(0))
@@ -139,7 +139,7 @@ def _backward_kernel(
         weight = tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
-    FOLD: tl.constexpr = min(BLOCK, 8)  # neighbours that a thread has for itself
+    FOLD: tl.constexpr = min(BLOCK, 8)  # neighbours that belong to one thread
     for step in tl.range(0, steps, num_stages=STAGES):
         rows = (program + step * programs) * ROWS + tl.arange(0, ROWS)
         row_inside = rows < M
@@ -148,7 +148,7 @@ def _backward_kernel(
         dy = tl.load(DY + rows[:, None] * stride_dy + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(MEAN + rows, mask=row_inside, other=0.0)
         rstd = tl.load(RSTD + rows, mask=row_inside, other=0.0)
-        xhat = (x - mean[:, None]) * rstd[:, None]  # beyond the row it only ever meets a dy of 0
+        xhat = (x - mean[:, None]) * rstd[:, None]  # beyond the row it is multiplied by a dy of 0
         wdy = dy
         if HAS_WEIGHT:
             wdy = dy * weight[None, :]
@@ -156,7 +156,7 @@ def _backward_kernel(
             dw += dy * xhat
         if NEED_DB:
             db += dy
-        # Both at once: a program's threads meet half as often.
+        # Reduce both at once: a program's threads synchronise half as often.
         c1 = tl.sum(tl.reshape(xhat * wdy, (ROWS, BLOCK // FOLD, FOLD)), axis=2)
         c2 = tl.sum(tl.reshape(wdy, (ROWS, BLOCK // FOLD, FOLD)), axis=2)
         c1, c2 = tl.split(tl.sum(tl.join(c1, c2), axis=1) / N)  # (ROWS,) each
@@ -182,8 +182,11 @@ def _backward_long_kernel(
     NEED_DW: tl.constexpr, NEED_DB: tl.constexpr,
     DEPTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A team's share of the rows, as many at a time as it has members: of these each member takes one row, for its dx, and
-    then a block of columns, for its part of dw and db, which the team has just brought into cache."""
+    """A team's share of the rows, as many at a time as the team has members.
+
+    Each member computes dx of one of these rows, and then the sums of dw and db of its block of columns over all of them,
+    which the team has just read into cache.
+    """
     member = tl.program_id(0)
     members = tl.num_programs(0)
     teams = tl.num_programs(1)
@@ -191,7 +194,7 @@ def _backward_long_kernel(
     own = member * BLOCK + tl.arange(0, BLOCK)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
-    # Whoever reads x and dy last lets them go.
+    # The last read of x and dy lets the caches evict them.
     SECOND: tl.constexpr = AGAIN if NEED_DW or NEED_DB else ONCE
     for step in range(tl.cdiv(tl.cdiv(M, members), teams)):
         first = (tl.program_id(1) + step * teams).to(tl.int64) * members
@@ -213,7 +216,7 @@ def _backward_long_kernel(
             sum_2 += tl.sum(wdy, axis=0)
         slope = -tl.sum(sum_1, axis=0) / N * rstd * rstd * rstd
         shift = -tl.sum(sum_2, axis=0) / N * rstd
-        # From the end: what was read last is what the first-level cache still holds.
+        # From the row's end, which the first-level cache still holds.
         blocks = tl.cdiv(read, DEPTH * LANES)
         for block in range(blocks):
             cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
@@ -265,7 +268,7 @@ def layer_norm_forward(
 def add_layer_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(out, summed, mean, rstd)``: as `layer_norm_forward` of the sum, itself in residual's dtype and contiguous."""
+    """``(out, summed, mean, rstd)``: as `layer_norm_forward` of the sum, which is contiguous and has residual's dtype."""
     out, summed, mean, rstd = _forward(x, residual, weight, bias, eps)
     assert summed is not None
     return out, summed, mean, rstd
@@ -276,7 +279,7 @@ def _forward_launch(
     device: Hardware, itemsize: int, rows: int, columns: int, stride: int, stride_residual: int, eps: float,
     has_residual: bool, has_weight: bool, has_bias: bool, mixed: bool,
 ) -> Launch:  # fmt: skip
-    """`itemsize`: bytes of an element that is normalised; `mixed`: the residual stream's dtype is not the branch's."""
+    """`itemsize`: bytes of an element that is normalised; `mixed`: residual stream and branch differ in dtype."""
     flags = {"HAS_RESIDUAL": has_residual, "HAS_WEIGHT": has_weight, "HAS_BIAS": has_bias}
     strides = (stride, stride_residual, eps)
     if columns > FORWARD_BLOCK >> mixed:
@@ -335,7 +338,10 @@ def _backward_launch(
     device: Hardware, read: tuple[int, ...], rows: int, columns: int, stride_dy: int, stride_dsummed: int, stride: int,
     mixed: bool, branch: bool, has_weight: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Launch, int]:  # fmt: skip
-    """And how many partial sums it leaves of each column; `read`: bytes an element of the sum, of dy, of dsummed if any."""
+    """The launch, and how many partial sums of each column it makes.
+
+    `read`: bytes an element of the sum, of dy, and of dsummed if there is one.
+    """
     flags = {"HAS_DSUMMED": len(read) == 3, "HAS_DBRANCH": branch, "HAS_WEIGHT": has_weight}
     flags |= {"NEED_DW": need_weight, "NEED_DB": need_bias}
     itemsize = max(read[:2])
@@ -360,7 +366,7 @@ def add_layer_norm_backward(
     need_bias: bool,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(grad_residual, grad_x, grad_weight, grad_bias)``: grad_x empty where grad_residual serves, or not needed."""
+    """``(grad_residual, grad_x, grad_weight, grad_bias)``: grad_x is empty where not needed, or equal to grad_residual."""
     columns, mixed = summed.shape[-1], grad_out.dtype != summed.dtype
     branch = need_x and mixed
     grad_residual = contiguous_like(summed)

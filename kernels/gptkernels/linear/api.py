@@ -12,21 +12,21 @@ from gptkernels import backend as _backend
 from gptkernels.linear import reference
 
 FEW_ROWS = 8
-"""Up to here reading the weight is most of the work, and the native kernel reads it once."""
+"""For up to so many rows, reading the weight is most of the work. The native kernel reads it once."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """``x @ weight^T + bias``, with PyTorch's own product wherever that is the fast one.
+    """``x @ weight^T + bias``, computed by PyTorch wherever its product is the fastest.
 
-    The native kernels take over on a CPU where it is not: for the few rows of a decoding step, which are bound by reading
-    the weight, and for 16-bit dtypes on a CPU that has no instructions to multiply them (PyTorch's loops are then ten
-    to a hundred times slower than float32's). Sums are float32 whatever the dtype, and there the weight's and the bias's
-    gradients are too until they are rounded once. Under autocast x, weight and bias are cast to autocast's dtype.
+    On a CPU the native kernels compute it where PyTorch is slow: for the few rows of a decoding step, whose time is that of
+    reading the weight, and for 16-bit dtypes that the CPU has no instructions to multiply (PyTorch is then ten to a
+    hundred times slower than in float32). The native kernels sum in float32 whatever the dtype, and round the gradients
+    of weight and bias once. Under autocast x, weight and bias are cast to autocast's dtype.
 
     Args:
         x: ``(..., K)``, floating point; any layout.
-        weight: ``(N, K)``, of x's dtype but under autocast; any layout, read in place where one of its strides is 1.
-        bias: ``(N,)`` or None for 0; likewise.
+        weight: ``(N, K)``, of x's dtype except under autocast; any layout, read in place where one of its strides is 1.
+        bias: ``(N,)`` or None for 0; of x's dtype except under autocast.
         backend: overrides `use_backend` for this call.
 
     Returns:
@@ -65,8 +65,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 class LinearFunction(torch.autograd.Function):
     """Autograd around the native products: saves the inputs, and the weight in the dtype that was multiplied.
 
-    The weight comes as the model holds it, and is cast here: its gradient then goes from float32 straight to its own
-    dtype, without a stop at autocast's.
+    Forward takes the model's own weight and casts it, so that the gradient is rounded once, from float32 to the weight's
+    dtype, and not to autocast's first.
     """
 
     @staticmethod
@@ -80,7 +80,7 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, cast = ctx.saved_tensors
         if _library.graph_wanted():
-            return *_library.differentiated(_formula, (x, weight, bias), grad_out), None
+            return *_library.differentiable_gradients(_formula, (x, weight, bias), grad_out), None
         needs = ctx.needs_input_grad[:3]
         grad_x, grad_weight, grad_bias = _library.ops(ctx.backend).linear_backward(grad_out, x, cast, *needs)
         return (
@@ -113,6 +113,7 @@ _library.register(
     "linear_forward",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=_fake_forward,
+    triton=False,
     flops=lambda x, weight, bias: _flops.product(x, weight),
 )
 _library.register(
@@ -120,6 +121,7 @@ _library.register(
     "(Tensor grad_out, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
+    triton=False,
     flops=lambda grad_out, x, weight, need_x, need_weight, need_bias: (
         (need_x + need_weight) * _flops.product(x, weight)
     ),

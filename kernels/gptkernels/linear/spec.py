@@ -61,7 +61,7 @@ SPEC = OpSpec(
         _case((6,), 24, 50, layout="slice"),
         _case((2, 19), 96, 47, layout="transposed"),
         _case((6,), 24, 50, layout="transposed"),
-        # Several blocks in every direction, the last ones shorter.
+        # Several blocks in each dimension, the last one shorter.
         _case((70,), 300, 140),
         _case((333,), 257, 600, bias=False),
     ),

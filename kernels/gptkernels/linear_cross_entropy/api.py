@@ -23,22 +23,22 @@ def linear_cross_entropy(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`cross_entropy` of the logits ``x @ weight^T + bias``, of which only a chunk of tokens is ever held.
+    """`cross_entropy` of the logits ``x @ weight^T + bias``, which exist only for a chunk of tokens at a time.
 
-    When something needs a gradient, all gradients are computed with the loss, chunk by chunk, and backward only hands
-    them over. With "none", and for float16, whose gradients a loss scale must reach before they are rounded, backward
-    computes them, and the logits a second time. The weight's is summed over the chunks in float32. Under autocast x,
-    weight and bias are cast to autocast's dtype, as a linear layer's are; the gradients come back in their own. On a GPU
-    a chunk is a fifth of the tokens, or some thousands, and the host waits for nothing. Gradients that are to be
-    differentiated again (``create_graph=True``) are the plain layer's, which holds all logits.
+    When an input needs a gradient, forward computes all gradients with the loss, chunk by chunk, and backward returns
+    them. With "none", and for float16, backward computes them, and the logits a second time (a loss scale must multiply
+    float16 gradients before they are rounded). The weight's gradient is summed over the chunks in float32. Autocast casts
+    x, weight and bias as it does for a linear layer; the gradients have the inputs' own dtypes. On a GPU a chunk is a fifth
+    of the tokens, or some thousands, and the host never waits. Gradients that will be differentiated again
+    (``create_graph=True``) are computed by the plain layer, which holds all logits.
 
     Args:
         x: ``(..., C)``, floating point.
-        weight: ``(V, C)``, a row for each class: the output layer, or the token embedding it is tied to.
+        weight: ``(V, C)``, a row for each class: the output layer's weight, or the token embedding that it is tied to.
         target: ``(...)`` int64 or int32, the index of the right class, or `ignore_index`.
         bias: ``(V,)`` or None.
-        ignore_index: targets of this value count for nothing, in the loss and in the mean.
-        reduction: "mean" over the targets that count (NaN when none does), "sum", or "none".
+        ignore_index: targets of this value do not count, in the loss or in the mean.
+        reduction: "mean" over the targets that count (NaN if none does), "sum", or "none".
         backend: overrides `use_backend` for this call.
 
     Returns:
@@ -48,8 +48,8 @@ def linear_cross_entropy(
         ValueError: a shape or reduction that is not accepted, or tensors on different devices.
         TypeError: tensors that are not floating point or, without autocast, of different dtypes; targets that are not
             integers.
-        IndexError: a target that is no class, on the CPU. On a GPU nobody looks, and its loss and all gradients that it
-            reaches are NaN (the reference's are PyTorch's, which stops the device by an assertion).
+        IndexError: a target that is not a class, on the CPU. On a GPU it is not checked: its loss and all gradients that
+            it reaches are NaN (in the reference, PyTorch stops the device by an assertion).
         BackendUnavailableError: an explicit backend that cannot run here.
 
     Source: Hsu et al., "Liger Kernel", arXiv 2410.10989 (chunks, gradients with the loss); Wijmans et al., "Cut Your
@@ -79,11 +79,11 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: keeps the finished gradients; the inputs serve a second backward.
+    """Autograd around the fused kernels: saves the finished gradients, and the inputs to compute them in or for a backward.
 
-    The weight comes as the model holds it, and is cast here: its gradient then goes from float32 straight to its own
-    dtype, without a stop at autocast's. `recording` is whether a backward can come: ``needs_input_grad`` is about the
-    inputs, in no_grad mode too.
+    Forward takes the model's own weight and casts it, so that the gradient is rounded once, from float32 to the weight's
+    dtype, and not to autocast's first. `recording` says whether gradients are recorded; ``needs_input_grad`` does not, it
+    is True in no_grad mode too.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         cast_weight, cast_bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
         ops = _library.ops(backend)
-        if recording and any(needs) and _loss.with_the_loss(x, reduction):
+        if recording and any(needs) and _loss.gradient_in_forward(x, reduction):
             weights = _loss.row_weights(target, ignore_index, reduction)
             losses, *gradients = ops.linear_cross_entropy_backward(
                 x, cast_weight, cast_bias, target, weights, ignore_index, *needs
@@ -111,19 +111,21 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             losses = ops.linear_cross_entropy_forward(x, cast_weight, cast_bias, target, ignore_index)
             gradients = ()
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        _loss.keep(ctx, (x, weight, target, bias), tuple(gradients))
+        _loss.save(ctx, (x, weight, target, bias), tuple(gradients))
         return losses if reduction == "none" else _loss.reduced(losses, target, ignore_index, reduction)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         graph = _library.graph_wanted()
-        gradients = () if graph else _loss.take(ctx, 4, grad_out)
+        gradients = () if graph else _loss.saved_gradients(ctx, 4, grad_out)
         if not gradients:
             x, weight, target, bias = ctx.saved_tensors[:4]
             options = target, ctx.ignore_index, ctx.reduction
             if graph:
-                gradients = _library.differentiated(partial(_formula, options=options), (x, weight, bias), grad_out)
+                gradients = _library.differentiable_gradients(
+                    partial(_formula, options=options), (x, weight, bias), grad_out
+                )
             else:
                 row_weight = _loss.row_gradients(*options, grad_out)
                 cast_weight, cast_bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
@@ -181,15 +183,13 @@ _library.register(
     "linear_cross_entropy_forward",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index) -> Tensor",
     fake=_fake_forward,
-    module="gptkernels.linear_cross_entropy.triton",
     flops=lambda x, weight, *_: _flops.product(x, weight),
 )
-# The losses, and with them the gradients of their sum weighted by row_weight (target's shape).
+# Returns the losses, and the gradients of their sum weighted by row_weight (of target's shape).
 _library.register(
     "linear_cross_entropy_backward",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, int ignore_index, bool need_x,"
     " bool need_weight, bool need_bias) -> (Tensor losses, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_fake_backward,
-    module="gptkernels.linear_cross_entropy.triton",
     flops=_backward_flops,
 )

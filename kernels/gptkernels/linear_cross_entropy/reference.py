@@ -1,11 +1,11 @@
-"""The cross-entropy of a linear layer's output in plain PyTorch: all logits are held, twice."""
+"""The cross-entropy of a linear layer's output in plain PyTorch, which holds all logits twice."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptkernels.cross_entropy import reference
+from gptkernels._loss import reference
 
 
 def linear_cross_entropy(

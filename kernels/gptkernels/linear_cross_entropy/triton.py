@@ -1,4 +1,4 @@
-"""Linear cross-entropy on the GPU: PyTorch's products over chunks of tokens, cross_entropy's kernels over their logits."""
+"""Linear cross-entropy on the GPU, by chunks of tokens: PyTorch's matrix products, and the losses' kernels on the logits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gptkernels import _library
-from gptkernels.cross_entropy.triton import rows_cross_entropy
+from gptkernels._loss.triton import rows_cross_entropy
 
-# A fifth of the tokens is a chunk, but not fewer than keep the products efficient (each chunk reads the weight twice and
-# its float32 gradient once, writes that once), and not more than this many bytes of logits while that leaves enough.
+# A chunk is a fifth of the tokens, but at least MIN_TOKENS, which keep the products efficient (each chunk reads the weight
+# twice, and reads and writes its float32 gradient). Within that, its logits take at most MAX_BYTES.
 CHUNKS = 5
 MIN_TOKENS = 2048
 MAX_BYTES = 1 << 30
-# Tokens of a chunk and classes of a row of logits are multiples of what matrix products take at a time.
+# The multiples to which the tokens of a chunk and the classes of a row of logits are rounded up, for the matrix products.
 TOKEN_MULTIPLE = 128
 CLASS_MULTIPLE = 64
 
@@ -29,7 +29,7 @@ class Results(NamedTuple):
 
 
 def chunk_tokens(tokens: int, classes: int, itemsize: int) -> int:
-    """Tokens of one chunk: as equal as can be, by the shape alone."""
+    """The tokens of a chunk: chunks of about equal size, which depends on the shape only."""
     most = max(MIN_TOKENS, min(math.ceil(tokens / CHUNKS), MAX_BYTES // (classes * itemsize)))
     equal = math.ceil(tokens / math.ceil(tokens / most))
     return min(tokens, math.ceil(equal / TOKEN_MULTIPLE) * TOKEN_MULTIPLE)
@@ -40,9 +40,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
     elif a.is_cuda and torch.version.hip is None and not torch.cuda.tunable.is_enabled():
-        # One product that never leaves float32: PyTorch has it for cuBLAS alone, and not for its tuned products.
+        # A product with a float32 result, added in float32. PyTorch has it for cuBLAS only, and not for tuned products.
         torch.addmm(total, a, b, out_dtype=torch.float32, beta=0.0 if first else 1.0, out=total)
-    else:  # each chunk's product is rounded, their sum is not
+    else:  # each chunk's product is rounded, their sum is float32
         product = torch.mm(a, b)
         total.copy_(product) if first else total.add_(product)
 
@@ -59,7 +59,7 @@ def _run(
     need_weight: bool,
     need_bias: bool,
 ) -> Results:
-    """The losses, and with `row_weight` the gradients that are needed; the others are empty."""
+    """Computes the losses and, with `row_weight`, the gradients that are needed; the others are empty."""
     classes, width = weight.shape
     tokens = target.numel()
     results = Results(
@@ -77,7 +77,7 @@ def _run(
     losses, targets = results.losses.view(-1), target.reshape(-1).contiguous()
     weights = None if row_weight is None else row_weight.to(torch.float32).reshape(-1).contiguous()
     most = chunk_tokens(tokens, classes, x.element_size())
-    # Rows start at multiples of 16 bytes whatever the number of classes: products and kernels read them in wide loads.
+    # Pad rows, so that they start at multiples of 16 bytes: products and kernels then read them in wide loads.
     padded = math.ceil(classes / CLASS_MULTIPLE) * CLASS_MULTIPLE
     buffer = torch.empty(most, padded, dtype=x.dtype, device=x.device)
     with _library.no_autocast(x):
@@ -124,6 +124,6 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(losses, grad_x, grad_weight, grad_bias)``: the gradients of the losses' sum weighted by `row_weight`.
 
-    grad_x is like x, the others are float32; those that are not needed are empty.
+    grad_x has x's shape and dtype, the others are float32; a gradient that is not needed is empty.
     """
     return tuple(_run(x, weight, bias, target, row_weight, ignore_index, need_x, need_weight, need_bias))

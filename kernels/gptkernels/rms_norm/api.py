@@ -1,4 +1,4 @@
-"""RMS normalisation, alone and after a residual sum: the public functions, their checks and autograd.Functions."""
+"""RMS normalisation, alone or after a residual sum: the public functions, their checks and autograd.Functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptkernels.rms_norm import reference
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
     """Divides `x` by its root mean square over the last dimension: ``x / sqrt(mean(x^2) + eps) * weight``.
 
-    The mean is computed in float32 whatever the dtype, and so is the gradient of `weight`, which is summed in a fixed
+    The mean and the gradient of `weight` are computed in float32 whatever the dtype. The gradient is summed in a fixed
     order: the same inputs give the same bits.
 
     Args:
@@ -46,12 +46,11 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, back
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A residual stream's next step in one pass: ``summed = x + residual``, and `rms_norm` of it.
+    """The next step of a pre-norm residual stream in one pass: ``summed = x + residual``, and `rms_norm` of `summed`.
 
     Args:
         x: ``(..., N)``, a branch's output.
-        residual: the stream, of x's shape; x's dtype or float32. The statistics are those of the sum rounded to its
-            dtype.
+        residual: the stream, of x's shape; x's dtype or float32. The sum is rounded to its dtype before it is normalised.
         weight, eps, backend: as `rms_norm`.
 
     Returns:
@@ -83,7 +82,7 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         if _library.graph_wanted():
             formula = partial(reference.rms_norm, eps=ctx.eps)
-            return *_library.differentiated(formula, (x, weight), grad_out), None, None
+            return *_library.differentiable_gradients(formula, (x, weight), grad_out), None, None
         need_weight = ctx.needs_input_grad[1]
         grad_x, grad_weight = _library.ops(ctx.backend).rms_norm_backward(grad_out, x, weight, rstd, need_weight)
         return grad_x, grad_weight.to(weight.dtype) if need_weight else None, None, None
@@ -113,14 +112,14 @@ class AddRMSNormFunction(torch.autograd.Function):
             def formula(summed: Tensor, weight: Tensor | None) -> Tensor:
                 return reference.rms_norm(summed, weight, ctx.eps).to(ctx.dtype)
 
-            grad_residual, grad_weight = _library.differentiated(formula, (summed, weight), grad_out)
+            grad_residual, grad_weight = _library.differentiable_gradients(formula, (summed, weight), grad_out)
             if grad_summed is not None:
                 grad_residual = grad_residual + grad_summed
             return grad_residual.to(ctx.dtype), grad_residual, grad_weight, None, None
         grad_residual, grad_x, grad_weight = _library.ops(ctx.backend).add_rms_norm_backward(
             grad_out, grad_summed, summed, weight, rstd, need_weight, need_x
         )
-        # Of one dtype, the two inputs share one gradient.
+        # Inputs of one dtype share one gradient.
         grad_x = grad_residual if ctx.dtype == summed.dtype else grad_x
         return (
             grad_x if need_x else None,
@@ -166,25 +165,21 @@ _library.register(
     "rms_norm_forward",
     "(Tensor x, Tensor? weight, float eps) -> (Tensor out, Tensor rstd)",
     fake=_fake_forward,
-    module="gptkernels.rms_norm.triton",
 )
 _library.register(
     "rms_norm_backward",
     "(Tensor grad_out, Tensor x, Tensor? weight, Tensor rstd, bool need_weight) -> (Tensor grad_x, Tensor grad_weight)",
     fake=_fake_backward,
-    module="gptkernels.rms_norm.triton",
 )
 _library.register(
     "add_rms_norm_forward",
     "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor out, Tensor summed, Tensor rstd)",
     fake=_fake_add_forward,
-    module="gptkernels.rms_norm.triton",
 )
-# grad_x is empty unless x's dtype is not the sum's: grad_residual then serves both.
+# grad_x is empty where x has the sum's dtype: grad_residual is then the gradient of both.
 _library.register(
     "add_rms_norm_backward",
     "(Tensor grad_out, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor rstd, bool need_weight, bool need_x)"
     " -> (Tensor grad_residual, Tensor grad_x, Tensor grad_weight)",
     fake=_fake_add_backward,
-    module="gptkernels.rms_norm.triton",
 )

@@ -1,4 +1,4 @@
-"""RMS normalisation in Triton, alone and after a residual sum: whole rows in registers while they fit, loops beyond.
+"""RMS normalisation in Triton, alone or after a residual sum: rows that fit stay in registers, longer ones are read again.
 
 All arithmetic is float32. Rows are addressed in int64. The derivation and the traffic are in MATH.md.
 """
@@ -27,12 +27,11 @@ from gptkernels._triton import (
     whole_rows,
 )
 
-# The longest row that one program holds in registers: forward 32 float32 a thread; backward 16 of each of x, dy, weight
-# and dw.
-# Half of it where a 16-bit branch meets a float32 stream: their layouts differ, and a thread needs more.
+# The longest row that one program holds in registers: forward 32 float32 a thread; backward 16 of x, dy, weight and dw each.
+# Half of that where a 16-bit branch is added to a float32 stream: their layouts differ, and a thread needs more registers.
 FORWARD_BLOCK = 32768
 BACKWARD_BLOCK = 8192
-# What is read once is to leave the caches first, what is read again last.
+# Eviction policies: data that is read once leaves the caches first, data that is read again leaves them last.
 ONCE, AGAIN = tl.constexpr("evict_first"), tl.constexpr("evict_last")
 
 
@@ -49,7 +48,7 @@ def _forward_kernel(
     x = tl.load(X + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(RESIDUAL + rows[:, None] * stride_residual + cols[None, :], mask=mask, other=0.0)
-        # The mean square is that of the sum that goes on: of the rounded one.
+        # The rounded sum is what the stream holds: normalise that.
         summed = (x + residual.to(tl.float32)).to(SUMMED.dtype.element_ty)
         tl.store(SUMMED + offsets, summed, mask=mask)
         x = summed.to(tl.float32)
@@ -66,7 +65,7 @@ def _forward_long_kernel(
     X, RESIDUAL, W, OUT, SUMMED, RSTD, N, stride_x, stride_residual, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row longer than a block: the mean square in one read, the result in a second."""
+    """One row longer than a block: one read for the mean square, a second one for the result."""
     row = tl.program_id(0).to(tl.int64)
     X += row * stride_x
     OUT += row * N
@@ -86,9 +85,9 @@ def _forward_long_kernel(
         squares += x * x
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / N + eps)
     if HAS_RESIDUAL:
-        tl.debug_barrier()  # the sums below may be another thread's
+        tl.debug_barrier()  # the sums read below may be written by another thread
         X = SUMMED
-    # From the end: what was read last is what the caches still hold. The result is not to drive it out.
+    # From the row's end, which the caches still hold. The result must not evict it.
     blocks = tl.cdiv(N, BLOCK)
     for block in range(blocks):
         cols = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
@@ -106,7 +105,7 @@ def _backward_kernel(
     HAS_DSUMMED: tl.constexpr, HAS_DBRANCH: tl.constexpr, HAS_WEIGHT: tl.constexpr, NEED_DW: tl.constexpr,
     STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A share of the rows, every P-th group of ROWS: dx of each, and the sums of dw, in registers to the end."""
+    """dx of every P-th group of ROWS rows, and their sums of dw, kept in registers."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     steps = tl.cdiv(tl.cdiv(M, ROWS), tl.num_programs(0))
@@ -147,15 +146,18 @@ def _backward_long_kernel(
     HAS_DSUMMED: tl.constexpr, HAS_DBRANCH: tl.constexpr, HAS_WEIGHT: tl.constexpr, NEED_DW: tl.constexpr,
     DEPTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A team's share of the rows, as many at a time as it has members: of these each member takes one row, for its dx, and
-    then a block of columns, for its part of dw, which the team has just brought into cache."""
+    """A team's share of the rows, as many at a time as the team has members.
+
+    Each member computes dx of one of these rows, and then the sums of dw of its block of columns over all of them, which
+    the team has just read into cache.
+    """
     member = tl.program_id(0)
     members = tl.num_programs(0)
     teams = tl.num_programs(1)
     tile = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     own = member * BLOCK + tl.arange(0, BLOCK)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    # Whoever reads x and dy last lets them go.
+    # The last read of x and dy lets the caches evict them.
     SECOND: tl.constexpr = AGAIN if NEED_DW else ONCE
     for step in range(tl.cdiv(tl.cdiv(M, members), teams)):
         first = (tl.program_id(1) + step * teams).to(tl.int64) * members
@@ -173,7 +175,7 @@ def _backward_long_kernel(
                 wdy *= tl.load(W + cols, mask=inside, other=0.0).to(tl.float32)
             total += tl.sum(x.to(tl.float32) * wdy, axis=0)
         slope = -tl.sum(total, axis=0) / N * rstd * rstd * rstd
-        # From the end: what was read last is what the first-level cache still holds.
+        # From the row's end, which the first-level cache still holds.
         blocks = tl.cdiv(read, DEPTH * LANES)
         for block in range(blocks):
             cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
@@ -215,7 +217,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tens
 def add_rms_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, summed, rstd)``: as `rms_norm_forward` of the sum, itself in residual's dtype and contiguous."""
+    """``(out, summed, rstd)``: as `rms_norm_forward` of the sum, which is contiguous and has residual's dtype."""
     out, summed, rstd = _forward(x, residual, weight, eps)
     assert summed is not None
     return out, summed, rstd
@@ -226,7 +228,7 @@ def _forward_launch(
     device: Hardware, itemsize: int, rows: int, columns: int, stride: int, stride_residual: int, eps: float,
     has_residual: bool, has_weight: bool, mixed: bool,
 ) -> Launch:  # fmt: skip
-    """`itemsize`: bytes of an element that is normalised; `mixed`: the residual stream's dtype is not the branch's."""
+    """`itemsize`: bytes of an element that is normalised; `mixed`: residual stream and branch differ in dtype."""
     flags = {"HAS_RESIDUAL": has_residual, "HAS_WEIGHT": has_weight}
     strides = (stride, stride_residual, eps)
     if columns > FORWARD_BLOCK >> mixed:
@@ -275,7 +277,10 @@ def _backward_launch(
     device: Hardware, read: tuple[int, ...], rows: int, columns: int, stride_dy: int, stride_dsummed: int, stride: int,
     mixed: bool, branch: bool, has_weight: bool, need_weight: bool,
 ) -> tuple[Launch, int]:  # fmt: skip
-    """And how many partial sums it leaves of each column; `read`: bytes an element of the sum, of dy, of dsummed if any."""
+    """The launch, and how many partial sums of each column it makes.
+
+    `read`: bytes an element of the sum, of dy, and of dsummed if there is one.
+    """
     flags = {"HAS_DSUMMED": len(read) == 3, "HAS_DBRANCH": branch, "HAS_WEIGHT": has_weight}
     flags |= {"NEED_DW": need_weight}
     itemsize = max(read[:2])
@@ -298,7 +303,7 @@ def add_rms_norm_backward(
     need_weight: bool,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(grad_residual, grad_x, grad_weight)``: grad_x empty where grad_residual serves, or not needed."""
+    """``(grad_residual, grad_x, grad_weight)``: grad_x is empty where not needed, or equal to grad_residual."""
     columns, mixed = summed.shape[-1], grad_out.dtype != summed.dtype
     branch = need_x and mixed
     grad_residual = contiguous_like(summed)

@@ -9,31 +9,31 @@ from torch import Tensor
 
 from gptkernels import _check, _library
 from gptkernels import backend as _backend
-from gptkernels.attention.api import empty_like_heads
+from gptkernels._layout import empty_like_heads
 from gptkernels.rotary import reference
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, backend: str | None = None) -> Tensor:
-    """Turns pairs of each head's dimensions by angles that grow with the token's position.
+    """Rotates pairs of each head's dimensions by angles that grow with the token's position.
 
     With R = ``2 * cos.shape[-1]`` rotated dimensions, pair i is ``(a, b) = (x[i], x[i + R/2])`` (Llama, GPT-NeoX), or
-    ``(x[2i], x[2i + 1])`` when interleaved (GPT-J, GGUF files), and becomes ``(a cos - b sin, b cos + a sin)``.
-    Dimensions from R on pass through unchanged. Computed in float32 whatever the dtype and rounded once; the backward
-    is the turn back and keeps nothing but the tables.
+    ``(x[2i], x[2i + 1])`` when interleaved (GPT-J, GGUF files). It becomes ``(a cos - b sin, b cos + a sin)``. Dimensions
+    from R on are copied. The arithmetic is float32 whatever the dtype, rounded once. The backward rotates back and saves
+    only the tables.
 
-    Slices of a packed projection are read in place. Query and key heads that lie side by side in one projection can be
-    rotated by one call.
+    Slices of a packed projection are read in place. One call can rotate query and key heads that are adjacent in one
+    projection.
 
     Args:
         x: ``(B, H, T, D)``, floating point; any layout, a last dimension of stride 1 is read in place.
-        cos, sin: ``(T, R/2)`` for all sequences, or ``(B, T, R/2)`` for each its own positions (left padding), with
+        cos, sin: ``(T, R/2)`` for all sequences, or ``(B, T, R/2)`` with positions for each (left padding);
             ``2 <= R <= D``; float32 or x's dtype. Not differentiated. Hugging Face's tables hold every angle twice:
             pass ``cos[..., : R // 2]``, which is read in place.
-        interleaved: which dimensions form a pair.
+        interleaved: whether a pair is two adjacent dimensions.
         backend: overrides `use_backend` for this call.
 
     Returns:
-        ``(B, H, T, D)`` in x's dtype, laid out ``(B, T, H, D)`` in memory by the fused backends, as `attention` is.
+        ``(B, H, T, D)`` in x's dtype. The fused backends lay it out ``(B, T, H, D)`` in memory, as `attention` does.
 
     Raises:
         ValueError: a shape that does not fit, tables that require a gradient, or tensors on different devices.
@@ -75,7 +75,7 @@ def _validate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 class RotaryFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: saves the tables alone."""
+    """Autograd around the fused kernels: saves only the tables."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> Tensor:
@@ -99,11 +99,9 @@ _library.register(
     "rotary_forward",
     "(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     fake=_fake,
-    module="gptkernels.rotary.triton",
 )
 _library.register(
     "rotary_backward",
     "(Tensor grad_out, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     fake=_fake,
-    module="gptkernels.rotary.triton",
 )

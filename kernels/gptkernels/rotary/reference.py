@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Pairs of x (B, H, T, D) turned by the angles of cos and sin, (T, R/2) or (B, T, R/2); dimensions R.. as they are.
+    """Rotates pairs of x (B, H, T, D) by the angles of cos and sin, (T, R/2) or (B, T, R/2); copies dimensions from R on.
 
     A pair is ``(i, i + R/2)``, or ``(2i, 2i + 1)`` when interleaved. Computed in float32 or wider and rounded once.
     """

@@ -61,7 +61,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int
         x = draw(batch, heads, head_dim, tokens).transpose(2, 3)
 
     position = torch.arange(tokens, device=draws.device)
-    if p["positions"] == "own":  # each sequence is padded on its left by so many tokens
+    if p["positions"] == "own":  # each sequence is padded on its left
         padding = draws.integers(tokens + 1, batch, 1)
         position = (position - padding).clamp(min=0)  # (B, T)
     frequencies = 10_000.0 ** -(torch.arange(0, rotated, 2) / rotated)

@@ -1,6 +1,6 @@
-"""Rotary position embedding in Triton: a program turns some heads of a block of tokens by angles that it reads once.
+"""Rotary position embedding in Triton: a program rotates some heads of a block of tokens by angles that it reads once.
 
-All arithmetic is float32, tokens are addressed in int64. The derivation and the traffic are in MATH.md.
+All arithmetic is float32. Tokens are addressed in int64. The derivation and the traffic are in MATH.md.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptkernels._layout import empty_like_heads
 from gptkernels._triton import Launch, cdiv, next_power_of_2, on_device, planned
-from gptkernels.attention.api import empty_like_heads
 
-# What a program takes of each of its heads, and how many heads that share the angles: 16 elements a thread and head, so
-# that a thread has 128 bytes of 16-bit input under way.
+# A program's elements of each head, and the most heads, which share the angles. A thread has 16 elements of each head, so
+# that it has 128 bytes of 16-bit input in flight.
 ELEMENTS = 2048
 MAX_HEADS = 4
 
@@ -27,9 +27,9 @@ def _rotate_kernel(
     PAIRS: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens of HEADS heads: PAIRS pairs turned, the REST of the dimensions copied."""
+    """Rotates PAIRS pairs of TOKENS tokens of HEADS heads, and copies the REST of the dimensions."""
     program = tl.program_id(0)
-    group = program % head_groups  # neighbours share a block of tokens, and with it the tables
+    group = program % head_groups  # neighbouring programs share a block of tokens, and so the tables
     block = program // head_groups
     blocks = tl.cdiv(T, TOKENS)
     batch = (block // blocks).to(tl.int64)
@@ -43,8 +43,8 @@ def _rotate_kernel(
         sin = -sin
     X += batch * stride_xb + heads * stride_xh + tokens * stride_xt  # (HEADS, TOKENS, 1)
     OUT += batch * stride_ob + heads * stride_oh + tokens * stride_ot
-    # Every read comes before the first write: neither the compiler nor the GPU moves a read over a write to what may be
-    # the same memory, and the reads would wait for one another.
+    # Every read comes before the first write. Neither the compiler nor the GPU moves a read ahead of a write that may be to
+    # the same memory: a read after a write would wait for it.
     if REST > 0:
         rest = tl.arange(0, BLOCK_REST)[None, None, :]
         rest_mask = (tokens < T) & (rest < REST)
@@ -66,7 +66,7 @@ def _rotate_kernel(
 
 
 def _adjacent(x: Tensor) -> Tensor:
-    """`x` itself where its last dimension is adjacent in memory, else a copy."""
+    """Returns `x` itself if its last dimension is adjacent in memory, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -92,7 +92,7 @@ def _launch(
 
 
 def _table_strides(table: Tensor) -> tuple[int, int]:
-    """From a sequence's row to the next sequence's, and from token to token; in a table for all, the next is the same."""
+    """The strides between sequences (0 if all share the table) and between tokens."""
     strides = table.stride()
     return strides[0] if len(strides) == 3 and table.shape[0] > 1 else 0, strides[-2]
 
@@ -111,10 +111,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
 
 
 def rotary_forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x (B, H, T, D) with its pairs turned, laid out (B, T, H, D)."""
+    """x (B, H, T, D) with its pairs rotated, laid out (B, T, H, D)."""
     return _rotate(x, cos, sin, interleaved, inverse=False)
 
 
 def rotary_backward(grad_out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """grad_out (B, H, T, D) with its pairs turned back, laid out (B, T, H, D)."""
+    """grad_out (B, H, T, D) with its pairs rotated back, laid out (B, T, H, D)."""
     return _rotate(grad_out, cos, sin, interleaved, inverse=True)

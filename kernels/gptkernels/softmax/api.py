@@ -18,20 +18,19 @@ def softmax(
 ) -> Tensor:
     """``exp(scale * x) / sum(exp(scale * x))`` over one dimension.
 
-    The maximum, the exponentials and their sum are float32 whatever the dtype. The backward needs the output alone.
+    The maximum, the exponentials and their sum are float32 whatever the dtype. The backward needs only the output.
 
     Args:
         x: floating point, any shape; any layout, a last dimension of stride 1 is read in place.
         dim: the dimension that sums to 1.
         scale: positive and finite; multiplies x in the same pass (attention's ``1 / sqrt(head_dim)``, or one over a
             temperature).
-        causal: the last two dimensions are (query, key), `dim` is the last, and query i keeps the keys up to
-            ``i + keys - queries``: bottom-right aligned, the last query keeps every key. The others come out as 0,
-            whatever they hold.
+        causal: the last two dimensions are (query, key) and `dim` is the last. Query i keeps the keys up to ``i + keys -
+            queries`` (aligned bottom-right: the last query keeps every key). The others become 0, whatever they hold.
         backend: overrides `use_backend` for this call.
 
     Returns:
-        x's shape and dtype, contiguous. A row that holds nothing but -inf (or that `causal` leaves no key) gives zeros.
+        x's shape and dtype, contiguous. A row of nothing but -inf, or one without a key under `causal`, becomes zeros.
 
     Raises:
         ValueError: a dimension, scale or shape that is not accepted.
@@ -61,7 +60,7 @@ def softmax(
 
 
 class SoftmaxFunction(torch.autograd.Function):
-    """Autograd around the fused kernels: saves the output alone."""
+    """Autograd around the fused kernels: saves only the output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, scale: float, causal: bool, backend: str) -> Tensor:
@@ -93,11 +92,9 @@ _library.register(
     "softmax_forward",
     "(Tensor x, int dim, float scale, bool causal) -> Tensor",
     fake=_fake_forward,
-    module="gptkernels.softmax.triton",
 )
 _library.register(
     "softmax_backward",
     "(Tensor grad_out, Tensor out, int dim, float scale, bool causal) -> Tensor",
     fake=_fake_backward,
-    module="gptkernels.softmax.triton",
 )

@@ -9,28 +9,28 @@ from torch import Tensor
 
 
 def softmax(x: Tensor, dim: int = -1, *, scale: float = 1.0, causal: bool = False) -> Tensor:
-    """``exp(scale * x) / sum(exp(scale * x))`` over `dim`, in x's dtype; a row of nothing but -inf gives zeros.
+    """``exp(scale * x) / sum(exp(scale * x))`` over `dim`, in x's dtype; a row of nothing but -inf becomes zeros.
 
     `causal`: the last two dimensions are (query, key) and query i keeps keys up to ``i + keys - queries``.
     """
     if x.numel() == 0:
         return x.new_empty(x.shape) + 0.0 * x
-    # Scaled, a float16 may pass its largest value.
+    # Scale in float32: a scaled float16 may overflow.
     scores = x if scale == 1.0 else x.to(torch.promote_types(x.dtype, torch.float32)) * scale
     if causal:
         queries, keys = x.shape[-2:]
         future = torch.ones(queries, keys, dtype=torch.bool, device=x.device).triu(keys - queries + 1)
         scores = scores.masked_fill(future, -math.inf)
-    # A row without a finite score is NaN in softmax, and so is its gradient: compute it on zeros, then discard it.
+    # Softmax and its gradient are NaN for a row without a finite score: compute it on zeros, then set it to 0.
     empty = scores.detach().amax(dim, keepdim=True) == -math.inf
-    # dtypes are given so that autocast does not widen the result.
+    # The dtype is given so that autocast does not widen the result.
     return torch.softmax(scores.masked_fill(empty, 0.0), dim, dtype=scores.dtype).to(x.dtype).masked_fill(empty, 0.0)
 
 
 def softmax_backward(grad_out: Tensor, out: Tensor, dim: int, scale: float) -> Tensor:
-    """The gradient of x from the output, in float32 or wider and rounded once: ``scale * out * (g - mean of g)``.
+    """Returns the gradient of x from the output: ``scale * out * (g - mean of g)``, in float32 or wider, rounded once.
 
-    The mean is weighted by the output, which sums to 1 but for its rounding. What `causal` excludes has an output of 0.
+    The mean is weighted by the output, which sums to 1 up to rounding. The output is 0 where `causal` excludes a key.
     """
     wide = torch.promote_types(out.dtype, torch.float32)
     y, g = out.to(wide), grad_out.to(wide)

@@ -43,7 +43,7 @@ def _cost(case: Case, dtype: torch.dtype) -> Cost:
     p = case.parameters
     written = math.prod(p["shape"])
     read = written
-    if p["causal"]:  # of each square, the triangle that the queries keep; all of it is written
+    if p["causal"]:  # only the triangle that the queries keep is read; all is written
         queries, keys = p["shape"][-2:]
         kept = sum(min(max(i + 1 + keys - queries, 0), keys) for i in range(queries))
         read = written // (queries * keys) * kept

@@ -1,4 +1,4 @@
-"""Softmax in Triton: whole rows while they fit in registers, an online pass and a second read beyond; other dims in tiles.
+"""Softmax in Triton: rows that fit stay in registers, longer ones are read twice; other dimensions go by tiles.
 
 All arithmetic is float32. Rows are addressed in int64. The derivation and the traffic are in MATH.md.
 """
@@ -28,19 +28,20 @@ from gptkernels._triton import (
 
 LOG2_E = math.log2(math.e)
 
-# The longest row that one program holds in registers: 32 float32 a thread of 1,024; backward y and dy, 16 of each.
+# The longest row that a program of 1,024 threads holds in registers: forward 32 float32 a thread; backward 16 of y and of dy.
 FORWARD_BLOCK = 32768
 BACKWARD_BLOCK = 16384
-# The tile of the kernels for a dimension that is not the last: elements along it, and neighbours beside it.
+# The tile for a dimension that is not the last: elements along that dimension, and neighbouring columns.
 STRIDED_BLOCK = 32
 STRIDED_WIDTH = 64
 
 
 @triton.jit
 def _visible(rows, N, QUERIES, CAUSAL: tl.constexpr):
-    """How many of its N columns each row keeps, counted from the left, and how many are read.
+    """How many of its N columns each row keeps, counted from the left, and how many it reads.
 
-    Those end at a multiple of 16 or at the row's end: a mask that may end anywhere would have every element loaded alone.
+    Reads end at a multiple of 16 or at the row's end: with a mask that may end anywhere, every element would be loaded by
+    itself.
     """
     visible = tl.zeros_like(rows) + N
     read = visible
@@ -52,13 +53,13 @@ def _visible(rows, N, QUERIES, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _finite_max(m):
-    """What to subtract under the exponential: a row of nothing but -inf would subtract -inf from itself."""
+    """The maximum to subtract: 0 for a row of nothing but -inf, where -inf - -inf would be NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def _reciprocal(total):
-    """1 / total; 1 for a row of nothing but -inf, whose exponentials are all 0 already."""
+    """1 / total; 1 for a row of nothing but -inf, whose exponentials are all 0."""
     return 1.0 / tl.where(total == 0.0, 1.0, total)
 
 
@@ -85,9 +86,9 @@ def _forward_kernel(
 def _forward_long_kernel(
     X, Y, N, QUERIES, stride_x, scale_log2, CAUSAL: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """One long row: maximum and sum online in one read, the result in a second, of what the first left in cache.
+    """One long row: one read for maximum and sum, a second one, mostly from cache, for the result.
 
-    Each of LANES columns of a tile keeps a maximum and a sum of its own, so that the loop waits for no other thread.
+    Each of the tile's LANES columns has its own maximum and sum, so that threads do not wait for each other in the loop.
     """
     row = tl.program_id(0).to(tl.int64)
     X += row * stride_x
@@ -107,7 +108,7 @@ def _forward_long_kernel(
         m = m_new
     base = _finite_max(tl.max(m, axis=0))
     factor = _reciprocal(tl.sum(total * tl.exp2((m - base) * scale_log2), axis=0))
-    # From the end: what was read last is what the caches still hold. The result is not to drive it out.
+    # From the row's end, which the caches still hold. The result must not evict it.
     blocks = tl.cdiv(N, DEPTH * LANES)
     for block in range(blocks):
         cols = (blocks - 1 - block) * (DEPTH * LANES) + tile
@@ -120,7 +121,7 @@ def _forward_long_kernel(
 
 @triton.jit
 def _forward_strided_kernel(X, Y, N, INNER, scale_log2, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """(OUTER, N, INNER), softmax over N: WIDTH neighbouring columns at a time, so that reads stay adjacent."""
+    """Softmax over N of (OUTER, N, INNER): WIDTH neighbouring columns at a time, so that reads are adjacent."""
     blocks = tl.cdiv(INNER, WIDTH)
     inner = tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)
     base_offset = (tl.program_id(0) // blocks).to(tl.int64) * N * INNER
@@ -162,7 +163,7 @@ def _backward_kernel(
     if CAUSAL:  # y is 0 there, but dy may be NaN
         dy = tl.where(cols[None, :] < visible[:, None], dy, 0.0)
     centred = dy - tl.sum(y * dy, axis=1)[:, None]
-    # y sums to 1 only up to its rounding: what is left of the mean is taken out in a second look, in registers.
+    # y sums to 1 only up to its rounding, so a part of the mean is left: subtract that too, from registers.
     centred -= tl.sum(y * centred, axis=1)[:, None]
     dx = scale * y * centred
     inside = (rows < M)[:, None] & (cols < N)[None, :]
@@ -173,7 +174,7 @@ def _backward_kernel(
 def _backward_long_kernel(
     DY, Y, DX, N, QUERIES, stride_dy, scale, CAUSAL: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """One long row: the sums of y * dy and of y in one read, dx in a second, of what the first left in cache."""
+    """One long row: one read for the sums of y * dy and of y, a second one, mostly from cache, for dx."""
     row = tl.program_id(0).to(tl.int64)
     DY += row * stride_dy
     Y += row * N
@@ -205,7 +206,7 @@ def _backward_long_kernel(
 
 @triton.jit
 def _backward_strided_kernel(DY, Y, DX, N, INNER, scale, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """(OUTER, N, INNER), softmax over N: the long form over WIDTH neighbouring columns at a time."""
+    """Softmax's backward over N of (OUTER, N, INNER), as for a long row: WIDTH neighbouring columns at a time."""
     blocks = tl.cdiv(INNER, WIDTH)
     inner = tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)
     base_offset = (tl.program_id(0) // blocks).to(tl.int64) * N * INNER
@@ -237,7 +238,7 @@ def _strided(shape: tuple[int, ...], dim: int) -> tuple[tuple[int], tuple[int, i
     columns, inner = shape[dim], math.prod(shape[dim + 1 :])
     width = min(STRIDED_WIDTH, next_power_of_2(inner))
     block = min(STRIDED_BLOCK * STRIDED_WIDTH // width, next_power_of_2(columns))
-    # A grid's first dimension alone may exceed 65,535.
+    # Only a grid's first dimension may exceed 65,535.
     grid = (math.prod(shape[:dim]) * cdiv(inner, width),)
     return grid, (columns, inner), {"BLOCK": block, "WIDTH": width, "num_warps": 4}
 
@@ -281,7 +282,7 @@ def _backward_launch(
 
 
 def _is_strided(x: Tensor, dim: int) -> bool:
-    """Whether neighbours along `dim` are apart in a contiguous tensor of `x`'s shape."""
+    """Whether elements along `dim` are not adjacent in a contiguous tensor of `x`'s shape."""
     return dim != x.dim() - 1 and math.prod(x.shape[dim + 1 :]) > 1
 
 

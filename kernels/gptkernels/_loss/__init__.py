@@ -1,4 +1,4 @@
-"""What cross_entropy and linear_cross_entropy share: checks, row weights, and how a finished gradient is handed on."""
+"""What cross_entropy and linear_cross_entropy share: checks, row weights, reductions, and gradients made in forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def validate(name: str, x: Tensor, target: Tensor, reduction: str) -> None:
-    """Checks what both losses take; `x` holds the logits, or what they are made from, under the name `name`."""
+    """Checks the arguments of both losses. `x` is the logits or the linear layer's input; errors call it `name`."""
     _check.floating(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name}: got a tensor without dimensions; accepted is (..., N)")
@@ -29,39 +29,39 @@ def validate(name: str, x: Tensor, target: Tensor, reduction: str) -> None:
 
 
 def row_weights(target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """What each target's loss counts in the sum or mean, float32: 0 for an ignored one."""
+    """Returns the weight of each target's loss in the sum or mean, float32: 0 for an ignored target."""
     counted = (target != ignore_index).to(torch.float32)
     return counted / counted.sum() if reduction == "mean" else counted
 
 
 def reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The sum or mean of `losses`, in which ignored targets are 0; NaN for the mean of none (PyTorch's answer).
+    """Returns the sum or mean of `losses`, which are 0 at ignored targets. As in PyTorch, a mean over no target is NaN.
 
-    In float64: of one number every rounding shows.
+    Summed in float64: the result is a single number, whose error nothing averages out.
     """
     total = losses.sum(dtype=torch.float64)
     return (total / (target != ignore_index).sum() if reduction == "mean" else total).float()
 
 
 def row_gradients(target: Tensor, ignore_index: int, reduction: str, grad_out: Tensor) -> Tensor:
-    """The gradient of each target's loss, float32, from that of what was returned."""
+    """Returns the gradient of each target's loss, float32, from the gradient of the reduced loss."""
     return grad_out if reduction == "none" else row_weights(target, ignore_index, reduction) * grad_out
 
 
-def with_the_loss(x: Tensor, reduction: str) -> bool:
-    """Whether forward finishes the gradients but for a factor, or leaves them to backward.
+def gradient_in_forward(x: Tensor, reduction: str) -> bool:
+    """Whether forward computes the gradients, which backward then only scales.
 
-    float16 is left: the rows of a mean weigh so little that their gradients would be rounded to 0 before a loss scale
-    reaches them. With "none" every row has a factor of its own.
+    Not for float16: each row of a mean has so small a weight that its gradient would round to 0 before a loss scale
+    multiplies it. Not for "none": each row then has a factor of its own, known only in backward.
     """
     return reduction != "none" and x.dtype != torch.float16
 
 
-def keep(ctx: Any, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...] = ()) -> None:
-    """Saves `inputs`, and beside them the `gradients` that forward has finished, if it has.
+def save(ctx: Any, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...] = ()) -> None:
+    """Saves `inputs` for backward, and the `gradients` where forward has computed them.
 
-    In eager mode these are a plain attribute that the first backward takes away: autograd may then adopt a buffer as
-    ``.grad`` without a copy. Under torch.compile they are saved tensors, the only ones it knows.
+    In eager mode the gradients are a plain attribute that the first backward removes, so that autograd may adopt a buffer
+    as ``.grad`` without a copy. torch.compile supports saved tensors only.
     """
     if torch.compiler.is_compiling():
         ctx.save_for_backward(*inputs, *gradients)
@@ -70,25 +70,26 @@ def keep(ctx: Any, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor, .
         ctx.gradients = gradients
 
 
-def take(ctx: Any, inputs: int, grad_out: Tensor) -> tuple[Tensor, ...]:
-    """What `keep` kept beside `inputs` inputs, times `grad_out`; nothing where an earlier backward (retain_graph) took it.
+def saved_gradients(ctx: Any, inputs: int, grad_out: Tensor) -> tuple[Tensor, ...]:
+    """Returns the gradients that `save` saved after so many `inputs`, times `grad_out`.
 
-    The inputs are not looked at: they may have been changed in place since.
+    Empty where forward computed none, or an earlier backward (``retain_graph=True``) took them. The saved inputs are not
+    accessed: they may have been changed in place since.
     """
     if torch.compiler.is_compiling():
         return tuple(gradient * grad_out for gradient in ctx.saved_tensors[inputs:])
-    # Several at once, by torch.func.vmap or is_grads_batched: no one number to look at, no one buffer to give away.
+    # torch.func.vmap and is_grads_batched call with several factors at once: the buffers must serve each of them.
     if is_batchedtensor(grad_out) or is_legacy_batchedtensor(grad_out):
         return tuple(gradient * grad_out for gradient in ctx.gradients)
     gradients, ctx.gradients = ctx.gradients, ()
-    # Almost always a 1, and no pass over the gradients. On a GPU the kernel looks: for the host to look would be to wait
-    # for all the work before it.
+    # The factor is almost always 1, and the gradients are then left as they are. On a GPU the kernel compares: if the host
+    # did, it would wait for all the work before.
     if gradients and ctx.backend == "triton":
-        from gptkernels.cross_entropy.triton import scale_
+        from gptkernels._loss.triton import scale_
 
         for gradient in gradients:
             scale_(gradient, grad_out)
-    elif gradients and not (type(grad_out) is Tensor and float(grad_out) == 1.0):  # a fake one has no value
-        for gradient in gradients:  # nobody else holds them
+    elif gradients and not (type(grad_out) is Tensor and float(grad_out) == 1.0):  # a fake tensor has no value
+        for gradient in gradients:  # in place: nobody else holds them
             gradient.mul_(grad_out)
     return gradients
