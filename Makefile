@@ -27,14 +27,14 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/python $(PIP_INSTALL) $(PROJECT)
 	@touch $@
 
-demo: $(READY) ## train a small GPT on Python's own documentation, generate from it, and show what the flag buys
+demo: $(READY) ## train a small GPT on Python's own documentation, generate from it, and time training with and without the kernels
 	$(BIN)/gptcore info
 	$(BIN)/gptcore prepare python-docs --out data/python-docs --vocab-size 4096
 	rm -rf $(RUN)
 	$(BIN)/gptcore train --data data/python-docs --out $(RUN) --preset mini --steps 500 --optimizer muon --schedule linear --lr 3e-3 --min-lr 1.5e-4 --eval-interval 125
 	$(BIN)/gptcore generate --model $(RUN) --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 1 "The function returns"
 	@echo "loss curve: $(RUN)/loss.png"
-	$(BIN)/python -m bench.flag --data data/python-docs
+	$(BIN)/python -m bench.speedup --data data/python-docs
 
 test: $(READY) lint ## lint, types, and every test (kernels run in Triton's interpreter where there is no GPU)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
@@ -47,7 +47,7 @@ lint: $(READY) ## ruff (lint and format) and the type checker
 bench: $(READY) ## time every op and a training step beside PyTorch's own
 	$(BIN)/python -m pytest bench --benchmark-only -q
 
-bench-cpu: $(READY) ## the native kernels against PyTorch on this CPU: the table of docs/benchmarks.md, about ten minutes
+bench-cpu: $(READY) ## time the native kernels against PyTorch on this CPU (docs/benchmarks.md), about fifteen minutes
 	$(BIN)/python -m bench.cpu --out bench/results
 
 gpu-test: ## on a machine with a GPU: the kernels on it, real sizes, past 2^31 elements, under CUDA graphs (about ten minutes)

@@ -1,1 +1,1 @@
-"""Benchmarks: ``pytest bench --benchmark-only`` times every operation beside its peers; ``python -m bench.report`` shows it."""
+"""Benchmarks; docs/benchmarks.md lists the commands."""

@@ -1,7 +1,7 @@
-"""Hardware counters of attention's kernels, by Nsight Compute: ``python -m bench.counters --out FOLDER``.
+"""Reads hardware counters of attention's kernels with Nsight Compute: ``python -m bench.counters --out FOLDER``.
 
-Forward, dK/dV and dQ at two shapes, every counter, at the clocks that the GPU has (``--clock-control none``). The folder
-gets attention.ncu-rep for Nsight Compute's own window, counters.txt with its explanations, and counters.csv.
+Forward, dK/dV and dQ run at two shapes, with all counters and without fixing the GPU's clocks. The folder gets
+attention.ncu-rep for Nsight Compute's window, counters.txt with its explanations, and counters.csv.
 """
 
 from __future__ import annotations
@@ -10,11 +10,18 @@ import argparse
 import csv
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from gptkernels.attention.spec import SPEC
+from gptkernels.testing import outputs
 
-SHAPES = ((16, 12, 1024, 64), (4, 16, 4096, 128))  # batch, heads, tokens, head_dim
+from bench.measure import BF16
+from bench.rows import calls, output_gradients, with_gradients
+
+CASES = ("B16-H12-T1024-D64-causal", "B4-H16-T4096-D128-causal")
+DRY_CASES = ("B2-H3-T37-D64-causal",)
 KERNELS = ("_forward_kernel", "_dkdv_kernel", "_dq_kernel")
 SHOWN = {
     "gpu__time_duration.sum": "time",
@@ -34,23 +41,20 @@ SHOWN = {
 
 
 def run(dry: bool) -> None:
-    """One forward and backward of each shape."""
-    import gptkernels
-
+    """One forward and backward of each case."""
     device, backend = ("cpu", "auto") if dry else ("cuda", "triton")
-    for batch, heads, tokens, head_dim in ((1, 2, 40, 16),) if dry else SHAPES:
-        query, key, value = (
-            torch.randn(batch, heads, tokens, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-            for _ in range(3)
-        )
-        out = gptkernels.causal_attention(query, key, value, backend=backend)
-        torch.autograd.grad(out, (query, key, value), torch.randn_like(out))
+    function = partial(SPEC.function, backend=backend)
+    known = {case.name: case for case in (*SPEC.bench_cases, *SPEC.cases)}
+    for name in DRY_CASES if dry else CASES:
+        leaves = with_gradients(SPEC.make_inputs(known[name], BF16, torch.device(device), 0))
+        outs = outputs(function(**leaves.tensors, **leaves.options))
+        calls(function, leaves, outs, output_gradients(SPEC, outs))["backward"]()
     if not dry:
         torch.cuda.synchronize()
 
 
 def shown(raw: str) -> str:
-    """The most telling counters from ncu's raw page as CSV: names, units, then a line for each kernel."""
+    """The counters of `SHOWN`, a line for each kernel. `raw`: ncu's raw page as CSV, with a line of names and one of units."""
     rows = list(csv.reader(line for line in raw.splitlines() if line.startswith('"')))
     if len(rows) < 3:
         return "ncu reported no kernel"
@@ -65,11 +69,16 @@ def shown(raw: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.counters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.counters",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m bench.counters --out /tmp/counters",
     )
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for the three files (default: this one)")
-    parser.add_argument("--run", action="store_true", help="only run the kernels, for a profiler of your own")
-    parser.add_argument("--dry-run", action="store_true", help="run them tiny and anywhere, without ncu")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), help="folder for the three files (default: the current one)"
+    )
+    parser.add_argument("--run", action="store_true", help="only run the kernels, under a profiler of your choice")
+    parser.add_argument("--dry-run", action="store_true", help="only run the kernels, at tiny sizes and without a GPU")
     options = parser.parse_args(arguments)
     if options.run or options.dry_run:
         run(options.dry_run)
@@ -78,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = options.out / "attention.ncu-rep"
     kernels = f"regex:^({'|'.join(KERNELS)})$"
     ncu = ["ncu", "--clock-control", "none", "--set", "full", "--force-overwrite", "--export", str(report)]
-    ncu += ["--kernel-name", kernels, "--launch-count", str(len(KERNELS) * len(SHAPES))]
+    ncu += ["--kernel-name", kernels, "--launch-count", str(len(KERNELS) * len(CASES))]
     done = subprocess.run([*ncu, sys.executable, "-m", "bench.counters", "--run"], check=False)
     for page, file in (("details", "counters.txt"), ("raw", "counters.csv")):
         command = ["ncu", "--import", str(report), "--page", page, *(["--csv"] if page == "raw" else [])]

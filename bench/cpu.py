@@ -1,8 +1,9 @@
-"""What the native kernels buy on this machine's CPU, against PyTorch's best call for the same job: ``python -m bench.cpu``.
+"""Times the native kernels on this machine's CPU against PyTorch: ``python -m bench.cpu``.
 
-Peer and ours are timed in turns in one process, medians are quoted, and everything is done twice: with the allocator as it
-is, and with one that keeps freed memory (`gptkernels.tune_allocator`, which helps PyTorch as well), each in a process of
-its own. A row whose numbers disagree with the peer's is an error and not timed.
+PyTorch's function and ours are timed in turns in one process, and medians are compared. Everything is measured twice, each
+time in a process of its own: with the default allocator, and with one that keeps freed memory
+(`gptkernels.tune_allocator`, which helps PyTorch as well). A row whose results are outside the float64 error budget is an
+error and is not timed.
 """
 
 from __future__ import annotations
@@ -10,223 +11,130 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gptkernels
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from gptkernels.backend import FUSED
+from gptkernels.testing import Case, OpSpec, outputs
 
-from bench.measure import BF16, FP32, add_saving_options, ceilings, in_turns, save, short, versions
+from bench import rows
+from bench.measure import BF16, FP32, add_saving_options, ceilings, in_turns, save, short, verify, versions
+from bench.peers import peers
+from bench.rows import BOTH
 from gptcore.train.hardware import multiplies_bf16
 
-MAX_SECONDS = 60.0  # of a row: no more rounds than fit
-# Training and its loss in the precision that this machine trains in: without bfloat16 products, float32.
+ROUNDS, MAX_SECONDS = 41, 20.0  # of a row, at most
+DTYPES = (BF16, FP32)
 TRAINED_IN = BF16 if multiplies_bf16(torch.device("cpu")) else FP32
+"""What `gptcore train` computes in on this CPU, and so do the training step and the loss of a linear layer here."""
 
 
 @dataclass
 class Row:
-    """A job, its peers (the fastest counts) and ours; what it costs at least, for the share of the machine's ceiling."""
+    """Ours and what PyTorch offers for the same work, of which the fastest counts."""
 
     name: str
-    goal: float
     peers: dict[str, Callable[[], Any]]
     ours: Callable[[], Any]
     dtype: torch.dtype = BF16
     flops: float = 0.0
-    moved: float = 0.0  # bytes
-    rounds: int = 15
-    check: Callable[[], tuple[Tensor, Tensor]] | None = None
-    medians: dict[str, float] = field(default_factory=dict)
+    moved: float = 0.0
+    """The fewest bytes that the work must move."""
+    goal: float | None = None
+    """How many times as fast as the fastest peer ours should be."""
 
-    def measure(self) -> dict[str, Any]:
-        if self.check is not None:
-            ours, theirs = self.check()
-            tolerance = 1e-4 if self.dtype == FP32 else 4e-2
-            torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance, msg=self.name)
-        self.medians = in_turns({**self.peers, "ours": self.ours}, self.rounds, MAX_SECONDS)
+    def measure(self, rounds: int = ROUNDS) -> dict[str, Any]:
+        medians = in_turns({**self.peers, "ours": self.ours}, rounds, MAX_SECONDS)
         bandwidth, rate = ceilings(self.dtype)
-        seconds = self.medians["ours"]
+        seconds = medians["ours"]
         return {
             "name": self.name,
             "goal": self.goal,
-            "medians": self.medians,
+            "medians": medians,
             "share_of_ceiling": max(self.flops / seconds / rate, self.moved / seconds / bandwidth),
         }
 
 
-def _backward(function: Callable[..., Tensor], leaves: list[Tensor], grad_out: Tensor) -> Callable[[], Any]:
-    return lambda: torch.autograd.grad(function(*leaves), leaves, grad_out)
+@dataclass(frozen=True)
+class Shown:
+    """How the tables name a case and PyTorch's side of it, and its goals; an empty text leaves the spec's name."""
+
+    title: str = ""
+    size: str = ""
+    peer: str = "eager"
+    goals: Mapping[tuple[torch.dtype, str], float] = field(default_factory=dict)
 
 
-def _attention(dtype: torch.dtype, goals: tuple[float, float]) -> Iterator[Row]:
-    query, key, value = (torch.randn(4, 12, 1024, 64).to(dtype).requires_grad_() for _ in range(3))
-    flops = 4 * 48 * 1024 * 1024 * 64 / 2
-
-    def peer() -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-    def ours() -> Tensor:
-        return gptkernels.causal_attention(query, key, value, backend="native")
-
-    def check() -> tuple[Tensor, Tensor]:
-        return ours(), peer()
-
-    name = f"causal attention {short(dtype)}, B4 H12 T1024 d64"
-    yield Row(
-        f"{name}: forward", goals[0], {"SDPA": torch.no_grad()(peer)}, torch.no_grad()(ours), dtype, flops, check=check
-    )
-    outs, grad_out = (peer(), ours()), torch.randn(4, 12, 1024, 64).to(dtype)
-
-    def again(out: Tensor) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(out, (query, key, value), grad_out, retain_graph=True)
-
-    yield Row(f"{name}: backward", goals[1], {"SDPA": again(outs[0])}, again(outs[1]), dtype, 2.5 * flops)
+SHOWN = {
+    ("attention", "B4-H12-T1024-D64-causal"): Shown(
+        "causal attention", "B4 H12 T1024 d64", "SDPA",
+        {(BF16, "forward"): 2.5, (BF16, "backward"): 3.0, (FP32, "forward"): 1.1, (FP32, "backward"): 1.2},
+    ),
+    ("layer_norm", "4096x768"): Shown(peer="F.layer_norm", goals={(BF16, BOTH): 3.0, (FP32, BOTH): 1.7}),
+    ("add_layer_norm", "4096x768"): Shown(peer="add, F.layer_norm", goals={(BF16, BOTH): 3.0, (FP32, BOTH): 2.0}),
+    ("softmax", "4096x1024"): Shown(peer="F.softmax", goals={(FP32, BOTH): 1.3}),
+    ("softmax", "4x12x1024x1024-causal"): Shown(
+        "causal softmax", "B4 H12 T1024", "masked_fill, F.softmax", {(FP32, BOTH): 3.0}
+    ),
+    ("gelu", "4096x3072"): Shown("bias + GELU", "", "add, F.gelu", {(BF16, BOTH): 2.0}),
+    ("linear_cross_entropy", "1024-C768-V50257"): Shown(
+        "", "1024 tokens, width 768, vocabulary 50257", "F.linear, F.cross_entropy", {(TRAINED_IN, BOTH): 3.0}
+    ),
+}  # fmt: skip
 
 
-def _norms(dtype: torch.dtype, goals: tuple[float, float]) -> Iterator[Row]:
-    x, residual = (torch.randn(4096, 768).to(dtype).requires_grad_() for _ in range(2))
-    weight, bias = (torch.randn(768).to(dtype).requires_grad_() for _ in range(2))
-    grad_out = torch.randn(4096, 768).to(dtype)
-    leaves, size = [x, weight, bias], x.nbytes
-
-    def peer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return F.layer_norm(x, (768,), w, b)
-
-    def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return gptkernels.layer_norm(x, w, b, backend="native")
-
-    yield Row(
-        f"layer_norm {short(dtype)}, 4096x768: forward + backward",
-        goals[0],
-        {"F.layer_norm": _backward(peer, leaves, grad_out)},
-        _backward(ours, leaves, grad_out),
-        dtype,
-        moved=5 * size,
-        rounds=41,
-        check=lambda: (ours(*leaves), peer(*leaves)),
-    )
-    both = [x, residual, weight, bias]
-    grads = (grad_out, grad_out)
-
-    def peer_add() -> Any:
-        summed = x + residual
-        return torch.autograd.grad((peer(summed, weight, bias), summed), both, grads)
-
-    def ours_add() -> Any:
-        outs = gptkernels.add_layer_norm(x, residual, weight, bias, backend="native")
-        return torch.autograd.grad(outs, both, grads)
-
-    yield Row(
-        f"add_layer_norm {short(dtype)}, 4096x768: forward + backward",
-        goals[1],
-        {"add, F.layer_norm": peer_add},
-        ours_add,
-        dtype,
-        moved=8 * size,
-        rounds=41,
-        check=lambda: (ours_add()[0], peer_add()[0]),
-    )
+def dtypes(spec: OpSpec) -> tuple[torch.dtype, ...]:
+    # On a CPU without bfloat16 products, PyTorch takes minutes for this loss in bfloat16.
+    return (TRAINED_IN,) if spec.name == "linear_cross_entropy" else DTYPES
 
 
-def _softmaxes() -> Iterator[Row]:
-    x = torch.randn(4096, 1024).requires_grad_()
-    grad_out = torch.randn(4096, 1024)
-
-    def ours(x: Tensor) -> Tensor:
-        return gptkernels.softmax(x, backend="native")
-
-    yield Row(
-        "softmax fp32, 4096x1024: forward + backward",
-        1.3,
-        {"F.softmax": _backward(lambda x: F.softmax(x, -1), [x], grad_out)},
-        _backward(ours, [x], grad_out),
-        FP32,
-        moved=5 * x.nbytes,
-        rounds=31,
-        check=lambda: (ours(x), F.softmax(x, -1)),
-    )
-    scores = torch.randn(4, 12, 1024, 1024).requires_grad_()
-    grad_scores = torch.randn(4, 12, 1024, 1024)
-    future = torch.ones(1024, 1024, dtype=torch.bool).triu(1)
-
-    def masked(x: Tensor) -> Tensor:
-        return F.softmax(x.masked_fill(future, -math.inf), -1)
-
-    def causal(x: Tensor) -> Tensor:
-        return gptkernels.softmax(x, causal=True, backend="native")
-
-    yield Row(
-        "causal softmax fp32, B4 H12 T1024: forward + backward",
-        3.0,
-        {"masked_fill, F.softmax": _backward(masked, [scores], grad_scores)},
-        _backward(causal, [scores], grad_scores),
-        FP32,
-        moved=3.5 * scores.nbytes,
-        rounds=5,
-        check=lambda: (causal(scores), masked(scores)),
-    )
+def directions(spec: OpSpec) -> tuple[str, ...]:
+    """What is timed by itself: attention's two passes; of `linear` the forward, which is a decoding step's."""
+    return {"attention": ("forward", "backward"), "linear": ("forward",)}.get(spec.name, (BOTH,))
 
 
-def _gelu() -> Iterator[Row]:
-    x = torch.randn(4096, 3072).to(BF16).requires_grad_()
-    bias = torch.randn(3072).to(BF16).requires_grad_()
-    grad_out = torch.randn(4096, 3072).to(BF16)
-
-    def peer(x: Tensor, b: Tensor) -> Tensor:
-        return F.gelu(x + b, approximate="tanh")
-
-    def ours(x: Tensor, b: Tensor) -> Tensor:
-        return gptkernels.gelu(x, b, backend="native")
-
-    yield Row(
-        "bias + GELU bf16, 4096x3072: forward + backward",
-        2.0,
-        {"add, F.gelu": _backward(peer, [x, bias], grad_out)},
-        _backward(ours, [x, bias], grad_out),
-        moved=5 * x.nbytes,
-        check=lambda: (ours(x, bias), peer(x, bias)),
-    )
+def row_name(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str) -> str:
+    """A row's name in tables and saved results, which are compared by it."""
+    shown = SHOWN.get((spec.name, case.name), Shown())
+    return f"{shown.title or spec.name} {short(dtype)}, {shown.size or case.name}: {direction}"
 
 
-def _loss_calls() -> tuple[Callable[[], Any], Callable[[], Any]]:
-    x = torch.randn(1024, 768).to(TRAINED_IN).requires_grad_()
-    weight = (torch.randn(50257, 768) / 28).to(TRAINED_IN).requires_grad_()
-    target = torch.randint(0, 50257, (1024,))
+def op_rows(spec: OpSpec, case: Case, dtype: torch.dtype, check: bool = True) -> Iterator[Row]:
+    """The rows of one case in one dtype. With `check`, first verifies that our results are within the error budget."""
+    inputs = spec.make_inputs(case, dtype, torch.device("cpu"), 0)
+    ours = partial(spec.function, backend="native")
+    if check:
+        verify(spec, ours, inputs)
+    leaves = rows.with_gradients(inputs)
+    found, grad_outs = [], None
+    for function in (peers(spec, "cpu", compiled=False)["eager"], ours):
+        outs = outputs(function(**leaves.tensors, **leaves.options))
+        grad_outs = grad_outs or rows.output_gradients(spec, outs)
+        found.append(rows.calls(function, leaves, outs, grad_outs))
+    theirs, mine = found
+    shown = SHOWN.get((spec.name, case.name), Shown())
+    for direction in directions(spec):
+        flops, moved = rows.work(spec, case, dtype, direction)
+        name, goal = row_name(spec, case, dtype, direction), shown.goals.get((dtype, direction))
+        yield Row(name, {shown.peer: theirs[direction]}, mine[direction], dtype, flops, moved, goal)
 
-    def peer() -> Any:
-        loss = F.cross_entropy(F.linear(x, weight).float(), target)
-        return loss, *torch.autograd.grad(loss, (x, weight))
 
-    def ours() -> Any:
-        loss = gptkernels.linear_cross_entropy(x, weight, target, backend="native")
-        return loss, *torch.autograd.grad(loss, (x, weight))
-
-    return peer, ours
-
-
-def _loss() -> Iterator[Row]:
-    peer, ours = _loss_calls()
-    yield Row(
-        f"linear_cross_entropy {short(TRAINED_IN)}, 1024 tokens, width 768, vocabulary 50257: forward + backward",
-        3.0,
-        {"F.linear, F.cross_entropy": peer},
-        ours,
-        TRAINED_IN,
-        flops=6.0 * 1024 * 768 * 50257,
-        rounds=5,
-        check=lambda: (ours()[0], peer()[0]),
-    )
+def op_cases(group: str) -> Iterator[tuple[OpSpec, Case, torch.dtype]]:
+    """What a group of operations is timed on: the CPU cases of their specs."""
+    for spec in rows.specs_of(group):
+        if "native" in FUSED[spec.name]:
+            yield from ((spec, case, dtype) for dtype in dtypes(spec) for case in spec.cpu_cases)
 
 
 def _training() -> Iterator[Row]:
+    """A training step of GPT-2 124M, beside eager PyTorch and torch.compile."""
     from gptcore import GPT, GPTConfig
 
     def stepper(kernels: str, compiled: bool = False) -> Callable[[], Any]:
@@ -249,16 +157,16 @@ def _training() -> Iterator[Row]:
     model = GPT(GPTConfig.preset("gpt2-124m"))
     yield Row(
         f"GPT-2 124M training step, {short(TRAINED_IN)}{' autocast' if TRAINED_IN == BF16 else ''}, B2 T512",
-        1.5,
         {"eager": stepper("reference"), "torch.compile": stepper("reference", compiled=True)},
         stepper("native"),
         TRAINED_IN,
         flops=model.flops((2, 512)),
-        rounds=4,
+        goal=1.5,
     )
 
 
 def _decoding() -> Iterator[Row]:
+    """Greedy generation by GPT-2 124M with a key/value cache, beside transformers'."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from gptcore import GPT, GPTConfig
@@ -271,55 +179,58 @@ def _decoding() -> Iterator[Row]:
     prompt, new = torch.randint(0, 50257, (1, 32)), 48
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 50256}
     options["attention_mask"] = torch.ones_like(prompt)
-    peers = {"Hugging Face generate": lambda: theirs.generate(prompt, **options)}
-    if TRAINED_IN == FP32:  # without bfloat16 products the best that PyTorch does is float32
+    theirs_by_name = {"Hugging Face generate": lambda: theirs.generate(prompt, **options)}
+    if TRAINED_IN == FP32:  # without bfloat16 products PyTorch is fastest in float32
         wide = copy.deepcopy(theirs).float()
-        peers["Hugging Face generate, fp32"] = lambda: wide.generate(prompt, **options)
+        theirs_by_name["Hugging Face generate, fp32"] = lambda: wide.generate(prompt, **options)
     yield Row(
         f"decoding with a cache, GPT-2 124M bf16, one sequence, 32 + {new} tokens",
-        2.0,
-        peers,
+        theirs_by_name,
         lambda: ours.generate(prompt, new, temperature=0.0),
         moved=new * 2.0 * ours.num_parameters(),
-        rounds=4,
+        goal=2.0,
     )
 
 
-GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
-    "attention-bf16": lambda: _attention(BF16, (2.5, 3.0)),
-    "attention-fp32": lambda: _attention(FP32, (1.1, 1.2)),
-    "norms-bf16": lambda: _norms(BF16, (3.0, 3.0)),
-    "norms-fp32": lambda: _norms(FP32, (1.7, 2.0)),
-    "softmax": _softmaxes,
-    "gelu": _gelu,
-    "loss": _loss,
-    "training": _training,
-    "decoding": _decoding,
-}
+MODELS: dict[str, Callable[[], Iterator[Row]]] = {"training": _training, "decoding": _decoding}
+GROUPS = (*rows.GROUPS, rows.OTHERS, *MODELS)
+
+
+def measured(group: str, check: bool) -> Iterator[dict[str, Any]]:
+    """A group's rows, timed one after another. `check`: see `op_rows`."""
+    if group in MODELS:
+        yield from (row.measure() for row in MODELS[group]())
+    else:
+        yield from (row.measure() for case in op_cases(group) for row in op_rows(*case, check))
 
 
 def _peak_of_loss(name: str) -> int:
-    """Bytes by which one loss with its gradients raises this process's memory at most, without the gradients (Linux)."""
-    peer, ours = _loss_calls()
-    gptkernels.softmax(torch.zeros(1), backend="native")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
+    """Peak bytes that one loss of a linear layer adds to this process's memory, without its gradients (Linux)."""
+    (spec,) = (spec for spec in rows.specs_of("losses") if spec.name == "linear_cross_entropy")
+    function = partial(spec.function, backend="native") if name == "ours" else peers(spec, "cpu", False)["eager"]
+    leaves = rows.with_gradients(spec.make_inputs(spec.cpu_cases[0], TRAINED_IN, torch.device("cpu"), 0))
+    tensors = list(leaves.differentiable().values())
+    gptkernels.softmax(torch.zeros(1), backend="native")  # loads the native kernels
+    Path("/proc/self/clear_refs").write_text("5")  # sets the recorded peak to what is held now
 
     def held(key: str) -> int:
         return int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024
 
     before = held("VmRSS:")
-    results = (peer if name == "peer" else ours)()
+    loss = outputs(function(**leaves.tensors, **leaves.options))
+    results = (*loss, *torch.autograd.grad(loss, tensors))
     return held("VmHWM:") - before - sum(result.nbytes for result in results)
 
 
 def _child(*arguments: str) -> list[Any]:
+    """What another process of this bench prints as JSON."""
     command = [sys.executable, "-m", "bench.cpu", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "["))]
 
 
 def machine(commit: str | None = None) -> dict[str, Any]:
-    """What a result was measured on; `commit` as `versions` takes it."""
+    """What a result was measured on. `commit`: see `versions`."""
     return {
         "cpu": torch.cpu.get_capabilities().get("cpu_name", "CPU"),
         "instructions": str(gptkernels.report()).split("native kernels: ")[-1].split("\n")[0].split(",")[0],
@@ -331,7 +242,7 @@ def machine(commit: str | None = None) -> dict[str, Any]:
 
 
 def ratios(result: dict[str, Any], name: str) -> tuple[str, float, float, float]:
-    """``(fastest peer, its seconds, ours, ratio)`` of one row with one allocator."""
+    """``(fastest peer, its seconds, our seconds, their ratio)`` of one row; `result`: a saved file's part for one allocator."""
     medians = dict(result["rows"][name]["medians"])
     ours = medians.pop("ours")
     best = min(medians, key=medians.__getitem__)
@@ -347,7 +258,8 @@ def table(saved: dict[str, Any]) -> str:
     for name, row in saved["default"]["rows"].items():
         peer, theirs, ours, ratio = ratios(saved["default"], name)
         tuned = f"{ratios(saved['tuned'], name)[3]:.2f}x" if name in saved["tuned"]["rows"] else ""
-        cells = [name, f"{theirs * 1e3:.2f} ({peer})", f"{ours * 1e3:.2f}", f"{ratio:.2f}x", f"{row['goal']:g}x"]
+        goal = "" if row["goal"] is None else f"{row['goal']:g}x"
+        cells = [name, f"{theirs * 1e3:.2f} ({peer})", f"{ours * 1e3:.2f}", f"{ratio:.2f}x", goal]
         lines.append("| " + " | ".join([*cells, f"{row['share_of_ceiling']:.0%}", tuned]) + " |")
     for name, row in saved["default"]["rows"].items():
         if "training step" in name and name in saved["tuned"]["rows"]:
@@ -360,13 +272,13 @@ def table(saved: dict[str, Any]) -> str:
         peer, ours = (f"{saved['memory'][name] / 2**20:,.0f} MiB" for name in ("peer", "ours"))
         ratio = saved["memory"]["peer"] / max(saved["memory"]["ours"], 1)
         lines.append(
-            f"| linear_cross_entropy's memory beside the gradients | {peer} | {ours} | {ratio:.1f}x | 8x | | |"
+            f"| linear_cross_entropy's peak memory without the gradients | {peer} | {ours} | {ratio:.1f}x | 8x | | |"
         )
     return "\n".join(lines)
 
 
 def section(saved: dict[str, Any]) -> str:
-    """What the README shows of a saved result: on what it was measured, and the table."""
+    """What docs/benchmarks.md shows of a saved result: on what it was measured, and the table."""
     m = saved["machine"]
     products = " and ".join(f"{rate:,.0f} in {dtype}" for dtype, rate in m["product_gflop_per_s"].items())
     return (
@@ -381,12 +293,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.cpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python -m bench.cpu --out bench/results\n  python -m bench.cpu norms-bf16 loss\n"
-        "  python -m bench.cpu --show bench/results/amd-epyc.json",
+        epilog="examples:\n  python -m bench.cpu --out bench/results\n  python -m bench.cpu norms losses\n"
+        "  python -m bench.cpu --show bench/results/amd-epyc-avx2.json",
     )
     parser.add_argument("groups", nargs="*", help=f"what to time (default: all): {', '.join(GROUPS)}")
     add_saving_options(parser, "<cpu>.json")
-    parser.add_argument("--show", type=Path, help="print a saved table and time nothing")
+    parser.add_argument("--show", type=Path, help="print the table of this saved result and time nothing")
     parser.add_argument("--child", choices=("default", "tuned", "peer", "ours"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if unknown := set(options.groups) - set(GROUPS):
@@ -397,22 +309,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child in ("peer", "ours"):
         print(json.dumps([_peak_of_loss(options.child)]))
         return 0
-    chosen = options.groups or list(GROUPS)
+    groups = options.groups or GROUPS
     if options.child:
         if options.child == "tuned":
             gptkernels.tune_allocator()
-        for group in chosen:
-            for row in GROUPS[group]():
-                print(json.dumps(row.measure()), flush=True)
+        for group in groups:
+            for row in measured(group, check=options.child == "default"):  # which runs before "tuned"
+                print(json.dumps(row), flush=True)
         return 0
     saved: dict[str, Any] = {"machine": machine(options.commit)}
     for allocator in ("default", "tuned"):
-        rows: dict[str, Any] = {}
-        for group in chosen:
+        saved[allocator] = {"rows": {}}
+        for group in groups:
             print(f"{allocator} allocator: {group}", file=sys.stderr, flush=True)
-            rows |= {row["name"]: row for row in _child("--child", allocator, group)}
-        saved[allocator] = {"rows": rows}
-    if "loss" in chosen:
+            saved[allocator]["rows"] |= {row["name"]: row for row in _child("--child", allocator, group)}
+    if "losses" in groups:
         saved["memory"] = {name: _child("--child", name)[0][0] for name in ("peer", "ours")}
     print(section(saved))
     if options.out:

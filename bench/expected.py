@@ -1,7 +1,8 @@
-"""What to expect of our kernels on an H100: predicted times, from figures that need no GPU.
+"""Predicts how long our kernels take on an H100, without a GPU: ``python -m bench.expected``.
 
-`seconds` predicts a row of bench.gpu. It reads what the kernels are made of from bench/results/expected-h100.json, which
-``--compile`` makes. docs/gpu-model.md explains the model, works it by hand, and shows these tables.
+`seconds` predicts a row of bench.gpu from bench/results/expected-h100.json. ``--compile`` makes that file: what each row
+launches, and what the compiler makes of each kernel. docs/gpu-model.md explains the model, works two examples by hand, and
+shows the tables that this command prints.
 """
 
 from __future__ import annotations
@@ -19,38 +20,34 @@ from gptkernels.testing import Case, OpSpec
 
 from bench import h100
 from bench.h100 import H100, Overlap, Tile, Tiles
-from bench.measure import RESULTS, short
+from bench.measure import RESULTS
+from bench.rows import DIRECTIONS, row_name
 
 SAVED = RESULTS / "expected-h100.json"
-PRODUCTS = {"_forward_kernel": 2, "_dq_kernel": 3, "_dkdv_kernel": 4}  # of attention, for each tile
+PRODUCTS = {
+    "_forward_kernel": 2,
+    "_dq_kernel": 3,
+    "_dkdv_kernel": 4,
+}  # matrix products of attention's kernels, each tile
 BATCH, PRESET = 16, "gpt2-124m"  # of the training step
 TRAINING = f"GPT {PRESET} training step, bf16 autocast, B{BATCH} T1024"
-# AdamW, fused, for each parameter: float32 weight, gradient and two averages read, all but the gradient written.
+# Bytes that fused AdamW moves for each parameter, in float32: it reads the weight, the gradient and two averages, and
+# writes all but the gradient.
 OPTIMIZER_BYTES = 28
 
 
 @cache
 def saved() -> dict[str, Any]:
-    """What ``--compile`` wrote."""
+    """The file that ``--compile`` writes."""
     return json.loads(SAVED.read_text())
 
 
-def directions(spec: OpSpec) -> tuple[str, ...]:
-    """What bench.gpu times: of a loss forward and backward together, for the gradient may come with the loss."""
-    return ("with gradient",) if "cross_entropy" in spec.name else ("forward", "backward")
-
-
-def row_name(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str) -> str:
-    """What bench.gpu calls the row."""
-    return f"{spec.name} {case.name} {short(dtype)}: {direction}"
-
-
 def seconds(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str) -> float | None:
-    """What one call should take on an H100, device time alone; None for what the saved file does not hold.
+    """Predicted GPU time of one call on an H100; None for a row that the saved file does not hold.
 
     Args:
-        spec, case, dtype: as bench.gpu times them: the bench cases, in bfloat16.
-        direction: "forward", "backward", or "with gradient" (both, of a loss).
+        spec, case, dtype: a row of bench.gpu: a bench case in bfloat16.
+        direction: "forward" or "backward"; for a loss "forward + backward".
 
     Raises:
         ValueError: another direction.
@@ -59,14 +56,14 @@ def seconds(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str) -> flo
 
 
 def bounds(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str) -> tuple[float, float] | None:
-    """`seconds` if all of the shorter of products and softmax hid behind the longer, and if nothing did."""
+    """`seconds` with full overlap of attention's matrix products and softmax, and with none."""
     fast, slow = (_seconds(spec, case, dtype, direction, (overlap, overlap)) for overlap in (1.0, 0.0))
     return None if fast is None or slow is None else (fast, slow)
 
 
 def _seconds(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, overlap: Overlap) -> float | None:
-    if direction not in ("forward", "backward", "with gradient"):
-        raise ValueError(f"direction: got {direction!r}; accepted are forward, backward, with gradient")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction: got {direction!r}; accepted are {', '.join(DIRECTIONS)}")
     launches = saved()["rows"].get(row_name(spec, case, dtype, direction))
     if launches is None:
         return None
@@ -74,10 +71,10 @@ def _seconds(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, overl
 
 
 def launch_seconds(launch: Mapping[str, Any], parameters: Mapping[str, Any], overlap: Overlap = H100.overlap) -> float:
-    """What one launch should take; `parameters` of attention's case say how its tiles are masked."""
+    """Predicted time of one launch. `parameters`: attention's case, which says how its tiles are masked."""
     if "figures" not in launch:
         return h100.pytorch_seconds(launch)
-    if launch["kernel"] == "_scale_kernel":  # looks at a factor that is 1, and leaves
+    if launch["kernel"] == "_scale_kernel":  # reads a factor, which is 1 here, and returns
         return H100.launch
     figures = saved()["kernels"][launch["figures"]]
     tiles = attention_tiles(launch)
@@ -87,24 +84,24 @@ def launch_seconds(launch: Mapping[str, Any], parameters: Mapping[str, Any], ove
 
 
 def attention_tiles(launch: Mapping[str, Any]) -> tuple[Tile, Tile] | None:
-    """What a tile without and with a mask costs; None for a kernel that computes no tiles."""
+    """The costs of a tile without a mask and of one with; None for a kernel that is not attention's."""
     if launch["folder"] != "attention" or launch["kernel"] not in PRODUCTS:
         return None
     sizes, warps = launch["constants"], launch["warps"]
     block_m, block_n, block_d = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
     flops = PRODUCTS[launch["kernel"]] * 2 * block_m * block_n * block_d
     walked = block_m if launch["kernel"] == "_dkdv_kernel" else block_n
-    loaded = 2 * walked * block_d * 2  # keys and values, or queries and gradients, of 2 bytes
+    loaded = 2 * walked * block_d * 2  # keys and values, or queries and gradients, 2 bytes each
     loops = [loop for loop in saved()["kernels"][launch["figures"]]["loops"] if loop.get("flops")]
-    # The loop with the mask does the same and more.
+    # The loop with the mask takes more instructions.
     costs = sorted((h100.tile(loop, flops, loaded, warps) for loop in loops), key=lambda tile: tile.softmax)
     return costs[0], costs[-1]
 
 
 def programs(launch: Mapping[str, Any], p: Mapping[str, Any]) -> list[Tiles]:
-    """The tiles of each program of an attention kernel, in the order of the launch."""
+    """How many tiles each program of an attention kernel computes, in the order of the launch."""
     block_m, block_n = launch["constants"]["BLOCK_M"], launch["constants"]["BLOCK_N"]
-    # Of a packed batch every sequence has its own queries and keys, and as many programs as the longest.
+    # In a packed batch sequences have lengths of their own, and each gets as many programs as the longest.
     sequences = p["lengths"] if "batch" not in p else ((p["queries"], p["keys"]),) * p["batch"]
     by_keys = launch["kernel"] == "_dkdv_kernel"
     walk, step = (h100.query_tiles, block_n) if by_keys else (h100.key_tiles, block_m)
@@ -115,16 +112,16 @@ def programs(launch: Mapping[str, Any], p: Mapping[str, Any]) -> list[Tiles]:
         for start in range(0, longest, step):
             one = walk(start, queries, keys, p["is_causal"], p["window"] or 0, block_m, block_n)
             blocks.append(one if start < (keys if by_keys else queries) else (0, 0))
-        if by_keys:  # a key/value head meets the queries of its whole group
+        if by_keys:  # a key/value head serves all query heads of its group
             group = p["heads"] // p["kv_heads"]
             found += [(group * plain, group * masked) for plain, masked in blocks] * p["kv_heads"]
-        else:  # late queries, who see most, come first
+        else:  # programs start with the last queries, which see the most keys
             found += blocks[::-1] * p["heads"]
     return found
 
 
 def training_parts() -> dict[str, float]:
-    """Seconds of the training step of bench.gpu (`TRAINING`) by what they are spent on."""
+    """Predicted seconds of each part of bench.gpu's training step (`TRAINING`), longest first."""
     from gptcore import GPTConfig
 
     config = GPTConfig.preset(PRESET)
@@ -143,15 +140,16 @@ def training_parts() -> dict[str, float]:
 
 
 def training_seconds() -> float:
-    """Device time of a training step of bench.gpu's row `TRAINING`: what a CUDA graph of it should take."""
+    """Predicted GPU time of bench.gpu's training step (`TRAINING`): the time of its CUDA graph."""
     return sum(training_parts().values())
 
 
 def _compile() -> None:
+    """Compiles everything and writes the saved file."""
     from bench.launches import compiled, everything
 
     made = compiled(everything())
-    # A line for each kernel and launch: what has changed is then easy to see.
+    # A line for each kernel and launch, so that a diff shows what has changed.
     kernels = ",\n ".join(map(json.dumps, made["kernels"]))
     rows = ",\n ".join(
         f"{json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, launches)) + "]"
@@ -163,14 +161,17 @@ def _compile() -> None:
 
 
 def differences(ops: Sequence[str] = ()) -> list[str]:
-    """Rows in which `ops` (none: all, and the training step) launch other kernels of ours than the saved file says.
+    """Names of the rows that launch other Triton kernels than the saved file says.
+
+    Args:
+        ops: the operations to compare; without any, all and the training step.
 
     Raises:
         RuntimeError: ``TRITON_INTERPRET=1`` is set.
     """
     from bench.launches import everything, without_figures
 
-    def ours(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:  # PyTorch's kernels vary with its version
+    def ours(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:  # PyTorch's own kernels vary with its version
         shown = [{key: value for key, value in launch.items() if key != "figures"} for launch in launches]
         return [launch for launch in shown if "folder" in launch]
 
@@ -182,9 +183,9 @@ def differences(ops: Sequence[str] = ()) -> list[str]:
 
 EXAMPLES = """examples:
   python -m bench.expected                    print the tables
-  python -m bench.expected --compile          after a kernel or a tile changed: compile all, save, and rewrite the document
-  python -m bench.expected --document         after a figure of the card changed: rewrite the document's tables alone
-  python -m bench.expected --check            say which rows launch something else than the saved file says
+  python -m bench.expected --compile          after a change of kernels or tiles: compile all, save, rewrite docs/gpu-model.md
+  python -m bench.expected --document         after a change of the GPU's figures: rewrite docs/gpu-model.md
+  python -m bench.expected --check            list the rows whose launches differ from the saved file
 """
 
 
@@ -196,17 +197,21 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--compile", action="store_true", help=f"make {SAVED.name} anew (minutes), and the document")
+    action.add_argument(
+        "--compile", action="store_true", help=f"make {SAVED.name} again (minutes), and rewrite docs/gpu-model.md"
+    )
     action.add_argument("--document", action="store_true", help="rewrite the tables of docs/gpu-model.md")
     action.add_argument(
-        "--check", action="store_true", help="compare with what is launched now; exit with 1 if it differs"
+        "--check",
+        action="store_true",
+        help="compare the saved file with the current launches; exit with 1 if they differ",
     )
     options = parser.parse_args(arguments)
     if (options.check or options.compile) and interpreting():
-        parser.error("TRITON_INTERPRET is 1: unset it, the interpreter launches and compiles nothing")
+        parser.error("TRITON_INTERPRET is 1: unset it, the interpreter compiles nothing")
     if options.check:
         found = differences()
-        print("\n".join([f"launches something else: {name}" for name in found] or ["all rows launch what was saved"]))
+        print("\n".join([f"launches differ: {name}" for name in found] or ["all rows launch what the file says"]))
         return 1 if found else 0
     if options.compile:
         _compile()

@@ -12,26 +12,23 @@ from gptkernels.testing import SPECS, Case, OpSpec
 from bench import expected, h100
 from bench.h100 import H100
 from bench.measure import BF16
+from bench.rows import directions, row_name, work
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu-model.md"
 
 
 def _rows() -> Iterator[tuple[OpSpec, Case, str, list[dict[str, Any]]]]:
+    """The rows of bench.gpu that the saved file holds, with their launches."""
     for spec in SPECS:
         for case in spec.bench_cases:
-            for direction in expected.directions(spec):
-                if launches := expected.saved()["rows"].get(expected.row_name(spec, case, BF16, direction)):
+            for direction in directions(spec):
+                if launches := expected.saved()["rows"].get(row_name(spec, case, BF16, direction)):
                     yield spec, case, direction, launches
 
 
 def _rate(spec: OpSpec, case: Case, direction: str, time: float) -> str:
-    """Of the least work that the spec counts: FLOP/s where it is a matter of products, else bytes/s."""
-    cost = spec.cost(case, BF16)
-    flops, moved = {
-        "forward": (cost.forward_flops, cost.forward_bytes),
-        "backward": (cost.backward_flops, cost.backward_bytes),
-        "with gradient": (cost.forward_flops + cost.backward_flops, cost.backward_bytes),
-    }[direction]
+    """The rate of the work that the spec counts: FLOP/s of operations made of matrix products, else bytes/s."""
+    flops, moved = work(spec, case, BF16, direction)
     if flops > 100 * moved:
         return f"{flops / time / 1e12:,.0f} TFLOP/s, {flops / time / H100.product_rate:.0%}"
     return f"{moved / time / 1e9:,.0f} GB/s, {moved / time / H100.bandwidth:.0%}"
@@ -66,7 +63,7 @@ def rows_table() -> str:
 
 
 def attention_table() -> str:
-    """Attention's kernels, each once: what a tile consists of, and how long each part takes."""
+    """Attention's kernels, each once: the work of a tile, and how long each part of it takes."""
     seen: set[tuple[str, ...]] = set()
 
     def cells() -> Iterator[list[str]]:
@@ -107,7 +104,7 @@ def attention_table() -> str:
 
 
 def streaming_table() -> str:
-    """The kernels that memory bounds and that take a tenth of their row or more: bytes, loads in flight, instructions."""
+    """The memory-bound kernels that take at least a tenth of their row: bytes, loads in flight, instructions."""
 
     def cells() -> Iterator[list[str]]:
         for spec, case, direction, launches in _rows():
@@ -136,7 +133,7 @@ def streaming_table() -> str:
 
 
 def training_table() -> str:
-    """The training step by what its time is spent on."""
+    """The parts of the training step and their times."""
     parts, total = expected.training_parts(), expected.training_seconds()
     rows = [[name, f"{1e3 * part:.2f}", f"{part / total:.0%}"] for name, part in parts.items()]
     tokens = expected.BATCH * 1024
@@ -150,9 +147,9 @@ def _case(op: str, name: str) -> tuple[OpSpec, Case]:
 
 
 def worked_streaming() -> str:
-    """A kernel that memory bounds, step by step."""
+    """A memory-bound kernel, step by step."""
     spec, case = _case("layer_norm", "4096x8192")
-    (launch,) = expected.saved()["rows"][expected.row_name(spec, case, BF16, "forward")]
+    (launch,) = expected.saved()["rows"][row_name(spec, case, BF16, "forward")]
     figures = expected.saved()["kernels"][launch["figures"]]
     together, warps = h100.at_a_time(launch, figures), launch["warps"]
     loads, instructions = figures["straight"]["loads"], figures["straight"]["instructions"]
@@ -164,13 +161,13 @@ def worked_streaming() -> str:
         f"Bytes: {read / 1e6:.1f} MB are read and {launch['written'] / 1e6:.1f} MB written. "
         f"At 3.0 TB/s these {moved / 1e6:.1f} MB take {1e6 * moved / H100.bandwidth:.1f} us.",
         "Loads under way: for 3.0 TB/s to arrive after a latency of 0.7 us, 3.0e12 x 0.7e-6 / 132 = "
-        f"{needed / 1e3:.1f} kB must be under way to each multiprocessor; nobody waits for what is written, which leaves "
-        f"{waited / 1e3:.1f} kB. A program has {warps} warps and {figures['registers']} registers a thread, so that "
-        f"{together} share a multiprocessor. A thread asks for {loads} bytes at once and waits for half of its life: "
+        f"{needed / 1e3:.1f} kB must be under way to each multiprocessor; for the reads alone, since nothing waits for writes, "
+        f"these are {waited / 1e3:.1f} kB. A program has {warps} warps and {figures['registers']} registers a thread, so that "
+        f"{together} share a multiprocessor. A thread requests {loads} bytes at once and waits for them half of the time: "
         f"{together} x {warps} x 32 x {loads} / 2 = {flying / 1e3:.0f} kB. "
-        + ("Enough." if flying >= waited else f"Only {flying / waited:.0%} of that: the bytes take longer."),
+        + ("Enough." if flying >= waited else f"This is only {flying / waited:.0%} of that: the bytes take longer."),
         f"Instructions: {launch['programs']:,} programs x {warps} warps x {instructions}, 4 a cycle on each of 132 "
-        f"multiprocessors at 1.75 GHz, are {1e6 * issuing:.1f} us. They go on beside the loads: the longer counts.",
+        f"multiprocessors at 1.75 GHz, are {1e6 * issuing:.1f} us. They overlap with the loads: the longer time counts.",
         f"The launch: 2.5 us. Together **{1e6 * time:.1f} us**, or {moved / time / 1e9:,.0f} GB/s.",
     ]
     title = "`layer_norm` of 4,096 rows of 8,192 bfloat16 numbers, forward:"
@@ -180,7 +177,7 @@ def worked_streaming() -> str:
 def worked_attention() -> str:
     """An attention kernel, step by step."""
     spec, case = _case("attention", "B4-H12-T4096-D64-causal")
-    (launch,) = expected.saved()["rows"][expected.row_name(spec, case, BF16, "forward")]
+    (launch,) = expected.saved()["rows"][row_name(spec, case, BF16, "forward")]
     figures, sizes, warps = expected.saved()["kernels"][launch["figures"]], launch["constants"], launch["warps"]
     tiles = expected.attention_tiles(launch)
     time = expected.seconds(spec, case, BF16, "forward")
@@ -191,7 +188,7 @@ def worked_attention() -> str:
     flops = 2 * 2 * m * n * 64
     loops = [loop for loop in figures["loops"] if loop.get("flops")]
     loop = min(loops, key=lambda loop: loop["instructions"] / loop["flops"])
-    of_tile = flops / loop["flops"]  # from what a warp does in a turn of the loop to what all do for a tile
+    of_tile = flops / loop["flops"]  # work of all warps for a tile / work of one warp in a turn of the loop
     instructions, special = loop["instructions"] * of_tile, loop["special"] * of_tile * 32
     together = h100.at_a_time(launch, figures)
     costs = [kind.seconds(together, H100.overlap) for kind in tiles]
@@ -200,32 +197,32 @@ def worked_attention() -> str:
     work = sum(count * seconds for count, seconds in zip(counts, costs)) / H100.multiprocessors
     waiting = 2 * H100.latency * launch["programs"] / H100.multiprocessors / together
     done = spec.cost(case, BF16).forward_flops
-    hidden = f"less {H100.overlap[1]:.0%} of the shorter, because programs share the multiprocessor"
+    hidden = f"less {H100.overlap[1]:.0%} of the shorter time, because programs share the multiprocessor"
     steps = [
         f"Products of a tile, scores and output: 2 x 2 x {m} x {n} x 64 = {flops / 1e6:.2f} MFLOP. A multiprocessor's share of "
         f"798 TFLOP/s is 6.05 TFLOP/s: {1e9 * plain.multiply:.0f} ns. Its shared memory moves "
         f"{loop['shared_bytes'] * of_tile / 1024:.0f} KiB for them, 128 bytes a cycle: {1e9 * plain.feed:.0f} ns.",
         f"Softmax of a tile: {special:,.0f} exponentials, 16 a cycle, are {special / 16:.0f} cycles; {instructions:,.0f} "
-        f"instructions of {warps} warps, 4 a cycle, are {instructions / 4:.0f}. The longer counts, at 1.75 GHz: "
+        f"instructions of {warps} warps, 4 a cycle, are {instructions / 4:.0f}. The longer time counts, at 1.75 GHz: "
         f"{1e9 * plain.softmax:.0f} ns.",
         f"Loads of a tile, keys and values: {2 * n * 64 * 2 / 1024:.0f} KiB. The second-level cache gives all 132 "
-        f"multiprocessors 5.5 TB/s: {1e9 * plain.loads:.0f} ns, beside the rest.",
+        f"multiprocessors 5.5 TB/s: {1e9 * plain.loads:.0f} ns, at the same time as the rest.",
         f"A tile: products and softmax one after the other{', ' + hidden if together > 1 else ''}: {1e9 * costs[0]:.0f} ns. "
-        f"One that the diagonal crosses has a mask to compute: {1e9 * costs[1]:.0f} ns.",
+        f"A tile on the diagonal also computes the mask: {1e9 * costs[1]:.0f} ns.",
         f"All tiles: the program of a head's last {m} queries has {programs[0][0]} whole tiles and {programs[0][1]} on the "
         f"diagonal, that of its first {programs[len(programs) // 48 - 1][0]} and {programs[len(programs) // 48 - 1][1]}. Over "
         f"48 heads they are {counts[0]:,} and {counts[1]:,}, on 132 multiprocessors {1e6 * work:.0f} us.",
         f"Waiting: each of {launch['programs']:,} programs waits twice for memory, 0.7 us each, {together} at a time on a "
         f"multiprocessor: {1e6 * waiting:.0f} us.",
-        "The tail: programs do not end together. Started in the order of the launch, where there is room first, the last "
-        f"one ends {1e6 * (time - work - waiting - H100.launch):.0f} us later than if they did.",
+        "The tail: programs do not all end at once. They start in the order of the launch, each where there is room first; "
+        f"the last one ends {1e6 * (time - work - waiting - H100.launch):.0f} us later than if all ended at once.",
         f"The launch: 2.5 us. Together **{1e6 * time:.0f} us**; {done / 1e9:.0f} GFLOP (half of the square counted) are "
         f"{done / time / 1e12:.0f} TFLOP/s.",
     ]
     title = (
         "`attention` of 4 sequences, 12 heads, 4,096 tokens, head_dim 64, causal, forward. A program takes "
-        f"{m} queries and walks their keys in tiles of {n}, with {warps} warps and {figures['registers']} registers a thread; "
-        f"{together} on a multiprocessor at a time:"
+        f"{m} queries and iterates over their keys in tiles of {n}, with {warps} warps and {figures['registers']} registers a "
+        f"thread; {together} on a multiprocessor at a time:"
     )
     return "\n".join([title, "", *(f"{number}. {step}" for number, step in enumerate(steps, 1))])
 
@@ -241,10 +238,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def rewritten(text: str) -> str:
-    """The document's `text` with everything between its markers made anew.
+    """The document's `text` with a new table or example between each pair of markers.
 
     Raises:
-        ValueError: a section's markers are missing, or there more than once.
+        ValueError: a section has no markers, or several pairs.
     """
     for name, section in SECTIONS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"

@@ -1,10 +1,10 @@
-"""Everything that one lent GPU is asked for, in one command of ten minutes: ``python -m bench.first_run --out FOLDER``.
+"""Tests and times the Triton kernels on a GPU that is available for ten minutes: ``python -m bench.first_run --out FOLDER``.
 
-What is worth most comes first. Each step is a process with a cap; one that fails or is cut stops no later one, a later one
-is skipped when too little of the budget is left, and every figure is in the folder as soon as it is there:
+The most valuable steps come first. Each step is a process with a time limit. A step that fails or exceeds its limit does not
+stop the later ones; a step is skipped if too little time is left. Results are in the folder as soon as they exist:
 
 - log.txt: what every step printed, with times
-- summary.txt: the last page, also printed
+- summary.txt: figures, failed tests and the outcome of each step on one page, which is also printed
 - <gpu>.json: the figures (``python -m bench.gpu --show``)
 - attention.ncu-rep, counters.txt, counters.csv: hardware counters
 """
@@ -31,20 +31,23 @@ from typing import TextIO
 from bench.gpu_table import short_table
 
 ROOT = Path(__file__).parents[1]
-PAGE, FAILURES = 11_000, 20  # characters of the summary, and lines about tests that failed
-GRACE = 5.0  # seconds between being asked to end and being ended
-RESERVE = 4.0  # seconds of the budget that no step gets
+PAGE, FAILURES = 11_000, 20  # the most characters of the summary, and the most failed tests that it lists
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+RESERVE = 4.0  # seconds of the budget that are kept for the summary
 
 
 @dataclass(frozen=True)
 class Step:
-    """A process: `arguments` are Python's, with {out}, {commit} and {minutes} (of its own time) to be filled in."""
+    """A process to run: Python with `arguments`, into which `command` fills {out}, {commit} and {minutes} (the step's limit)."""
 
     name: str
-    cap: float  # seconds at most
-    need: float  # with less left it is skipped
+    cap: float
+    """Its time limit in seconds."""
+    need: float
+    """Skip it if fewer seconds than this are left."""
     arguments: tuple[str, ...]
-    dry: tuple[str, ...] = ()  # arguments more for a walk without a GPU
+    dry: tuple[str, ...] = ()
+    """Further arguments for a dry run."""
 
     def command(self, out: Path, commit: str, seconds: float, dry: bool) -> list[str]:
         values = {"{out}": str(out), "{commit}": commit, "{minutes}": f"{max(seconds - 12, 1) / 60:.2f}"}
@@ -54,15 +57,20 @@ class Step:
 
 @dataclass
 class Done:
-    """What became of a step."""
+    """The outcome of a step."""
 
     name: str
-    began: float  # seconds since the start
+    began: float
+    """Seconds since the start of the run."""
     seconds: float = 0.0
-    status: str = "skipped"  # "ok", "exit 1", "cut after 60 s", "skipped: 12 s left"
-    compiled: int = 0  # kernels that Triton compiled meanwhile: few, once all are compiled
-    last: str = ""  # what it printed last
-    failed: list[str] = field(default_factory=list)  # what pytest says of the tests that failed
+    status: str = "skipped"
+    """"ok", "exit 1", "cut after 60 s" or "skipped: 12 s left"."""
+    compiled: int = 0
+    """Kernels that Triton compiled during this step: few, once "compile everything" is done."""
+    last: str = ""
+    """The last line that it printed."""
+    failed: list[str] = field(default_factory=list)
+    """pytest's lines about failed tests."""
 
 
 def _figures(*groups: str) -> tuple[str, ...]:
@@ -75,7 +83,7 @@ def _tests(chosen: str, *files: str, at_a_time: int = 1) -> tuple[str, ...]:
     return ("-m", "pytest", *options, *(f"tests/{file}" for file in files or ("kernels/test_gpu.py",)), "-k", chosen)
 
 
-# What the machine has: what is not there prints nothing.
+# Prints what the machine has.
 MACHINE = """
 import os, platform, shutil, subprocess
 print(platform.python_version(), os.cpu_count(), "cores", shutil.disk_usage("/tmp").free >> 30, "GiB free in /tmp")
@@ -110,7 +118,7 @@ STEPS = (
     Step("other operations: figures", 60, 20, _figures("others", "--quick"), DRY),
     Step("figures of compiled peers", 300, 30, _figures("norms", "softmax", "losses", "--late"), DRY),
 )  # fmt: skip
-# The second command, with a dozen tiles for each of attention's kernels.
+# The steps of --tune.
 TUNING = (
     *STEPS[:2],
     Step("attention: tiles", 560, 60, ("-m", "bench.tune", "--minutes", "{minutes}", "--out", "{out}"), DRY),
@@ -119,7 +127,7 @@ TUNING = (
 
 @dataclass
 class Run:
-    """One walk through the steps."""
+    """A run of steps within one budget."""
 
     out: Path
     commit: str
@@ -129,7 +137,7 @@ class Run:
     start: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        # Content decides what is found in these caches: a second run on the same machine starts warm.
+        # Both caches go by content, so a second run on the same machine finds the first one's kernels.
         caches = Path(tempfile.gettempdir()) / "gptcore-caches"
         self.environment = {
             "TRITON_CACHE_DIR": str(caches / "triton"),
@@ -137,21 +145,23 @@ class Run:
             **os.environ,
             "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}",
             "PYTHONUNBUFFERED": "1",
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # PyTorch warns without it where results are to be the same on every run
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # needed for deterministic products; PyTorch warns without it
         }
 
     def passed(self) -> float:
+        """Seconds since the start."""
         return time.monotonic() - self.start
 
     def left(self) -> float:
+        """Seconds that steps may still take."""
         return self.seconds - self.passed() - RESERVE
 
     def kernels(self) -> int:
-        """In Triton's cache."""
+        """The number of kernels in Triton's cache."""
         return sum(1 for _ in Path(self.environment["TRITON_CACHE_DIR"]).glob("*/*.cubin"))
 
     def take(self, step: Step, log: TextIO) -> Done:
-        """Runs one step within its cap and what is left; its output goes to `log` and is shown as it comes."""
+        """Runs one step within its limit and the time left; writes its output to `log` and to the terminal as it comes."""
 
         def say(line: str) -> None:
             for file in (log, sys.stdout):
@@ -179,7 +189,7 @@ class Run:
                 if line.startswith(("FAILED ", "ERROR ")):
                     done.failed.append(line.strip())
 
-        # Not in this thread: a process that the step has left behind may keep its output open.
+        # In a thread: a process that the step leaves behind may keep its output open, and reading would then never end.
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         try:
@@ -198,7 +208,7 @@ class Run:
         return done
 
     def page(self) -> str:
-        """What is worth reading first: what became of the steps, and as many figures as fit."""
+        """The summary: as many figures as fit, failed tests, and the outcome of each step."""
         lines = [f"{'step':<34}{'began':>7}{'took':>7}{'kernels':>9}  {'':<20} last line"]
         for d in self.done:
             row = f"{d.name:<34}{d.began:>5.0f} s{d.seconds:>5.0f} s{d.compiled:>9}  {d.status:<20} {d.last}"
@@ -217,7 +227,7 @@ class Run:
 
 
 def _end(process: subprocess.Popen[str], how: signal.Signals) -> None:
-    """Sends a signal to every process of a step's group."""
+    """Sends a signal to a step and every process that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, how)
 
@@ -232,20 +242,20 @@ def main(arguments: list[str] | None = None, steps: Sequence[Step] = STEPS) -> i
         "  python -m bench.first_run --out /tmp/dry --dry-run\n\n"
         "steps:\n" + "\n".join(f"  {i}. {s.name}, {s.cap:g} s at most" for i, s in enumerate(steps, 1)),
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything that is made")
-    parser.add_argument("--seconds", type=float, default=590.0, help="the whole budget (default: 590)")
-    parser.add_argument("--commit", default="unknown", help="what is measured: there may be no git to ask")
-    parser.add_argument("--tune", action="store_true", help="time candidate tiles of attention instead")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all results")
+    parser.add_argument("--seconds", type=float, default=590.0, help="time for all steps together (default: 590)")
+    parser.add_argument("--commit", default="unknown", help="commit to write into the results (default: unknown)")
+    parser.add_argument("--tune", action="store_true", help="find attention's fastest tiles instead")
     parser.add_argument(
-        "--steps", type=int, nargs="+", help="numbers of the steps to take (default: all), in this order"
+        "--steps", type=int, nargs="+", help="numbers of the steps to run, in this order (default: all)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="every step without a GPU, at sizes that mean nothing")
+    parser.add_argument("--dry-run", action="store_true", help="run every step without a GPU, at tiny sizes")
     options = parser.parse_args(arguments)
     steps = TUNING if options.tune else steps
     numbers = options.steps or range(1, len(steps) + 1)
     if wrong := [n for n in numbers if not 1 <= n <= len(steps)]:
         parser.error(f"--steps: got {wrong[0]}; accepted are 1 to {len(steps)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises SystemExit, so that `take` ends the running step
     run = Run(options.out.resolve(), options.commit, options.seconds, options.dry_run)
     run.out.mkdir(parents=True, exist_ok=True)
     with (run.out / "log.txt").open("a") as log:

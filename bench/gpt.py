@@ -1,8 +1,8 @@
-"""Whole models on this machine: GPT-2 124M trained on real text, and generation against Hugging Face generate.
+"""Times whole models on this CPU: ``python -m bench.gpt`` trains GPT-2 124M and generates text.
 
-Training: ``gptcore train`` by ``--kernels reference`` and by ``auto``, each a process of its own. Generation: one
-sequence, greedy, with a cache, the same weights in both. The peer runs in fp32, and in bf16 where the CPU multiplies
-that; ours in bf16. They take turns in one process, and medians are compared.
+Training is `bench.speedup`'s comparison of ``--kernels reference`` and ``auto``, on real text. Generation is compared with
+Hugging Face's generate: one sequence, greedy, with a key/value cache and the same weights. Ours runs in bf16; Hugging Face's
+in fp32, and in bf16 too where the CPU multiplies that. They take turns in one process, and medians are compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import gptkernels
 import torch
 from torch import Tensor
 
-from bench import flag
+from bench import speedup
 from bench.cpu import machine
 from bench.measure import add_saving_options, save
 from gptcore import GPT, GPTConfig
@@ -29,7 +29,7 @@ from gptcore.train.hardware import model_flops_utilization, multiplies_bf16
 
 
 def _models(name: str) -> tuple[Any, Any]:
-    """Ours in bf16, and transformers' model of the same float32 weights."""
+    """Our model in bf16, and transformers' model in float32 with the same weights."""
     import transformers
 
     from gptcore.weights import config_to_huggingface, to_huggingface
@@ -46,14 +46,14 @@ def _models(name: str) -> tuple[Any, Any]:
     return ours.to(torch.bfloat16).eval(), theirs.eval()
 
 
-def _time(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def measure(name: str, prompt: int, new: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each contender for `new` tokens after `prompt`, round by round."""
+    """Seconds that each contender takes to generate `new` tokens after a prompt of `prompt` tokens, for each round."""
     ours, theirs = _models(name)
     tokens = torch.randint(0, ours.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
@@ -63,7 +63,7 @@ def measure(name: str, prompt: int, new: int, rounds: int) -> dict[str, Any]:
         return lambda: model.generate(tokens, **options)
 
     contenders: dict[str, Callable[[], object]] = {"fp32": hugging_face(theirs)}
-    if multiplies_bf16(torch.device("cpu")):  # elsewhere PyTorch takes minutes for it
+    if multiplies_bf16(torch.device("cpu")):  # without these instructions PyTorch takes minutes
         contenders["bf16"] = hugging_face(copy.deepcopy(theirs).to(torch.bfloat16))
     contenders["ours"] = lambda: ours.generate(tokens, new, temperature=0.0)
     seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
@@ -71,12 +71,12 @@ def measure(name: str, prompt: int, new: int, rounds: int) -> dict[str, Any]:
         work()
     for _ in range(rounds):
         for contender, work in contenders.items():
-            seconds[contender].append(_time(work))
+            seconds[contender].append(_seconds(work))
     return {"model": name, "prompt": prompt, "new": new, "seconds": seconds}
 
 
 def decoding_table(decoding: dict[str, Any]) -> list[str]:
-    """Markdown: each contender's tokens a second, and ours beside the best peer's."""
+    """Markdown lines: tokens a second of Hugging Face's fastest and of ours."""
     rows = ["| generation, one sequence | Hugging Face generate, tokens/s | ours in bf16 | ratio |"]
     rows.append("| --- | --- | --- | --- |")
     for result in decoding["models"]:
@@ -89,11 +89,10 @@ def decoding_table(decoding: dict[str, Any]) -> list[str]:
 
 
 def training_table(training: dict[str, Any]) -> list[str]:
-    """Markdown: a row for each choice of kernels."""
+    """Markdown lines: a row for each choice of kernels."""
     steps, preset, about = training["steps"], training["preset"], training["about"]
-    peak = (
-        1e9 * training["machine"]["product_gflop_per_s"][training["dtype"]]
-    )  # one for both: each process measures its own
+    # One peak for both rows: the two processes measured slightly different ones.
+    peak = 1e9 * training["machine"]["product_gflop_per_s"][training["dtype"]]
     rows = [f"| training {preset}, {steps} steps of {about} | tokens/s | MFU | peak memory | validation loss |"]
     rows.append("| --- | --- | --- | --- | --- |")
     for kernels, row in training["rows"].items():
@@ -104,7 +103,7 @@ def training_table(training: dict[str, Any]) -> list[str]:
 
 
 def section(saved: dict[str, Any]) -> str:
-    """What the README shows of a saved result: each table, and on what it was measured."""
+    """What docs/benchmarks.md shows of a saved result: each table, and on what it was measured."""
     parts = []
     for name, table in (("training", training_table), ("decoding", decoding_table)):
         if name in saved:
@@ -129,10 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="*", default=default, help=f"to generate with (default: {' '.join(default)})")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt (default: 32)")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate (default: 64)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
-    parser.add_argument(
-        "--data", type=Path, help="folder that gptcore prepare made, to train on; no training without it"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--data", type=Path, help="folder made by gptcore prepare, to train on (default: no training)")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each training run (default: 50)")
     parser.add_argument("--preset", default="gpt2-124m", help="size of the model to train (default: gpt2-124m)")
     parser.add_argument("--context", type=int, default=512, help="tokens of a training sequence (default: 512)")
@@ -141,11 +138,11 @@ def main(arguments: list[str] | None = None) -> int:
     about = machine(options.commit)
     saved: dict[str, Any] = {"kind": "gpt"}
     file = (options.out or Path()) / f"{'-'.join(['gpt', *about['cpu'].lower().split(), about['instructions']])}.json"
-    if options.out and file.exists():  # what is not measured this time stays, with its own date
+    if options.out and file.exists():  # what is not measured now stays, with its own date
         saved = json.loads(file.read_text())
     if options.data:
         size = {"preset": options.preset, "context": options.context, "batch_size": 1}
-        rows = flag.compare(options.data, steps=options.steps, **size)
+        rows = speedup.compare(options.data, steps=options.steps, **size)
         what = f"one sequence of {options.context} tokens, {options.data.name}"
         with torch.device("meta"):
             flops = GPT(GPTConfig.preset(options.preset)).flops((1, options.context)) / options.context

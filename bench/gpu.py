@@ -1,10 +1,10 @@
-"""What the Triton kernels do on this machine's GPU, against everybody else's: ``python -m bench.gpu``.
+"""Times the Triton kernels on this machine's GPU against PyTorch and other libraries: ``python -m bench.gpu``.
 
-All contenders of a row are timed in turns in one process, medians are quoted, and each call starts with an empty L2 cache
-and with its work queued, so that the device's time is taken; training steps are timed by the clock. A kernel whose numbers
-are outside the float64 error budget is not timed, a peer whose numbers differ is left out, and the file says why. Each group
-of rows is a process of its own, and every row is saved when it is done: a run that is cut keeps what it has. Peers that
-take long to compile (torch.compile, FlexAttention) come last: their rows are then timed again, with them.
+All contenders of a row are timed in turns in one process, and medians are compared. Each call starts with an empty L2 cache,
+and only the GPU's time is measured; training steps are timed by the clock. A kernel whose results are outside the float64
+error budget is not timed, a peer whose results differ is left out, and the file says why. Each group of rows runs in a
+process of its own, and every row is saved as soon as it is done, so a run that is cut keeps what it has. Peers that take
+long to compile (torch.compile, FlexAttention) come last: their rows are then timed again with them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from bench.gpu_rows import GROUPS, Plan, measured
 from bench.gpu_table import continue_file, section, short_table, take_in
 from bench.measure import BF16, FP32, RESULTS, add_saving_options, device, save, short, versions
 
-LEAST = 15.0  # seconds without which a group is not begun
+LEAST = 15.0  # seconds: with less time left, no group is started
 
 
 def machine(plan: Plan, commit: str | None = None) -> dict[str, Any]:
-    """What a result was measured on; `commit` as `versions` takes it."""
+    """What a result was measured on. `commit`: see `versions`."""
     import triton
 
     return {
@@ -43,7 +43,7 @@ def machine(plan: Plan, commit: str | None = None) -> dict[str, Any]:
 
 
 def passes(groups: Sequence[str], plan: Plan, late: bool) -> list[tuple[str, bool]]:
-    """Every group, then those that have peers to compile once more, with them; with `late` only the latter."""
+    """``(group, late)`` in the order to run: every group, then, `late`, those with peers to compile; or only the latter."""
     again = [] if plan.quick else [(group, True) for group in groups if group != "training"]
     return again if late else [*((group, False) for group in groups), *again]
 
@@ -51,7 +51,7 @@ def passes(groups: Sequence[str], plan: Plan, late: bool) -> list[tuple[str, boo
 def run_groups(
     groups: Sequence[tuple[str, bool]], plan: Plan, saved: dict[str, Any], file: Path, deadline: float
 ) -> None:
-    """Each of `passes` in a process of its own, until `deadline` on time's monotonic clock; saves after each row."""
+    """Runs each of `passes` in a process of its own and saves after each row, until `deadline` (of `time.monotonic`)."""
     for group, late in groups:
         name = f"{group}, with compiled peers" if late else group
         left = deadline - time.monotonic()
@@ -89,12 +89,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("groups", nargs="*", help=f"what to time (default: all): {', '.join(GROUPS)}")
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (default: 9)")
     add_saving_options(parser, "<gpu>.json", RESULTS)
-    parser.add_argument("--quick", action="store_true", help="without the peers that take long to compile")
-    parser.add_argument("--late", action="store_true", help="only the rows that have such peers, with them")
-    parser.add_argument("--ceilings", action="store_true", help="measure a copy and a matrix product, and nothing else")
-    parser.add_argument("--show", type=Path, help="print a saved table and time nothing")
-    parser.add_argument("--brief", action="store_true", help="print a line a row instead of the Markdown table")
-    parser.add_argument("--dry-run", action="store_true", help="every contender once, tiny and anywhere")
+    parser.add_argument("--quick", action="store_true", help="leave out peers that take long to compile")
+    parser.add_argument("--late", action="store_true", help="time only the rows that have such peers")
+    parser.add_argument("--ceilings", action="store_true", help="measure only a copy and a matrix product")
+    parser.add_argument("--show", type=Path, help="print the table of this saved result and time nothing")
+    parser.add_argument(
+        "--brief", action="store_true", help="print one line for each row instead of the Markdown table"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="run every contender once at tiny sizes, on any machine")
     parser.add_argument("--child", choices=GROUPS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
@@ -106,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if not options.dry_run and device() != "cuda":
         parser.error(
-            "there is no GPU here; --dry-run walks through everything without one, --show prints a saved table"
+            "there is no GPU here; --dry-run walks through everything without one, --show prints a saved result"
         )
     plan = Plan(options.dry_run, options.quick)
     if options.child:
@@ -116,13 +118,13 @@ def main(arguments: list[str] | None = None) -> int:
     saved: dict[str, Any] = {"machine": machine(plan, options.commit), "rows": {}, "failed": {}}
     file = options.out / f"{'-'.join(saved['machine']['gpu'].lower().split())}.json"
     groups = passes([] if options.ceilings else options.groups or GROUPS, plan, options.late)
-    if options.dry_run and options.out == RESULTS:  # to show, not to keep
+    if options.dry_run and options.out == RESULTS:  # to show, not to save
         for group, late in groups:
             for found in measured(group, plan, late):
                 take_in(saved, found)
         print(shown(saved))
         return 0
-    torch.cuda.empty_cache()  # what the ceilings were measured with; the groups have processes of their own
+    torch.cuda.empty_cache()  # frees what the ceilings took, for the groups' processes
     continue_file(saved, file)
     save(saved, file)
     run_groups(groups, plan, saved, file, deadline)

@@ -1,4 +1,4 @@
-"""What `bench.gpu` times: the rows of each group, their contenders, what they cost at least, and what they are held to."""
+"""What `bench.gpu` times: the rows of each group, with their contenders, their least work and their goals."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from typing import Any
 
 import torch
 from gptkernels.backend import FUSED
-from gptkernels.testing import SPECS, Case, OpSpec, outputs, random_grads
+from gptkernels.testing import SPECS, Case, Inputs, OpSpec, outputs
 from torch import Tensor
 
-from bench.measure import BF16, ceilings, device, in_turns, short, verify
+from bench import rows
+from bench.measure import BF16, CapturedGraph, ceilings, device, in_turns, verify
 from bench.peers import peers
 
-ROW_SECONDS, STEP_SECONDS = 1.0, 5.0  # of timing for a row of an operation, and for training steps
+ROW_SECONDS, STEP_SECONDS = 1.0, 5.0  # how long an operation's row, and a row of training steps, is timed
 ROUNDS = 30  # at most
 COPY, PRODUCTS = "copy of as many bytes", "three products"
-YARDSTICKS = (COPY, PRODUCTS)  # timed in turns with the others, and no peers
-LATE = ("compile", "flex")  # peers that take many seconds to compile: they come when everything else has been timed
+YARDSTICKS = (COPY, PRODUCTS)  # contenders that only goals are compared with; no peers
+LATE = ("compile", "flex")  # peers that take many seconds to compile: timed after everything else
 
-# TFLOP/s of causal attention by head_dim and tokens. FlashAttention-3's, TLX's and cuDNN's best, or better.
+# TFLOP/s of causal attention by direction, head_dim and tokens: the best of FlashAttention-3, TLX and cuDNN, or better.
 GOALS = {
     ("forward", 64): {1024: 330, 2048: 400, 4096: 460, 8192: 500},
     ("backward", 64): {1024: 300, 2048: 370, 4096: 420},
@@ -37,30 +38,36 @@ TOKENS_PER_SECOND = 550_000  # of GPT-2 124M's training step
 
 @dataclass(frozen=True)
 class Goal:
-    """What a row is held to: `unit` is TFLOP/s, tokens/s, or what contenders' names begin with: times the fastest's speed."""
+    """A least speed of a row: in TFLOP/s or tokens/s, or as a multiple of the speed of other contenders."""
 
     value: float
     unit: str
+    """"TFLOP/s", "tokens/s", or how the names of the other contenders begin, of which the fastest counts."""
 
 
 @dataclass
 class Row:
-    """A job: its contenders, of which the fastest "ours" counts as ours, and what it costs at least."""
+    """The contenders for the same work. Of those whose names begin with "ours", the fastest counts."""
 
     name: str
     contenders: dict[str, Callable[[], Any]]
     dtype: torch.dtype
     flops: float = 0.0
-    moved: float = 0.0  # bytes
+    moved: float = 0.0
+    """The fewest bytes that the work must move."""
     tokens: int = 0
     goals: tuple[Goal, ...] = ()
-    expected: float | None = None  # seconds on an H100, by bench.expected
+    expected: float | None = None
+    """Seconds that bench.expected predicts for an H100."""
     wall: bool = False
+    """Measure the time from queueing to the end of the work, not the GPU's alone."""
     seconds: float = ROW_SECONDS
-    refused: dict[str, str] = field(default_factory=dict)  # peers that did not run or disagreed: why
+    """How long to time."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Peers that failed or computed something else, and why."""
 
     def measure(self, ceiling: tuple[float, float], rounds: int) -> dict[str, Any]:
-        """`ceiling`: bytes and FLOP a second that the machine reaches at best."""
+        """Times the row. `ceiling`: bytes and FLOPs a second that this machine reaches at best."""
         medians = in_turns(self.contenders, rounds, self.seconds, wall=self.wall)
         mine = [name for name in medians if name.startswith("ours")]
         others = [name for name in medians if name not in mine and name not in YARDSTICKS]
@@ -86,7 +93,7 @@ class Row:
         }
 
     def _judged(self, goal: Goal, medians: dict[str, float], seconds: float, rates: dict[str, float]) -> dict[str, Any]:
-        """The goal and whether it is met; None where no contender that it speaks of was timed."""
+        """The goal and whether it is met; None where none of the contenders that it names was timed."""
         if goal.unit in rates:
             reached = rates[goal.unit]
         else:
@@ -97,9 +104,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where and how large: the GPU, or with `dry` a walk over every contender at sizes that mean nothing, anywhere.
+    """Where to run and at which sizes.
 
-    `quick` leaves out the contenders that take long to compile.
+    `dry`: run every contender once at tiny sizes, on any machine. `quick`: leave out contenders that take long to compile.
     """
 
     dry: bool = False
@@ -120,8 +127,8 @@ class Plan:
     def ceiling(self, dtype: torch.dtype) -> tuple[float, float]:
         return (1e9, 1e9) if self.dry else ceilings(dtype)
 
-    def specs(self) -> list[OpSpec]:
-        return [spec for spec in SPECS if self.dry or "triton" in FUSED[spec.name]]
+    def specs(self, group: str) -> list[OpSpec]:
+        return [spec for spec in rows.specs_of(group) if self.dry or "triton" in FUSED[spec.name]]
 
     def cases(self, spec: OpSpec) -> tuple[Case, ...]:
         if not self.dry:
@@ -130,7 +137,7 @@ class Plan:
 
 
 def goals(name: str, case: Case, direction: str) -> tuple[Goal, ...]:
-    """What an operation's row is held to: first what is due now, then what is aimed at."""
+    """An operation's goals for one case and direction: the least that is accepted, then what we aim at."""
     p = case.parameters
     if name == "attention" and p["is_causal"] and p["queries"] == p["keys"] and not (p["window"] or p["dropout_p"]):
         aim = GOALS.get((direction, p["head_dim"]), {}).get(p["queries"])
@@ -146,10 +153,10 @@ def goals(name: str, case: Case, direction: str) -> tuple[Goal, ...]:
 
 
 def _pointless(spec: OpSpec, case: Case, peer: str) -> bool:
-    """Peers that cost minutes and tell nothing.
+    """Whether a peer of attention would cost minutes and tell nothing new.
 
-    Attention that holds its scores; with dropout, which is the reference's own, SDPA's backends one by one; FlexAttention,
-    compiled for each shape, at every length.
+    These are attention that holds all scores; with dropout each of SDPA's backends, for all run the same plain PyTorch; and
+    FlexAttention, which is compiled for each shape, at most lengths.
     """
     if spec.name != "attention":
         return False
@@ -159,30 +166,19 @@ def _pointless(spec: OpSpec, case: Case, peer: str) -> bool:
     return peer in ("composed", "compile") or (bool(p["dropout_p"]) and peer.startswith("sdpa"))
 
 
-def work(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str) -> tuple[float, float]:
-    """FLOPs and bytes."""
-    cost = spec.cost(case, dtype)
-    if direction == "forward":
-        return cost.forward_flops, cost.forward_bytes
-    if direction == "backward":
-        return cost.backward_flops, cost.backward_bytes
-    # A loss with its gradient reads its input once: backward_bytes is that and the gradient.
-    return cost.forward_flops + cost.backward_flops, cost.backward_bytes
-
-
 def _agree(ours: Tensor, theirs: Tensor, what: str) -> None:
-    """Raises an `AssertionError` when a peer computes something else; rounding differs between any two."""
+    """Raises an `AssertionError` if a peer's result differs from ours by more than rounding explains."""
     distance = torch.linalg.vector_norm(theirs.float() - ours.float())
     size = torch.linalg.vector_norm(ours.float())
     assert bool(distance <= 0.05 * size), f"{what}: differs from ours by {float(distance / size):.3g} of its size"
 
 
 def op_rows(spec: OpSpec, case: Case, plan: Plan, late: bool = False) -> Iterator[Row]:
-    """Forward and backward; of a loss the two together, for its gradient may be made with it.
+    """The rows of one case: one for each of `rows.directions`.
 
-    `late`: with the peers that take long to compile, and nothing where there are none.
+    Peers that take long to compile take part only if `late`; a case without such peers then has no rows.
     """
-    torch._dynamo.reset()  # or, after eight shapes, torch.compile silently runs the next one eagerly
+    torch._dynamo.reset()  # without it torch.compile silently runs the ninth shape eagerly
     found = peers(spec, "cuda", compiled=not plan.dry)
     wanted = [name for name in found if plan.dry or not _pointless(spec, case, name)]
     if not late:
@@ -193,68 +189,57 @@ def op_rows(spec: OpSpec, case: Case, plan: Plan, late: bool = False) -> Iterato
     ours = partial(spec.function, backend=plan.backend)
     verify(spec, ours, inputs)
     _free_memory()
-    leaves = inputs.mapped(lambda t: t.detach().requires_grad_())
-    arguments, tensors = {**leaves.tensors, **leaves.options}, list(leaves.differentiable().values())
-    together = "cross_entropy" in spec.name
-    directions = ("with gradient",) if together else ("forward", "backward")
-    calls: dict[str, dict[str, Callable[[], Any]]] = {direction: {} for direction in directions}
+    leaves = rows.with_gradients(inputs)
+    timed: dict[str, dict[str, Callable[[], Any]]] = {direction: {} for direction in rows.directions(spec)}
     refused: dict[str, str] = {}
     grad_outs: tuple[Tensor, ...] = ()
     results: tuple[Tensor, ...] = ()  # ours: the outputs and the gradients
 
     def add(name: str, function: Callable[..., Any]) -> None:
         nonlocal grad_outs, results
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return function(**arguments)
-
-        def both() -> Any:
-            return torch.autograd.grad(outputs(function(**arguments)), tensors, grad_outs)
-
-        outs = outputs(function(**arguments))
-        # Of a mean loss training takes the gradient as it is.
-        grad_outs = grad_outs or (tuple(map(torch.ones_like, outs)) if together else random_grads(outs, 0))
-        backward = partial(torch.autograd.grad, outs, tensors, grad_outs, retain_graph=True)
-        found = *(out.detach() for out in outs), *backward()
+        outs = outputs(function(**leaves.tensors, **leaves.options))
+        grad_outs = grad_outs or rows.output_gradients(spec, outs)
+        calls = rows.calls(function, leaves, outs, grad_outs)
+        found = *(out.detach() for out in outs), *calls["backward"]()
         results = results or found
         for mine, theirs in zip(results, found):
             _agree(mine, theirs, "outputs and gradients")
-        if together:
-            calls["with gradient"][name] = both
-        else:
-            calls["forward"][name], calls["backward"][name] = forward, backward
+        for direction, contenders in timed.items():
+            contenders[name] = calls[direction]
 
     add("ours", ours)
     for name in wanted:
         try:
             add(name, found[name])
-        except Exception as error:  # whatever a peer cannot do is no reason to stop
+        except Exception as error:  # a peer that fails must not stop the bench
             refused[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
             if "out of memory" in refused[name]:
                 _free_memory()
     del results
     bandwidth, rate = plan.ceiling(BF16)
-    for direction, contenders in calls.items():
-        flops, moved = work(spec, case, BF16, direction)
+    for direction, contenders in timed.items():
+        flops, moved = rows.work(spec, case, BF16, direction)
         if spec.name == "linear_cross_entropy":
-            contenders[PRODUCTS] = _three_products(**arguments)
+            contenders[PRODUCTS] = _three_products(leaves)
         elif moved / bandwidth > flops / rate:
             contenders[COPY] = _copy(int(moved), plan.device)
         yield Row(
-            f"{spec.name} {case.name} {short(BF16)}: {direction}",
+            rows.row_name(spec, case, BF16, direction),
             contenders,
             BF16,
             flops,
             moved,
             goals=goals(spec.name, case, direction),
-            expected=_predicted(plan, lambda model, way=direction: model.seconds(spec, case, BF16, way)),
+            expected=_predicted(plan, lambda expected, which=direction: expected.seconds(spec, case, BF16, which)),
             refused=refused,
         )
 
 
 def _predicted(plan: Plan, ask: Callable[[Any], float | None]) -> float | None:
-    """What bench.expected answers, in seconds; None where it has none. Why it failed is printed: no figure is lost for it."""
+    """The seconds that `ask` gets from the module bench.expected; None without a prediction.
+
+    A prediction that fails is printed and does not stop the bench.
+    """
     if plan.dry:
         return None
     try:
@@ -265,14 +250,15 @@ def _predicted(plan: Plan, ask: Callable[[Any], float | None]) -> float | None:
 
 
 def _copy(moved: int, device: torch.device) -> Callable[[], Any]:
-    """A copy that reads and writes `moved` bytes in all."""
+    """A copy that moves `moved` bytes, half of them read and half written."""
     source = torch.empty(moved // 2, dtype=torch.uint8, device=device).random_()
     return partial(torch.empty_like(source).copy_, source)
 
 
-def _three_products(x: Tensor, weight: Tensor, **_: Any) -> Callable[[], Any]:
-    """The logits and both gradients' products, and nothing else: what the loss of a linear layer cannot do without."""
-    x, weight = x.detach().flatten(0, -2), weight.detach()
+def _three_products(leaves: Inputs) -> Callable[[], Any]:
+    """The three matrix products that the loss of a linear layer needs: the logits and both gradients."""
+    x, weight = (leaves.differentiable()[name].detach() for name in ("x", "weight"))
+    x = x.flatten(0, -2)
     logits = x @ weight.T
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
 
@@ -290,7 +276,10 @@ def _free_memory() -> None:
 
 
 def training_rows(plan: Plan) -> Iterator[Row]:
-    """GPT-2 124M's training step, once more with each contender that is ready: what takes longest to compile comes last."""
+    """GPT-2 124M's training step: the same row again after each contender is ready, those that compile longest last.
+
+    A run that is cut therefore keeps the contenders that were ready.
+    """
     from gptcore import GPT, GPTConfig
 
     batch, preset, changes = (2, "tiny", {"vocab_size": 61}) if plan.dry else (16, "gpt2-124m", {})
@@ -305,21 +294,21 @@ def training_rows(plan: Plan) -> Iterator[Row]:
 
     def add(name: str, kernels: Any, *, compiled: bool = False, graphed: bool = False, sdpa: Any = None) -> None:
         torch.manual_seed(0)
-        with plan.device:  # drawn there
+        with plan.device:  # initialises the weights on the GPU
             model = GPT(GPTConfig.preset(preset, kernels=kernels, **changes))
 
         def loss_of(x: Tensor, y: Tensor) -> Tensor:
             return model.loss(x, y)
 
         if compiled:
-            # What was compiled is kept by its code object: with one of its own, no contender runs another's.
+            # torch.compile caches by code object: a copy keeps contenders from running each other's compiled code.
             loss_of.__code__ = loss_of.__code__.replace(co_name="loss_of_" + name.replace(", ", "_").replace(" ", "_"))
             loss_of = torch.compile(loss_of, fullgraph=True, backend="eager" if plan.dry else "inductor")
-        # Fused AdamW may be captured when it keeps its count of steps on the GPU.
+        # `capturable` keeps AdamW's step count on the GPU, as a CUDA graph needs it.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=graphed)
 
         def step() -> Tensor:
-            # The cache of cast weights would outlive a graph's capture.
+            # Autocast's cache of cast weights would keep those of the capture.
             with torch.autocast(plan.device.type, BF16, cache_enabled=not graphed), pinned_sdpa(sdpa):
                 loss = loss_of(tokens[0], tokens[1])
             loss.backward()
@@ -329,7 +318,7 @@ def training_rows(plan: Plan) -> Iterator[Row]:
 
         losses[name] = loss = float(step())
         assert abs(loss - losses["eager"]) < 0.02, f"the first loss is {loss}, eager's {losses['eager']}"
-        contenders[name] = captured(step) if graphed else step
+        contenders[name] = CapturedGraph(step) if graphed else step
 
     def row() -> Row:
         return Row(
@@ -339,7 +328,7 @@ def training_rows(plan: Plan) -> Iterator[Row]:
             flops,
             tokens=batch * context,
             goals=(Goal(1.0, "compile"), Goal(TOKENS_PER_SECOND, "tokens/s")),
-            expected=_predicted(plan, lambda model: model.training_seconds()),
+            expected=_predicted(plan, lambda expected: expected.training_seconds()),
             wall=True,
             seconds=STEP_SECONDS,
             refused=refused,
@@ -361,7 +350,7 @@ def training_rows(plan: Plan) -> Iterator[Row]:
             continue
         try:
             add(name, **how)
-        except Exception as error:  # one that cannot run leaves the others
+        except Exception as error:  # a contender that fails must not stop the others
             refused[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
             _free_memory()
             continue
@@ -369,34 +358,15 @@ def training_rows(plan: Plan) -> Iterator[Row]:
 
 
 def pinned_sdpa(backend: Any) -> AbstractContextManager[object]:
-    """Within it `scaled_dot_product_attention` runs by this one of its backends; None: by the one that it chooses.
+    """Restricts `scaled_dot_product_attention` to one of its backends; None leaves the choice to PyTorch.
 
-    The backward runs by the backend of its forward, wherever it is called.
+    The backward uses the backend of its forward, also outside this context.
     """
     return nullcontext() if backend is None else torch.nn.attention.sdpa_kernel(backend)
 
 
-def captured(step: Callable[[], Any]) -> Callable[[], Any]:
-    """`step` as a CUDA graph, replayed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def replay() -> Callable[[], Any]:
-        graph.replay()
-        return step  # held here: a graph works on the weights' addresses, and does not keep them alive
-
-    return replay
-
-
 def memory(plan: Plan) -> dict[str, int]:
-    """Bytes that the loss of a linear layer takes at most beside its gradients: plain PyTorch's, and ours."""
+    """Peak bytes that the loss of a linear layer allocates without its gradients: plain PyTorch's, and ours."""
     spec = next(spec for spec in SPECS if spec.name == "linear_cross_entropy")
     inputs = spec.make_inputs(plan.cases(spec)[-1], BF16, plan.device, 0)
     leaves = inputs.mapped(lambda t: t.detach().requires_grad_())
@@ -412,39 +382,29 @@ def memory(plan: Plan) -> dict[str, int]:
     return taken
 
 
-OPS = {
-    "attention": ("attention", "attention_varlen"),
-    "norms": ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"),
-    "losses": ("cross_entropy", "linear_cross_entropy"),
-    "softmax": ("softmax",),
-}
-# What matters most comes first; "others" are the operations of no group.
-GROUPS = ("attention", "training", "norms", "losses", "softmax", "others")
+GROUPS = ("attention", "training", "norms", "losses", "softmax", rows.OTHERS)
+"""What matters most comes first."""
 
 
 def measured(group: str, plan: Plan, late: bool = False) -> Iterator[dict[str, Any]]:
-    """A group's rows, timed one after another; ``{"failed": name, "why": ...}`` for one that was not.
+    """A group's rows, timed one after another; ``{"failed": name, "why": ...}`` for one that could not be timed.
 
-    `late`: once more, with the peers that take long to compile, those rows that have any.
+    `late`: only rows with peers that take long to compile, this time with those peers.
     """
     import torch._functorch.config as compiler
 
-    compiler.donated_buffer = False  # or a compiled backward could not be run again and again
+    compiler.donated_buffer = False  # a compiled backward can then be run more than once
     if group == "training":
         sources: list[tuple[str, Callable[[], Iterator[Row]]]] = [] if late else [("GPT", partial(training_rows, plan))]
     else:
-        grouped = {name for names in OPS.values() for name in names}
-        specs = [
-            s for s in plan.specs() if s.name in OPS.get(group, ()) or (group == "others" and s.name not in grouped)
-        ]
         sources = [
             (f"{spec.name} {case.name}", partial(op_rows, spec, case, plan, late))
-            for spec in specs
+            for spec in plan.specs(group)
             for case in plan.cases(spec)
         ]
-    for name, rows in sources:
+    for name, rows_of in sources:
         try:
-            for row in rows():
+            for row in rows_of():
                 yield row.measure(plan.ceiling(row.dtype), plan.rounds)
         except Exception as error:
             yield {"failed": name, "why": f"{type(error).__name__}: {error}".strip()[:400]}

@@ -1,4 +1,4 @@
-"""A result of `bench.gpu`: how it grows row by row, and how it is shown."""
+"""Collects the rows of a result of `bench.gpu`, and shows it as tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def take_in(saved: dict[str, Any], found: dict[str, Any]) -> None:
-    """Adds what `gpu_rows.measured` yielded to a result."""
+    """Adds one item of `gpu_rows.measured` to a result."""
     if "name" in found:
         saved["failed"] = {name: why for name, why in saved["failed"].items() if not found["name"].startswith(name)}
     if "failed" in found:
@@ -20,7 +20,7 @@ def take_in(saved: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def continue_file(saved: dict[str, Any], file: Path) -> None:
-    """Keeps the rows of an earlier run of the same commit with the same versions: the groups may be run one by one."""
+    """Takes over the rows that an earlier run of the same commit and versions saved, so that groups can be run one by one."""
     if not file.exists():
         return
     earlier = json.loads(file.read_text())
@@ -57,7 +57,7 @@ def table(saved: dict[str, Any]) -> str:
     if memory := saved.get("memory"):
         eager, ours = memory["eager"] / 2**20, memory["ours"] / 2**20
         met = "met" if 5 * ours <= eager else "missed"
-        work = "linear_cross_entropy's memory beside the gradients"
+        work = "linear_cross_entropy's peak memory without the gradients"
         lines.append(
             f"| {work} | {ours:,.0f} MiB | | | | a fifth: {met} | {eager:,.0f} MiB (eager) | {eager / ours:.1f}x | |"
         )
@@ -65,7 +65,7 @@ def table(saved: dict[str, Any]) -> str:
 
 
 def short_table(saved: dict[str, Any]) -> str:
-    """The same for a terminal, a line a row: milliseconds, the best peer, and how many of the goals are met."""
+    """A saved result for a terminal, one line for each row: milliseconds, the best peer, and how many goals are met."""
     m = saved["machine"]
     lines = [
         f"{m['gpu']}, CUDA {m['cuda']}, PyTorch {m['torch']}, Triton {m['triton']}, Python {m['python']}, commit {m['commit']}, "
@@ -86,7 +86,7 @@ def short_table(saved: dict[str, Any]) -> str:
 
 
 def section(saved: dict[str, Any]) -> str:
-    """What the README shows of a saved result: on what it was measured, the table, and what failed."""
+    """What docs/benchmarks.md shows of a saved result: on what it was measured, the table, and what failed."""
     m = saved["machine"]
     products = " and ".join(f"{rate:,.0f} in {dtype}" for dtype, rate in m["product_tflop_per_s"].items())
     text = (

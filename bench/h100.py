@@ -1,4 +1,4 @@
-"""An H100 on paper: its figures, and how long a kernel should take on it. `docs/gpu-model.md` works both kinds by hand."""
+"""A model of an H100: its figures, and how long a kernel should take on it. docs/gpu-model.md works two examples by hand."""
 
 from __future__ import annotations
 
@@ -9,47 +9,48 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-# (alone, sharing): see `Card.overlap`.
 Overlap = tuple[float, float]
+"""(of a program alone on its multiprocessor, of one that shares it): see `Card.overlap`."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """NVIDIA H100 SXM5 80GB. What no NVIDIA table says is marked: "measured" elsewhere, or "assumed" by this model."""
+    """NVIDIA H100 SXM5 80GB. Figures that NVIDIA does not publish are marked "measured" or "assumed"."""
 
     multiprocessors: int = 132
     clock: float = 1.75e9
-    """Hz under load, assumed: the most is 1.98e9, and 1.48e9 would explain `product_rate` if no tensor core ever waited."""
+    """Hz under load, assumed: between the maximum of 1.98e9 and 1.48e9, which would give `product_rate` if tensor cores never
+    waited."""
     product_rate: float = 798e12
-    """FLOP/s of a bf16 product of 8,192 x 8,192 matrices, measured on one H100 80GB HBM3, 2026-11-13 (datasheet: 989e12)."""
+    """FLOP/s of a product of 8,192 x 8,192 bf16 matrices, measured on one H100 80GB HBM3, 2026-11-13 (datasheet: 989e12)."""
     bandwidth: float = 3.0e12
-    """bytes/s of a copy within the GPU's memory, measured there too (datasheet: 3.35e12)."""
+    """bytes/s of a copy within the GPU's memory, measured on the same card (datasheet: 3.35e12)."""
     cache_bandwidth: float = 5.5e12
     """bytes/s from the second-level cache (measured by Chips and Cheese on the PCIe card)."""
     cache_bytes: int = 50 * 2**20
     latency: float = 0.7e-6
     """seconds from a load to its data while memory is busy, assumed (about 0.3e-6 while it is idle)."""
     launch: float = 2.5e-6
-    """seconds that a kernel takes beside its work, assumed: start, first load, last store, end."""
+    """seconds that a kernel takes in addition to its work, assumed: start, first load, last store, end."""
     schedulers: int = 4
-    """warps that a multiprocessor gives an instruction in each cycle; of float32's 128 lanes one instruction takes 32."""
+    """warps for which a multiprocessor issues an instruction in each cycle; one takes 32 of float32's 128 lanes."""
     special_lanes: int = 16
-    """exponentials, logarithms, reciprocals and square roots of a multiprocessor in each cycle."""
+    """exponentials, logarithms, reciprocals or square roots that a multiprocessor computes in each cycle."""
     shared_bandwidth: int = 128
     """bytes that a multiprocessor's shared memory gives in each cycle."""
     shared_bytes: int = 228 * 1024
     registers: int = 65536
     threads: int = 2048
     overlap: Overlap = (0.0, 1 / 3)
-    """How much of the shorter of matrix products and softmax hides behind the longer: in a program that is alone on its
-    multiprocessor, and in one that shares it. Assumed: of FlashAttention-3's published speeds it is a third to a half."""
+    """The share of the shorter of matrix products and softmax that overlaps with the longer: in a program alone on its
+    multiprocessor, and in one that shares it. Assumed; FlashAttention-3's published speeds correspond to a third to a half."""
     small_product: float = 0.75
-    """The share of `product_rate` of products with a dimension under 1,024, assumed (600 TFLOP/s)."""
+    """The share of `product_rate` that products with a dimension under 1,024 reach, assumed (600 TFLOP/s)."""
 
 
 H100 = Card()
-# (plain, masked): how many tiles a program computes without and with a mask.
 Tiles = tuple[int, int]
+"""(plain, masked): how many tiles a program computes without a mask, and with one."""
 
 
 def cdiv(n: int, by: int) -> int:
@@ -57,20 +58,20 @@ def cdiv(n: int, by: int) -> int:
 
 
 def resident(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card = H100) -> int:
-    """Programs of a kernel that one multiprocessor holds at a time, by registers, shared memory and threads."""
+    """How many programs of a kernel one multiprocessor holds at a time, limited by registers, shared memory and threads."""
     warps = launch["warps"]
-    registers = cdiv(32 * figures["registers"], 256) * 256 * warps  # a warp's come in pieces of 256
-    shared = figures["shared"] + 1024  # the system keeps 1 KiB of each program
+    registers = cdiv(32 * figures["registers"], 256) * 256 * warps  # allocated to a warp in pieces of 256
+    shared = figures["shared"] + 1024  # CUDA reserves 1 KiB for each program
     return max(1, min(32, card.registers // registers, card.shared_bytes // shared, card.threads // (32 * warps)))
 
 
 def at_a_time(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card = H100) -> int:
-    """Programs that share a multiprocessor: as many as it holds, if there are so many."""
+    """How many programs share a multiprocessor: as many as it holds, or fewer if the launch has fewer."""
     return min(resident(launch, figures, card), cdiv(launch["programs"], card.multiprocessors))
 
 
 def _passes(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The loops that each load all that a streaming kernel reads. Decoding's loops share the keys: they count as one."""
+    """The loops of a streaming kernel that each load all of its input. Decoding's loops share the keys and count as one."""
     loading = [loop for loop in figures["loops"] if loop.get("loads")]
     sharing = [loop for loop in loading if loop.get("flops")]
     return sharing[:1] or loading
@@ -79,7 +80,7 @@ def _passes(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def issue_seconds(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card = H100) -> float:
     """Seconds to issue a streaming kernel's instructions, or to compute its exponentials if that takes longer.
 
-    Straight code runs once. A loop runs until it has loaded what the kernel reads.
+    Code outside of loops runs once; a loop runs until it has loaded what the kernel reads.
     """
     turns = [(figures["straight"], launch["programs"] * launch["warps"])]  # of one warp
     turns += [(loop, launch["read"] / (32 * loop["loads"])) for loop in _passes(figures)]
@@ -91,10 +92,10 @@ def issue_seconds(launch: Mapping[str, Any], figures: Mapping[str, Any], card: C
 
 
 def in_flight(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card = H100) -> float:
-    """Bytes that a multiprocessor's programs have under way to it, on average.
+    """Bytes that are on their way to a multiprocessor at a time, on average.
 
-    A thread has asked for all that one piece of its code loads, or, where a loop loads ahead, for the tiles ahead; it
-    waits for them half of the time.
+    Each thread requests what one section of its code loads and waits for it half of the time. In a loop that loads ahead, it
+    always has the tiles ahead on their way.
     """
     sections = _passes(figures) or [figures["straight"]]
     stages = launch["constants"].get("STAGES", launch["stages"])
@@ -104,9 +105,10 @@ def in_flight(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card 
 
 
 def read_again(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card = H100) -> float:
-    """Bytes that come from memory a second time: what every loop but one reads again, where the cache does not hold it.
+    """Bytes that are read from memory more than once: by every loop but the first, as far as the cache no longer holds them.
 
-    Between two reads, the cache sees what all programs that run at a time read; loops that walk back meet first what it holds.
+    Between two reads of the same bytes the cache takes in what all running programs read, and keeps the last of it, which a
+    loop that walks backwards reads first.
     """
     between = launch["read"] / launch["programs"] * at_a_time(launch, figures, card) * card.multiprocessors
     lost = max(0.0, 1 - card.cache_bytes / between) if between else 0.0
@@ -114,18 +116,20 @@ def read_again(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card
 
 
 def streaming_seconds(launch: Mapping[str, Any], figures: Mapping[str, Any], card: Card = H100) -> float:
-    """Seconds of a kernel that memory bounds: its bytes at the bandwidth that its loads in flight allow, or its
-    instructions; and the launch."""
+    """Seconds of a memory-bound kernel: the launch, and the longer of its instructions and its bytes.
+
+    The bytes move at the bandwidth that the loads in flight allow.
+    """
     read = launch.get("read", 0) + read_again(launch, figures, card)
     moved = read + launch.get("written", 0)
-    # Little's law, for the share of the traffic that is waited for: what is written leaves without anybody waiting.
+    # Little's law, for the reads alone: no thread waits for what it writes.
     needed = card.bandwidth * card.latency / card.multiprocessors * read / moved
     share = min(1.0, in_flight(launch, figures, card) / needed) if needed else 1.0
     return card.launch + max(moved / (card.bandwidth * share), issue_seconds(launch, figures, card))
 
 
 def pytorch_seconds(launch: Mapping[str, Any], card: Card = H100) -> float:
-    """Seconds of a kernel of PyTorch's: a matrix product at the rate of products, anything else at the bandwidth."""
+    """Seconds of a PyTorch kernel: its bytes at the bandwidth or, of a matrix product, its FLOPs if they take longer."""
     moved = launch.get("read", 0) + launch.get("written", 0)
     seconds = moved / card.bandwidth
     if "product" in launch:
@@ -139,7 +143,7 @@ def pytorch_seconds(launch: Mapping[str, Any], card: Card = H100) -> float:
 
 
 def key_tiles(start: int, queries: int, keys: int, causal: bool, window: int, block_m: int, block_n: int) -> Tiles:
-    """Tiles of keys for the queries from `start` on; `window` 0 for none. `key_range` in the kernels' own words."""
+    """How many tiles of keys the block of queries from `start` on computes (`window` 0: no window); see `key_range`."""
     diagonal = keys - queries
     begin, whole_from, whole_to, end = 0, 0, keys, keys
     if causal:
@@ -156,7 +160,7 @@ def key_tiles(start: int, queries: int, keys: int, causal: bool, window: int, bl
 
 
 def query_tiles(start: int, queries: int, keys: int, causal: bool, window: int, block_m: int, block_n: int) -> Tiles:
-    """Tiles of queries for the keys from `start` on: `_dkdv_kernel`'s walk."""
+    """How many tiles of queries the block of keys from `start` on computes in `_dkdv_kernel`."""
     diagonal = keys - queries
     first, whole_from, last = 0, 0, queries
     if causal:
@@ -174,26 +178,30 @@ def query_tiles(start: int, queries: int, keys: int, causal: bool, window: int, 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one tile costs a multiprocessor, in seconds, if nothing else ran."""
+    """Seconds that each unit of a multiprocessor needs for one tile."""
 
-    multiply: float  # of the tensor cores
-    feed: float  # of the shared memory that feeds them
-    softmax: float  # everything else: instructions issued, or exponentials
-    loads: float  # from the second-level cache, all multiprocessors at once
+    multiply: float
+    """of the tensor cores"""
+    feed: float
+    """of the shared memory that feeds the tensor cores"""
+    softmax: float
+    """of the longer of issuing all instructions and computing the exponentials"""
+    loads: float
+    """of the second-level cache, while all multiprocessors load"""
 
     @property
     def products(self) -> float:
         return max(self.multiply, self.feed)
 
     def seconds(self, programs: int, overlap: Overlap) -> float:
-        """With `programs` on the multiprocessor: products and softmax one after the other, but for what overlaps."""
+        """Seconds of a tile with `programs` on the multiprocessor: products, then softmax, less what overlaps."""
         hidden = overlap[programs > 1] * min(self.products, self.softmax)
         return max(self.products + self.softmax - hidden, self.loads)
 
 
 def tile(section: Mapping[str, Any], flops: int, loaded: int, warps: int, card: Card = H100) -> Tile:
-    """Of a loop's code: `flops` and `loaded` bytes are those of one tile, of which a turn of the loop may take several."""
-    tiles = warps * section["flops"] / flops  # of one turn
+    """The tile of a loop's code (`section`); `flops` and `loaded` bytes are of one tile, a turn may compute several."""
+    tiles = warps * section["flops"] / flops  # of one turn of the loop
     cycles = warps / tiles / card.clock
     shared = cycles * section.get("shared_bytes", 0) / card.shared_bandwidth
     issued = cycles * section["instructions"] / card.schedulers
@@ -203,8 +211,11 @@ def tile(section: Mapping[str, Any], flops: int, loaded: int, warps: int, card: 
 
 
 def makespan(programs: Sequence[Sequence[float]], multiprocessors: int) -> float:
-    """When the last program ends. `programs`: of each the seconds that it takes alone on a multiprocessor, as one of two,
-    of three, ... up to as many as one holds; they start in this order, where there is room first."""
+    """Seconds until the last program ends. They start in this order, each on the multiprocessor that has room first.
+
+    `programs`: for each the seconds that it takes alone on a multiprocessor, as one of two, of three, and so on, up to as
+    many as a multiprocessor holds.
+    """
     waiting = iter(programs)
     running: list[list[tuple[float, Sequence[float]]]] = [[] for _ in range(multiprocessors)]  # (share left, seconds)
 
@@ -214,7 +225,7 @@ def makespan(programs: Sequence[Sequence[float]], multiprocessors: int) -> float
     for _ in programs[0] if programs else ():  # one round of all multiprocessors after another
         for members in running:
             members += [(1.0, seconds) for seconds in itertools.islice(waiting, 1)]
-    # The next end on each multiprocessor that is busy, and since when its programs' shares are known.
+    # For each busy multiprocessor the time of its next end, and the time at which `running` holds.
     events = [(next_end(index), index, 0.0) for index, members in enumerate(running) if members]
     heapq.heapify(events)
     now = 0.0
@@ -238,9 +249,9 @@ def attention_seconds(
     overlap: Overlap = H100.overlap,
     card: Card = H100,
 ) -> float:
-    """Seconds of an attention kernel whose `programs` compute so many tiles of the two `kinds`, in the launch's order.
+    """Seconds of an attention kernel. `programs`: how many tiles of the two `kinds` each computes, in the launch's order.
 
-    Every program also waits twice for memory: for its own tile before the loop, and for its loop's first.
+    Every program also waits twice for memory: for its own tile before the loop, and for the first tile of the loop.
     """
     plain, masked = kinds
     together = range(1, at_a_time(launch, figures, card) + 1)

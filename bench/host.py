@@ -1,15 +1,16 @@
-"""The host's time of a call: what Python and PyTorch spend on a Triton-backed operation before and after the GPU's work.
+"""Times the host's part of a Triton-backed call, in Python and PyTorch, without a GPU: ``python -m bench.host``.
 
-``python -m bench.host`` needs no GPU. It calls each operation's public function, and its backward, on small CPU tensors with
-a stand-in for Triton's driver: argument checks, the choice of the backend, autograd, PyTorch's dispatcher, the launcher and
-Triton's own launch code all run as on an H100; in place of compiled code there is a kernel that does nothing. Not in the
-figures: the driver's call itself, CUDA's allocator (the CPU's is used), asking for the current device and stream, and, of a
-backward on a GPU, the wait for autograd's own thread. In the figures are a loss's PyTorch operations and products, which run
-on the CPU here, and the check of packed attention's lengths, which is made on the CPU alone.
+It calls each operation's public function, and its backward, on small CPU tensors with a stand-in for Triton's driver.
+Argument checks, the choice of the backend, autograd, PyTorch's dispatcher, the launcher and Triton's launch code run as
+on an H100; the compiled kernel is replaced by one that does nothing.
 
-Operations are timed in turns, 20 calls at a time, and the fastest turn is printed in microseconds of the processor's time a
-call, for whatever else runs on the machine only adds to it: *forward* without gradients, as in a step of decoding;
-*recorded* for autograd; *backward*, of the 20 calls together, as a model's is.
+The figures leave out the driver's own call, CUDA's allocator (the CPU's is used), asking for the current device and stream,
+and in a backward the wait for autograd's GPU thread. They include what a GPU would not cost the host: a loss's PyTorch
+operations and products, which run on the CPU here, and the check of packed attention's lengths.
+
+Operations are timed in turns of 20 calls. The fastest turn is shown, in microseconds of processor time a call, since other
+work on the machine only adds time: *forward* without gradients, as in decoding; *recorded* for autograd; *backward* of the
+20 calls together, as in a model.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from gptkernels.testing import SPECS, outputs
 
 from bench.measure import BF16, save, versions
 
-CALLS = 20  # between two looks at the clock
-# By operation, the case of its spec that is called: one that takes the usual way through its launcher.
+CALLS = 20  # of a turn
+# The cases of each operation that are called: ones that take the usual way through its launcher.
 CASES = {
     "attention": ("B1-H2-T64-D64-causal", "B1-H1-T1-D64-causal-keys77"),
     "attention_varlen": ("T37+1+20-H2-D16",),
@@ -50,7 +51,7 @@ CASES = {
 
 
 class _Driver:
-    """In place of the driver of a GPU: Triton asks it where it launches."""
+    """Stands in for Triton's GPU driver, which tells Triton the target, the device and the stream."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -59,7 +60,7 @@ class _Driver:
         return self._target
 
     def get_current_device(self) -> Any:
-        return self  # what is launched here is never taken for a real device's
+        return self  # a key that no real device has, in Triton's cache of compiled kernels
 
     def get_current_stream(self, device: Any) -> int:
         return 0
@@ -71,27 +72,27 @@ def _nothing(*args: Any) -> None:
 
 @contextmanager
 def stand_in(run: Callable[..., None] = _nothing) -> Iterator[None]:
-    """Within it, Triton kernels are launched on CPU tensors as on an H100, and nothing is compiled.
+    """Makes Triton launch on CPU tensors as on an H100, without compiling anything.
 
-    `run` is called in place of each kernel, with what Triton hands to its driver: the grid's three sizes, the stream, the
-    compiled kernel (in place of the driver's handle of it), its metadata, hooks' data, two hooks, the arguments.
+    `run` is called in place of each kernel with what Triton passes to its driver: the grid's three sizes, the stream, the
+    compiled kernel (in place of its handle), its metadata, the hooks' data, two hooks, the kernel's arguments.
     """
     import triton
     from gptkernels import _triton, backend
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
 
-    def no_reason(*_: Any) -> None:  # not a mock's own function, which would take 20 us
+    def no_reason(*_: Any) -> None:  # a mock's own function would take 20 us
         return None
 
     class NotRun(CompiledKernel):
-        """As compiled and loaded."""
+        """A kernel that passes for compiled and loaded."""
 
         def __init__(self, source: Any, **_: Any) -> None:
             self.src, self.name, self.module, self._run = source, source.fn.__name__, self, run
             self.function, self.packed_metadata = self, None
 
-        def __del__(self) -> None:  # there is nothing to unload
+        def __del__(self) -> None:  # the base class would unload it
             pass
 
     with (
@@ -104,7 +105,7 @@ def stand_in(run: Callable[..., None] = _nothing) -> Iterator[None]:
 
 
 class Timed:
-    """One case of one operation, called on tensors of its own each time, and what the calls took, in microseconds each."""
+    """Times one case of one operation; each call has tensors of its own. `took`: microseconds a call, for each turn."""
 
     def __init__(self, op: str, case: str) -> None:
         spec = next(spec for spec in SPECS if spec.name == op)
@@ -133,7 +134,7 @@ class Timed:
 
 
 def measured(ops: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Microseconds of the fastest turn, by operation and case and then by what is called."""
+    """Microseconds a call of the fastest turn: for each operation and case, by "forward", "recorded", "backward"."""
     with stand_in():
         timed = {f"{op} {case}": Timed(op, case) for op in ops for case in CASES[op]}
         for _ in range(rounds):
@@ -160,8 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="examples:\n  python -m bench.host\n  python -m bench.host attention layer_norm --rounds 200\n"
         "  python -m bench.host --out bench/results",
     )
-    parser.add_argument("ops", nargs="*", help=f"what to call (default: all): {', '.join(CASES)}")
-    parser.add_argument("--rounds", type=int, default=50, help="turns of each operation (default: 50)")
+    parser.add_argument("ops", nargs="*", help=f"operations to call (default: all): {', '.join(CASES)}")
+    parser.add_argument("--rounds", type=int, default=50, help="turns of each operation, of 20 calls (default: 50)")
     parser.add_argument("--out", type=Path, help="folder for host-<processor>.json (default: nothing is saved)")
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(CASES):
@@ -169,10 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rounds < 1:
         parser.error(f"--rounds: got {options.rounds}; accepted are 1 and more")
     if interpreting():
-        parser.error("TRITON_INTERPRET is 1: unset it, the interpreter has a launch code of its own")
+        parser.error("TRITON_INTERPRET is 1: unset it, the interpreter does not use Triton's launch code")
     import triton
 
-    torch.set_num_threads(1)  # those that wait for work take processor time, too
+    torch.set_num_threads(1)  # idle threads would add processor time
     machine = {"processor": platform.processor() or platform.machine(), "triton": triton.__version__, **versions()}
     saved = {"kind": "host", "machine": machine, "rows": measured(options.ops or list(CASES), options.rounds)}
     print(table(saved))

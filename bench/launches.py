@@ -1,8 +1,8 @@
-"""What our operations launch on an H100, and what those kernels are made of: found out without a GPU.
+"""Finds out, without a GPU, what our operations launch on an H100 and what the compiler makes of those kernels.
 
-`recorded` and `training_step` run the library's own launchers on tensors that have no data and note every launch: the
-kernel, its programs, the bytes of its arguments. `compiled` adds what the compiler makes of it: registers, shared memory,
-and the instructions of its loops. `bench.expected` predicts times from the two.
+`recorded` and `training_step` run the library's own launchers on tensors without data and record every launch: the
+kernel, the number of programs, the bytes of its arguments. `compiled` adds each kernel's registers, shared memory and the
+instructions of its loops. `bench.expected` predicts times from both.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.expected import BATCH, PRESET, TRAINING, directions, row_name
+from bench.expected import BATCH, PRESET, TRAINING
 from bench.measure import BF16
+from bench.rows import BOTH, directions, row_name
 
 TARGET = "sm_90"
-# Tensors that kernels only write, by the names of their arguments; all others are read.
+# The arguments that kernels only write, by name; all other tensors are read. The two tables below say which kernels differ.
 WRITTEN = {
     "OUT", "Y", "SUMMED", "MEAN", "RSTD", "C1", "C2", "DX", "DBRANCH", "PARTIAL_DW", "PARTIAL_DB", "FIRST", "SECOND", "LOSS",
     "DGATE", "DUP", "DQ", "DK", "DV",
@@ -48,38 +49,42 @@ READ_BY = {
     "_backward_means_kernel": {"MEAN", "RSTD"},
     "_delta_kernel": {"OUT"},
 }
-# What PyTorch calls without launching a kernel.
-FREE = ("empty", "new_empty", "detach", "alias", "lift", "_unsafe_view", "scalar_tensor")
+# How the names of PyTorch's operations begin that launch no kernel.
+WITHOUT_KERNEL = ("empty", "new_empty", "detach", "alias", "lift", "_unsafe_view", "scalar_tensor")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: of a kernel of ours, or (`folder` empty) of PyTorch's."""
+    """One launch of a Triton kernel of ours or, without `folder`, of a PyTorch kernel."""
 
     kernel: str
-    folder: str = ""  # of the operation that the kernel belongs to
+    folder: str = ""
+    """The folder of the operation that the kernel belongs to."""
     programs: int = 0
-    read: int = 0  # bytes of the arguments that are read, each once
+    read: int = 0
+    """Bytes of the arguments that are read, each counted once."""
     written: int = 0
-    product: tuple[int, ...] = ()  # (m, k, n) of a matrix product
+    product: tuple[int, ...] = ()
+    """(m, k, n) of a matrix product."""
     warps: int = 0
     stages: int = 0
     constants: dict[str, Any] = field(default_factory=dict)
-    source: tuple[Any, ...] = field(default=(), compare=False)  # triton.compile's arguments
+    source: tuple[Any, ...] = field(default=(), compare=False)
+    """The arguments of `triton.compile`."""
 
     def shape(self) -> dict[str, Any]:
-        """What a saved file holds of it: what is not empty."""
+        """The launch as a saved file holds it: all fields but `source` that are not empty."""
         known = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "source"}
         return {name: list(x) if isinstance(x, tuple) else x for name, x in known.items() if x}
 
 
 def _bytes(x: Tensor) -> int:
-    """What must move to read all of `x`, which may be expanded from fewer elements."""
+    """Bytes that must move to read all of `x`: an expanded tensor's storage is smaller than its shape."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
-class _Noted(compile_report._NotRun):
-    """A kernel that was not compiled, to the code that launches it; it notes each launch."""
+class _RecordedKernel(compile_report._NotRun):
+    """Stands in for a compiled kernel: records each launch and runs nothing."""
 
     def __init__(self, launches: list[Launch], source: Any, gpu: Any, options: dict[str, Any]) -> None:
         self.launches, self.source = launches, (source, gpu, options)
@@ -112,8 +117,8 @@ class _Noted(compile_report._NotRun):
         return lambda *args: self.run(*grid, *args)
 
 
-class _PyTorchNoted(TorchDispatchMode):
-    """Notes PyTorch's own kernels."""
+class _PyTorchRecorder(TorchDispatchMode):
+    """Records the launches of PyTorch's own kernels on tensors without data."""
 
     def __init__(self, launches: list[Launch]) -> None:
         super().__init__()
@@ -124,7 +129,7 @@ class _PyTorchNoted(TorchDispatchMode):
         name = func.overloadpacket.__name__
         returns = func._schema.returns
         view = returns and returns[0].alias_info is not None and not returns[0].alias_info.is_write
-        if view or name.startswith(FREE):
+        if view or name.startswith(WITHOUT_KERNEL):
             return result
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
@@ -139,16 +144,16 @@ class _PyTorchNoted(TorchDispatchMode):
 
 
 @contextmanager
-def _noting() -> Iterator[list[Launch]]:
-    """Within it, launchers that are given tensors without data note their launches in the list, and so does PyTorch."""
+def _recording() -> Iterator[list[Launch]]:
+    """Within this context, our launchers take tensors without data and append their launches to the list."""
     import triton
 
     launches: list[Launch] = []
 
-    def compile_never(source: Any, target: Any, options: dict[str, Any], **_: Any) -> _Noted:
-        return _Noted(launches, source, target, options)
+    def compile_never(source: Any, target: Any, options: dict[str, Any], **_: Any) -> _RecordedKernel:
+        return _RecordedKernel(launches, source, target, options)
 
-    def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:  # what it does on NVIDIA's cards
+    def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:  # as on NVIDIA's GPUs
         read = _bytes(a) + _bytes(b) + (0 if first else _bytes(total))
         product = (a.shape[0], a.shape[1], b.shape[1])
         launches.append(Launch("aten::addmm", read=read, written=_bytes(total), product=product))
@@ -164,11 +169,11 @@ def _noting() -> Iterator[list[Launch]]:
 
 def recorded(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, list[Launch]]:
     """The launches of each of the operation's `directions`, in order."""
-    with _noting() as launches:
+    with _recording() as launches:
         with compile_report._Literals():
             inputs = spec.make_inputs(case, dtype, torch.device("meta"), 0)
         leaves = inputs.mapped(lambda t: t.detach().requires_grad_(True))
-        with compile_report._Literals(), _PyTorchNoted(launches):
+        with compile_report._Literals(), _PyTorchRecorder(launches):
             with torch.no_grad():
                 spec.function(**inputs.tensors, **inputs.options, backend="triton")
             forward = list(launches)
@@ -176,11 +181,11 @@ def recorded(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, list[Lau
             result = outputs(spec.function(**leaves.tensors, **leaves.options, backend="triton"))
         outs = [out for out in result if out.requires_grad]
         grads = [torch.empty_like(out) for out in outs]
-        recording = len(launches)
-        with _PyTorchNoted(launches):
+        in_forward = len(launches)
+        with _PyTorchRecorder(launches):
             torch.autograd.grad(outs, list(leaves.differentiable().values()), grads, allow_unused=True)
-    found = {"forward": forward, "backward": launches[recording:], "with gradient": launches}
-    if case.parameters.get("causal"):  # softmax: of each row a part is read
+    found = {"forward": forward, "backward": launches[in_forward:], BOTH: launches}
+    if case.parameters.get("causal"):  # softmax reads only the part of each row that is not masked
         cost = spec.cost(case, dtype)
         for direction, moved in (("forward", cost.forward_bytes), ("backward", cost.backward_bytes)):
             found[direction] = [replace(launch, read=moved - launch.written) for launch in found[direction]]
@@ -188,7 +193,7 @@ def recorded(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, list[Lau
 
 
 class _Autocast(TorchFunctionMode):
-    """Linear layers in bfloat16, as under autocast, which knows no tensors without data."""
+    """Computes linear layers in bfloat16, as autocast would: autocast does not support tensors without data."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
@@ -197,27 +202,30 @@ class _Autocast(TorchFunctionMode):
 
 
 def training_step() -> list[Launch]:
-    """The launches of a training step's forward and backward, without the optimizer's."""
+    """The launches of a training step's forward and backward; the optimizer's are left out."""
     from gptcore import GPT, GPTConfig
 
-    with _noting() as launches:
+    with _recording() as launches:
         config = GPTConfig.preset(PRESET, kernels="triton")
         model = GPT(config)
         tokens = torch.zeros(BATCH, config.context, dtype=torch.int64)
         autocast = mock.patch.object(_check, "autocast_dtype", return_value=BF16)
-        with autocast, _PyTorchNoted(launches), _Autocast(), compile_report._Literals():
+        with autocast, _PyTorchRecorder(launches), _Autocast(), compile_report._Literals():
             model.loss(tokens, tokens).backward()
     return launches
 
 
 def everything(ops: Sequence[str] = ()) -> dict[str, list[Launch]]:
-    """By row of bench.gpu in bfloat16: what `ops` launch there; without `ops` all of them, and the training step.
+    """The launches of each row of bench.gpu, by the row's name.
+
+    Args:
+        ops: the operations; without any, all and the training step.
 
     Raises:
         RuntimeError: ``TRITON_INTERPRET=1`` is set.
     """
     if interpreting():
-        raise RuntimeError("TRITON_INTERPRET is 1: unset it, the interpreter launches nothing")
+        raise RuntimeError("TRITON_INTERPRET is 1: unset it, the interpreter compiles nothing")
     rows = {
         row_name(spec, case, BF16, direction): launches
         for spec in SPECS
@@ -229,7 +237,7 @@ def everything(ops: Sequence[str] = ()) -> dict[str, list[Launch]]:
 
 
 def _width(opcode: str) -> int:
-    """Bytes that a thread loads or stores by an instruction: LDG.E.128 16, LDG.E.U16 2, LDG.E 4."""
+    """Bytes that one thread loads or stores by an instruction: 16 by LDG.E.128, 2 by LDG.E.U16, 4 by LDG.E."""
     for modifier, size in ((".128", 16), (".64", 8), ("16", 2), ("8", 1)):
         if opcode.endswith(modifier) or f"{modifier}." in opcode:
             return size
@@ -237,7 +245,7 @@ def _width(opcode: str) -> int:
 
 
 def _section(instructions: Sequence[_sass.Instruction]) -> dict[str, int]:
-    """What one warp executes in a piece of straight code, and bytes that a thread of it loads from memory."""
+    """What one warp does in straight code: instructions, FLOPs, bytes of shared memory; `loads` in bytes of one thread."""
     counts = _sass.count_kinds(instructions)
     loads = flops = shared = 0
     for i in instructions:
@@ -267,7 +275,7 @@ def _section(instructions: Sequence[_sass.Instruction]) -> dict[str, int]:
 
 
 def _figures(source: tuple[Any, ...]) -> dict[str, Any]:
-    """Of a kernel: registers, shared memory, spills, its straight code and its innermost loops in the code's order."""
+    """Compiles a kernel: its registers, shared memory, spills, straight code, and innermost loops in the code's order."""
     import triton
 
     kernel = triton.compile(source[0], target=source[1], options=source[2])
@@ -290,7 +298,10 @@ def _figures(source: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _counted(launches: Iterable[Launch], figures: Mapping[int, int] | None = None) -> list[dict[str, Any]]:
-    """Launches as a saved file holds them, equal ones once with their count; `figures`: of each source, by identity."""
+    """Launches as a saved file holds them: equal ones once, with their count.
+
+    `figures`: the index of each kernel's figures, by the identity of the launch's source.
+    """
     found: list[dict[str, Any]] = []
     for launch in launches:
         shape = launch.shape()
@@ -305,12 +316,12 @@ def _counted(launches: Iterable[Launch], figures: Mapping[int, int] | None = Non
 
 
 def without_figures(rows: Mapping[str, list[Launch]]) -> dict[str, list[dict[str, Any]]]:
-    """Every row's launches as a saved file holds them, but for what the compiler says."""
+    """Every row's launches as a saved file holds them, without the compiler's figures."""
     return {name: _counted(launches) for name, launches in rows.items()}
 
 
 def compiled(rows: Mapping[str, list[Launch]]) -> dict[str, Any]:
-    """What `bench.expected` reads: the kernels' figures, each once, and every row's launches."""
+    """The contents of the file that `bench.expected` reads: each kernel's figures once, and every row's launches."""
     import triton
 
     sources: dict[tuple[str, str], tuple[Any, ...]] = {}
@@ -319,7 +330,7 @@ def compiled(rows: Mapping[str, list[Launch]]) -> dict[str, Any]:
         key = launch.source[0].hash(), repr(sorted(launch.source[2].items(), key=str))
         keys[id(launch.source)] = key
         sources.setdefault(key, launch.source)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # MLIR, LLVM and the assembler run without Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # MLIR, LLVM and the assembler release Python's global lock
         kernels = list(pool.map(_figures, sources.values()))
     numbers = {key: index for index, key in enumerate(sources)}
     figures = {source: numbers[key] for source, key in keys.items()}

@@ -1,4 +1,4 @@
-"""What a timing needs beside a clock: waiting for the device, turns, this machine's own ceilings, and where results are kept."""
+"""What every bench uses: timing in turns, CUDA graphs, this machine's ceilings, the check of results, saved files."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 BF16, FP32 = torch.bfloat16, torch.float32
 
-# A call on a CPU should take well under a second: larger cases are for GPUs.
-CPU_FLOPS, CPU_BYTES = 2e9, 4e7
+CPU_FLOPS, CPU_BYTES = 2e9, 4e7  # the most work of a case that `make bench` times on a CPU: well under a second
 
 
 def device() -> str:
+    """Where benches run: "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def waiting(function: Callable[[], Any]) -> Callable[[], Any]:
-    """`function`, returning when the device is done and not when the work is queued."""
+    """`function` followed by a wait for the GPU to finish its work; on a CPU `function` itself."""
     if device() == "cpu":
         return function
 
@@ -43,6 +43,7 @@ def waiting(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _best(function: Callable[[], Any]) -> float:
+    """Seconds of the fastest of five calls, after one to warm up."""
     function()
     return min(seconds_of(function) for _ in range(5))
 
@@ -58,7 +59,8 @@ def _product_rate(dtype: torch.dtype, size: int) -> float:
 def ceilings(dtype: torch.dtype) -> tuple[float, float]:
     """``(bytes/s of a large copy, FLOP/s of a large matrix product)`` on this machine, measured once.
 
-    On a CPU for which PyTorch has no fast product of a 16-bit `dtype`, float32's is the ceiling: it computes the same.
+    Where the CPU has no fast product of a 16-bit `dtype`, float32's rate is the ceiling: converting and using it is the best
+    that a kernel can do.
     """
     source = torch.empty((2**30 if device() == "cuda" else 2**27) // 4, device=device()).zero_()
     target = torch.zeros_like(source)
@@ -70,16 +72,16 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def seconds_of(call: Callable[[], Any], queueing: float = 0.0) -> float:
-    """Seconds of one call: by the clock on a CPU, by two events on a GPU, with nothing of the inputs left in its L2 cache.
+    """Seconds of one call: by the clock on a CPU, by two CUDA events on a GPU, starting with an empty L2 cache.
 
-    `queueing` is how long it takes to queue the call's work: the GPU is kept waiting for as long before the first event, so
-    that the device's time is taken and not the interpreter's. The cache is emptied by writing twice its size.
+    The cache is emptied by writing twice its size. `queueing` is how many seconds the host needs to queue the call's work.
+    The GPU sleeps for that long before the first event, so that only the GPU's time is measured.
     """
     if device() == "cpu":
         return _wall_seconds(call)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _twice_the_cache().zero_()
-    torch.cuda._sleep(int((1.5 * queueing + 2e-5) * 2e9))  # cycles, at the fastest clock that GPUs have
+    torch.cuda._sleep(int((1.5 * queueing + 2e-5) * 2e9))  # in cycles of a 2 GHz clock
     start.record()
     call()
     end.record()
@@ -89,6 +91,7 @@ def seconds_of(call: Callable[[], Any], queueing: float = 0.0) -> float:
 
 @cache
 def _twice_the_cache() -> torch.Tensor:
+    """A tensor of twice the L2 cache's size: writing it evicts everything else."""
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return torch.empty(2 * max(size, 2**25), dtype=torch.uint8, device="cuda")
 
@@ -101,7 +104,7 @@ def _wall_seconds(call: Callable[[], Any]) -> float:
 
 
 def _queueing(call: Callable[[], Any]) -> float:
-    """Seconds until `call` returns, its work on a GPU still under way."""
+    """Seconds until `call` returns; the GPU may still be working then."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -110,10 +113,10 @@ def _queueing(call: Callable[[], Any]) -> float:
 def in_turns(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, seconds: float, *, least: int = 3, wall: bool = False
 ) -> dict[str, float]:
-    """Medians in seconds of calls that are timed in turns, one round of all after another, so that drift meets everyone.
+    """Median seconds of each contender. They are timed in turns, so that a change of the machine's speed affects all alike.
 
-    Two rounds warm up; the third says how many more fit into `seconds`, `least` at any rate. On a GPU the device's time is
-    taken (see `seconds_of`), with `wall` the clock's, from queueing to the end of the work.
+    Two rounds warm up. The first timed round says how many fit into `seconds`; at least `least` and at most `rounds` are made.
+    On a GPU the device's time is measured (see `seconds_of`); with `wall`, the time from queueing to the end of the work.
     """
     for call in contenders.values():
         waiting(call)()
@@ -131,23 +134,48 @@ def in_turns(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+class CapturedGraph:
+    """A step as a CUDA graph. Calling it replays the graph and returns the step's outputs, the same tensors each time."""
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self.step = step  # a graph holds the addresses of the step's tensors, and does not keep the tensors alive
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles kernels and allocates memory, which a capture must not do
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = step()
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.outputs
+
+
 def verify(spec: OpSpec, function: Callable[..., Output], inputs: Inputs) -> None:
-    """Holds `function`, forward and backward, to the float64 error budget on `inputs`; an `AssertionError` says what is wrong."""
+    """Checks `function`, forward and backward, against the float64 error budget on `inputs`.
+
+    Raises:
+        AssertionError: naming the result that is outside the budget.
+    """
     grad_out = random_grads(spec.reference(**inputs.tensors, **inputs.options), 1)
     plain = run(spec.reference, inputs, grad_out)
     exact = run(spec.reference, inputs.mapped(lambda t: t.double()), tuple(g.double() for g in grad_out))
     for name, value in run(function, inputs, grad_out).items():
-        # Of a single number plain PyTorch's error is luck: the budget is then some float32 steps.
-        luck = 1e-5 * max(1.0, float(exact[name].abs())) if value.numel() == 1 else None
-        assert_within_budget(f"{spec.name} {name}", value, plain[name], exact[name], luck)
+        # PyTorch's error in a single number may be 0 by chance: the budget is then a few float32 roundings.
+        least = 1e-5 * max(1.0, float(exact[name].abs())) if value.numel() == 1 else None
+        assert_within_budget(f"{spec.name} {name}", value, plain[name], exact[name], least)
 
 
 def short(dtype: torch.dtype) -> str:
+    """A dtype's name in tables: "bf16", "fp32", "fp16"."""
     return {BF16: "bf16", FP32: "fp32", torch.float16: "fp16"}[dtype]
 
 
 def _commit() -> str:
-    """This checkout's commit; "unknown" where there is no git, or no repository."""
+    """This checkout's commit; "unknown" without git or outside a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -157,7 +185,7 @@ def _commit() -> str:
 
 
 def versions(commit: str | None = None) -> dict[str, str]:
-    """What a result was measured with: PyTorch, Python, commit (None: this checkout's), date."""
+    """What a result was measured with: the versions of PyTorch and Python, the commit (None: this checkout's), the date."""
     return {
         "torch": torch.__version__,
         "python": sys.version.split()[0],
@@ -167,25 +195,25 @@ def versions(commit: str | None = None) -> dict[str, str]:
 
 
 def add_saving_options(parser: argparse.ArgumentParser, file: str, folder: Path | None = None) -> None:
-    """``--out`` (`folder`: where the results go without it; None: nowhere) and ``--commit``; `file` names the file."""
+    """Adds ``--out``, the folder to save `file` in (default: `folder`; None saves nothing), and ``--commit``."""
     default = f"default: {folder.relative_to(ROOT)}" if folder else "default: nothing is saved"
     parser.add_argument("--out", type=Path, default=folder, help=f"folder for {file} ({default})")
-    parser.add_argument("--commit", help="what the file says was measured, where there is no git to ask")
+    parser.add_argument("--commit", help="commit to write into the file (default: asked of git)")
 
 
 def results(kind: str) -> dict[str, dict[str, Any]]:
-    """The saved results of a kind, by file name: "cpu" or "gpu" (the kernels there), or "gpt" (whole models)."""
+    """The saved results of a kind, by file name: "cpu" or "gpu" (operations), or "gpt" (whole models)."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
 
     def kinds(saved: dict[str, Any]) -> set[str]:
-        # What a file without a kind of its own is about follows from its machine.
+        # bench.cpu and bench.gpu write no kind, but the machine's "cpu" or "gpu".
         return {saved["kind"]} if "kind" in saved else set(saved["machine"])
 
     return {name: saved for name, saved in found.items() if kind in kinds(saved)}
 
 
 def save(saved: dict[str, Any], file: Path) -> None:
-    """Writes a result so that the file is whole whenever it is read."""
+    """Writes a result as JSON. The file is never half-written: a finished one is renamed over it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".part")
     unfinished.write_text(json.dumps(saved, indent=1) + "\n")
@@ -193,7 +221,7 @@ def save(saved: dict[str, Any], file: Path) -> None:
 
 
 def affordable(spec: OpSpec, dtype: torch.dtype) -> list[Case]:
-    """`spec`'s bench cases that this device runs in reasonable time; the cheapest one always."""
+    """`spec`'s bench cases, cheapest first; on a CPU those within `CPU_FLOPS` and `CPU_BYTES`, and always the cheapest one."""
 
     def price(case: Case) -> float:
         cost = spec.cost(case, dtype)
@@ -204,12 +232,12 @@ def affordable(spec: OpSpec, dtype: torch.dtype) -> list[Case]:
 
 
 def rounds_within(run: Callable[[], Any], seconds: float) -> int:
-    """How often to time `run`, 2 to 8 times: a peer may take seconds (bfloat16 on a CPU without products of it)."""
+    """How many calls of `run`, 2 to 8, fit into `seconds`: a peer may take seconds (bfloat16 without instructions for it)."""
     start = time.perf_counter()
     run()
     return min(8, max(2, int(seconds / max(time.perf_counter() - start, 1e-9))))
 
 
 def own_backends() -> list[str]:
-    """Our backends that can be timed here: the interpreter proves numbers, its time means nothing."""
+    """Our backends that can be timed here. Triton on a CPU is its interpreter, whose speed means nothing."""
     return [n for n in gptkernels.available_backends() if n != "triton" or device() == "cuda"]

@@ -1,4 +1,4 @@
-"""What each operation is compared with: PyTorch's fused op, and the same thing composed of elementary ones."""
+"""What each operation is compared with: PyTorch's own op, the same composed of elementary ops, and other libraries."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _pinned(backend: Any, spec: OpSpec) -> Contender:
 
 
 def flex_attention(compiled: bool) -> Contender:
-    """FlexAttention with this library's causal mask and window; compiled, as it is meant to be run, for each shape."""
+    """FlexAttention with this library's causal mask and window; with `compiled`, compiled for each shape, as PyTorch advises."""
     from torch.nn.attention import flex_attention as flex
 
     function = torch.compile(flex.flex_attention, dynamic=False) if compiled else flex.flex_attention
@@ -76,7 +76,7 @@ def flex_attention(compiled: bool) -> Contender:
     @cache
     def block_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Any:
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            distance = query + (keys - queries) - key  # 0 for a query's own key
+            distance = query + (keys - queries) - key  # 0 for the query's own key
             return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
         return flex.create_block_mask(visible, None, None, queries, keys, device=device)
@@ -113,19 +113,19 @@ def _packed_attention(
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     try:
         return varlen.varlen_attn(query, key, value, *lengths, window_size=(-1, 0 if is_causal else -1))
-    except TypeError:  # as it was called in PyTorch 2.10
+    except TypeError:  # PyTorch 2.10's signature
         return varlen.varlen_attn(query, key, value, *lengths, is_causal)  # type: ignore[call-arg]
 
 
 def liger(spec: OpSpec) -> Contender | None:
-    """Liger-Kernel's function for `spec`'s operation: None where it has none, or is not installed."""
+    """Liger-Kernel's function for `spec`'s operation; None if it has none or is not installed."""
     try:
         from liger_kernel.transformers import functional  # type: ignore[import-not-found]
     except ImportError:
         return None
     return {
         "layer_norm": lambda x, weight, bias: functional.liger_layer_norm(x, weight, bias, 1e-5),
-        # Not in place: that is one of its options, and what it does to x shows in whoever reads x next.
+        # Its default works in place, and would change x for the other contenders.
         "rms_norm": lambda x, weight: functional.liger_rms_norm(x, weight, 1e-6, in_place=False),
         "swiglu": lambda gate, up: functional.liger_swiglu(gate, up),
         "cross_entropy": lambda logits, target, reduction: functional.liger_cross_entropy(
@@ -138,14 +138,14 @@ def liger(spec: OpSpec) -> Contender | None:
 
 
 def peers(spec: OpSpec, device: str, compiled: bool) -> dict[str, Contender]:
-    """By name, what `spec`'s operation is compared with on `device`; with `compiled`, torch.compile's version as well.
+    """The functions, by name, that `spec`'s operation is compared with on `device`; with `compiled` also torch.compile's.
 
-    On a GPU attention's peer is each of SDPA's backends by itself (the default one is not always the fastest), and
-    FlexAttention; packed attention's is `torch.nn.attention.varlen`. Liger-Kernel's kernels are there when it is installed.
+    On a GPU, attention is compared with each of SDPA's backends (the default is not always the fastest) and FlexAttention,
+    packed attention with `torch.nn.attention.varlen`, and all operations with Liger-Kernel's where it is installed.
     """
     composed = {"layer_norm": _layer_norm_composed, "softmax": _softmax_composed, "attention": _attention_composed}
     fused = {"layer_norm": _layer_norm, "softmax": _softmax, "attention": spec.reference}
-    # Where PyTorch has no fused op, the reference is what people write.
+    # Without an op of PyTorch's, "eager" is the reference: what people write in its place.
     found: dict[str, Contender] = {"eager": fused.get(spec.name, spec.reference)}
     if spec.name in composed:
         found["composed"] = composed[spec.name]
@@ -159,6 +159,6 @@ def peers(spec: OpSpec, device: str, compiled: bool) -> dict[str, Contender]:
     if compiled:
         found["compile"] = torch.compile(composed.get(spec.name, spec.reference), dynamic=False)
     if device == "cuda" and (other := liger(spec)) is not None:
-        # Its cross-entropy writes the gradient over the logits: to be called twice it needs a copy of them.
+        # Its cross-entropy overwrites the logits with their gradient: each call needs a copy of them.
         found["liger, with a copy" if spec.name == "cross_entropy" else "liger"] = other
     return found

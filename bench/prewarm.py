@@ -1,8 +1,8 @@
-"""Fills Triton's cache with the kernels that tests and benches launch on this GPU, many at a time: ``python -m bench.prewarm``.
+"""Compiles all Triton kernels that tests and benches launch, on every core, into Triton's cache: ``python -m bench.prewarm``.
 
-A process that launches a kernel for the first time compiles it, one after the other; on a machine that is rented by the
-minute that is most of the time. Here every core compiles, from launches recorded on tensors without data, and each
-kernel is loaded once, with the C code that launches it: one that does not fit the GPU is known before anything is timed.
+Otherwise a process compiles each kernel when it first launches it, one after another, which on a machine rented by the
+minute takes most of the time. The launches are recorded on tensors without data. Each kernel is also loaded once on the
+GPU, with the C code that launches it, so that one that does not fit is known before anything is timed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gptkernels.backend import FUSED
 
 
 def recorded(ops: Sequence[str], dtypes: Sequence[str], target: str) -> list[compile_report.Launch]:
-    """What these operations launch, each kernel once: by dtype, the first in the order of `ops`, the others in reverse."""
+    """What these operations launch, each kernel once: dtype by dtype, the first in the order of `ops`, the others in reverse."""
     found: list[compile_report.Launch] = []
     for dtype in dtypes:
         found += compile_report.launches((target,), ops if dtype == dtypes[0] else ops[::-1], (dtype,))
@@ -28,21 +28,21 @@ def recorded(ops: Sequence[str], dtypes: Sequence[str], target: str) -> list[com
 
 
 def warm(launch: compile_report.Launch, load: bool) -> str:
-    """Compiles one; why it failed, or nothing."""
+    """Compiles one kernel; returns why it failed, or an empty text."""
     import triton
 
     try:
         kernel: Any = triton.compile(launch.source, target=launch.gpu, options=launch.options)
         if load:
-            kernel._init_handles()  # builds and caches the launcher, then asks the GPU for the kernel's resources
-    except Exception as error:  # that one fails where it is launched
+            kernel._init_handles()  # builds and caches the launcher, and loads the kernel on the GPU
+    except Exception as error:  # reported; the launch will raise it again
         what = f"{launch.op} {launch.case} {launch.dtype} {launch.source.fn.fn.__name__}"
         return f"{what}: {type(error).__name__}: {error}".strip()[:300]
     return ""
 
 
 def _work(ops: Sequence[str], dtypes: Sequence[str], target: str, load: bool, last: int, taken: Any, done: Any) -> None:
-    """One of the processes: records for itself, then takes the next launch until none is left."""
+    """A worker: records all launches, then takes the next index from `taken` until no launch is left."""
     found = recorded(ops, dtypes, target)[-last:]
     while True:
         with taken:
@@ -54,9 +54,9 @@ def _work(ops: Sequence[str], dtypes: Sequence[str], target: str, load: bool, la
 
 
 def warm_all(ops: Sequence[str], dtypes: Sequence[str], target: str, jobs: int, load: bool, last: int = 0) -> list[str]:
-    """What became of each launch, `last` of them (0: all), compiled `jobs` at a time: why it failed, or nothing.
+    """Compiles the `last` launches (0: all) in `jobs` processes; returns for each why it failed, or an empty text.
 
-    What is recorded cannot be sent to another process, and one forked after recording could not use the GPU.
+    Each process records the launches by itself, because they cannot be pickled, and a fork could not use the GPU.
     """
     context = multiprocessing.get_context("spawn")
     taken, done = context.Value("i", 0), context.SimpleQueue()
@@ -79,12 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="examples:\n  python -m bench.prewarm\n  python -m bench.prewarm attention --dtype bf16",
     )
     ops = [name for name, backends in FUSED.items() if "triton" in backends]
-    ops.sort(key=lambda name: not name.startswith("attention"))  # most wanted, and longest to compile
+    ops.sort(key=lambda name: not name.startswith("attention"))  # needed first, and slowest to compile
     parser.add_argument("ops", nargs="*", help=f"operations (default: all): {', '.join(ops)}")
     parser.add_argument("--dtype", action="append", choices=compile_report.DTYPES, help="default: bf16, then fp32")
     parser.add_argument("--target", choices=compile_report.TARGETS, default="sm_90", help="default: sm_90")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    parser.add_argument("--dry-run", action="store_true", help="compile a few, and load none: where there is no GPU")
+    parser.add_argument("--dry-run", action="store_true", help="compile three and load none; needs no GPU")
     options = parser.parse_args(arguments)
     start, dtypes = time.monotonic(), options.dtype or ("bf16", "fp32")
     jobs, last = options.jobs or 1, 3 if options.dry_run else 0

@@ -1,4 +1,4 @@
-"""Turns pytest-benchmark's JSON into a Markdown table and a plot: ``python -m bench.report --help``."""
+"""Shows pytest-benchmark's JSON as a Markdown table and a plot: ``python -m bench.report FILE``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ RATES = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s
 
 
 def read(files: list[Path]) -> list[dict[str, Any]]:
-    """The benchmarks of pytest-benchmark's JSON files; a `ValueError` names a file that is none."""
+    """The benchmarks of pytest-benchmark's JSON files.
+
+    Raises:
+        ValueError: a file that cannot be read, or is not pytest-benchmark's.
+    """
     found = []
     for file in files:
         try:
             for row in json.loads(file.read_text())["benchmarks"]:
                 found.append({"group": row["group"], "median": row["stats"]["median"], **row["extra_info"]})
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: is no JSON of pytest --benchmark-json ({error})") from error
+            raise ValueError(f"{file}: not a file that pytest --benchmark-json wrote ({error})") from error
     return found
 
 
 def _relative(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
-    """How many times faster than PyTorch's fused op (a training step: than the reference kernels)."""
+    """How many times as fast as PyTorch's own op; for a training step, as the reference kernels."""
     for name in ("eager", "reference"):
         for other in rows:
             if other["group"] == row["group"] and other["contender"] == name:
@@ -33,7 +37,7 @@ def _relative(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table, a row a contender, groups in the order they were run."""
+    """A Markdown table: a row for each contender, groups in the order in which they ran."""
     header = ["", "contender", "median ms", "against eager", *RATES.values(), "share of ceiling"]
     lines = [" | ".join(["", *header, ""]).strip(), "|" + " --- |" * len(header)]
     group = None
@@ -49,7 +53,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the medians, a panel a group."""
+    """Draws the medians as bars, a panel for each group."""
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys(row["group"] for row in rows))

@@ -1,4 +1,4 @@
-"""The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over every operation's cases: ``make sanitize``."""
+"""Runs the native kernels on every operation's cases under AddressSanitizer and UndefinedBehaviorSanitizer: ``make sanitize``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit
 
 
 def _check(level: str) -> int:
+    """The child process: checks every case with the kernels of that level of instructions."""
     chosen = next(candidate for candidate in (_native.EMULATED_AMX, *_native.LEVELS) if candidate.name == level)
     if reason := _native.load(chosen, FLAGS):
         raise SystemExit(reason)
-    _native.multiplies = lambda dtype: False  # our products, also where PyTorch's would be taken
+    _native.multiplies = lambda dtype: False  # use our matrix products also where PyTorch's would be faster
     count = 0
     for spec in SPECS:
         for case in spec.cases:
@@ -35,12 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.sanitize", description=__doc__, epilog="example: python -m bench.sanitize --level avx2"
     )
     names = [level.name for level in (*_native.supported(), _native.EMULATED_AMX)]
-    parser.add_argument("--level", choices=names, default=names[0], help=f"instructions (default: {names[0]})")
+    parser.add_argument("--level", choices=names, default=names[0], help=f"level of instructions (default: {names[0]})")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
         return _check(options.level)
-    # The sanitizer must be the first library of the process; Python's own blocks are not its business, nor leaks.
+    # The sanitizer must be loaded before any other library. It watches malloc, not Python's own pools; leaks are not checked.
     compiler = os.environ.get("CXX", "c++")
     runtime = [
         subprocess.run([compiler, f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()

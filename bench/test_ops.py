@@ -1,4 +1,4 @@
-"""Every operation's bench cases, forward and backward, ours beside PyTorch's. Whose numbers are wrong is not timed."""
+"""Times every operation's bench cases, forward and backward, beside PyTorch's; wrong results fail before they are timed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from gptkernels.testing import SPECS, Case, OpSpec, assert_within_budget, outputs, random_grads
+from gptkernels.testing import SPECS, Case, OpSpec, assert_within_budget, outputs
 
+from bench import rows
 from bench.measure import affordable, ceilings, device, own_backends, rounds_within, waiting
 from bench.peers import peers
 
@@ -21,8 +22,7 @@ def _points():
                 compiled = device() == "cuda" or (index == 0 and dtype == torch.float32)
                 for direction in ("forward", "backward"):
                     for name in [*own_backends(), *peers(spec, device(), compiled)]:
-                        short = str(dtype).removeprefix("torch.")
-                        label = f"{spec.name}-{case.name}-{short}-{direction}-{name}"
+                        label = f"{spec.name}-{case.name}-{str(dtype).removeprefix('torch.')}-{direction}-{name}"
                         yield pytest.param(spec, case, dtype, direction, name, id=label)
 
 
@@ -31,30 +31,16 @@ def test_op(benchmark, spec: OpSpec, case: Case, dtype: torch.dtype, direction: 
     others = peers(spec, device(), compiled=contender == "compile")
     function = others.get(contender) or partial(spec.function, backend=contender)
     inputs = spec.make_inputs(case, dtype, torch.device(device()), 0)
-    leaves = inputs.mapped(lambda t: t.requires_grad_(True))
-    arguments = {**leaves.tensors, **leaves.options}
-    outs = outputs(function(**arguments))
+    leaves = rows.with_gradients(inputs)
+    outs = outputs(function(**leaves.tensors, **leaves.options))
     with torch.no_grad():
         exact = inputs.mapped(lambda t: t.double())
         plain, expected = (outputs(spec.reference(**i.tensors, **i.options)) for i in (inputs, exact))
         for triple in zip(outs, plain, expected):
             assert_within_budget(contender, *triple, plain_error=1e-4 if triple[0].numel() == 1 else None)
-    grad_outs = random_grads(outs, 0)
-    tensors = list(leaves.differentiable().values())
-
-    def forward() -> None:
-        with torch.no_grad():
-            function(**arguments)
-
-    def backward() -> None:
-        torch.autograd.grad(outs, tensors, grad_outs, retain_graph=True)
-
-    cost = spec.cost(case, dtype)
-    flops = cost.forward_flops if direction == "forward" else cost.backward_flops
-    moved = cost.forward_bytes if direction == "forward" else cost.backward_bytes
-    short = str(dtype).removeprefix("torch.")
-    benchmark.group = f"{spec.name} {case.name} {short} {direction}"
-    run = waiting(forward if direction == "forward" else backward)
+    flops, moved = rows.work(spec, case, dtype, direction)
+    benchmark.group = rows.row_name(spec, case, dtype, direction)
+    run = waiting(rows.calls(function, leaves, outs, rows.output_gradients(spec, outs))[direction])
     benchmark.pedantic(run, rounds=rounds_within(run, 4.0) if device() == "cpu" else 50, warmup_rounds=1)
     seconds = benchmark.stats.stats.median
     bandwidth, rate = ceilings(dtype)

@@ -1,4 +1,4 @@
-"""One training step (forward, loss, backward, AdamW) by kernels, beside torch.compile and Hugging Face's GPT-2."""
+"""Times a training step (forward, loss, backward, AdamW) with each of our backends, torch.compile and Hugging Face's GPT-2."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""Which tiles attention's kernels run fastest in on this GPU: ``python -m bench.tune --out FOLDER``.
+"""Finds the tiles in which attention's Triton kernels run fastest on this GPU: ``python -m bench.tune --out FOLDER``.
 
-For the forward, dK with dV, and dQ, in bfloat16 and causal, a dozen tiles each at a head_dim of 64 and of 128. First all
-are compiled, on every core: those that spill, make each product wait for the one before it, or do not fit are dropped, and
-so are those whose numbers are outside the float64 error budget. The others are timed in turns, at 1,024 to 8,192 tokens;
-what is known is saved after each length of each kernel. A backward kernel's figure is the time of the whole backward, the
-other kernels in the shipped tiles. Printed last are the fastest tiles as `gptkernels/attention/tiles.py` lists them for
-plain attention (no dropout, window, mask, lengths or packed batch); test_compile.py has to pass with them under every Triton.
+It tries a dozen tiles for each of the forward, dK/dV and dQ kernels at head_dim 64 and 128, in bfloat16 with a causal mask.
+First all are compiled, on every core. Dropped are those that spill registers, make each matrix product wait for the one
+before it, do not fit the GPU, or give results outside the float64 error budget. The others are timed in turns at 1,024 to
+8,192 tokens; results are saved after each length of each kernel. A backward kernel's time is that of the whole backward,
+with the other kernels in their shipped tiles.
+
+Printed last are the fastest tiles as `gptkernels/attention/tiles.py` lists them for plain attention (no dropout, window,
+mask, lengths or packed batch). tests/kernels/test_compile.py must pass with them under every supported Triton.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from bench.measure import BF16, device, in_turns, save, verify, versions
 
 KERNELS = {"forward": "_forward_kernel", "dkdv": "_dkdv_kernel", "dq": "_dq_kernel"}
 HEAD_DIMS = (64, 128)
-CHECKED = 1024  # tokens at which a candidate's numbers are held to the budget
-LENGTHS = (4096, 1024, 8192, 2048)  # a run that is cut has the ends of the range
-TOKENS, WIDTH = 16384, 2048  # of each batch, and all heads together: as in the FlashAttention papers
+CHECKED = 1024  # tokens at which a candidate's results are checked
+LENGTHS = (4096, 1024, 8192, 2048)  # in this order, so that a run that is cut covers the range
+TOKENS, WIDTH = 16384, 2048  # tokens of a batch, and heads x head_dim: as in the FlashAttention papers
 MAX_MINUTES = 9.5
 ROUNDS = 60  # at most
-NOISE = 0.01  # a tile replaces the shipped one if it is faster by more
+NOISE = 0.01  # a tile replaces the shipped one if it is faster by more than this share
 
 # block_m, block_n, warps, stages, registers.
 CANDIDATES: dict[Key, tuple[Tile, ...]] = {
@@ -77,13 +79,13 @@ Medians = Mapping[Tile, Mapping[int, float]]  # seconds by tile and number of to
 
 
 def chooser(direction: str, candidate: Tile) -> Callable[..., Tile]:
-    """What stands in for `tiles.tile`: the shipped tiles but for one direction's."""
+    """A replacement of `tiles.tile` that gives `candidate` for one direction and the shipped tiles for the others."""
     return lambda wanted, *args: candidate if wanted == direction else tile(wanted, *args)
 
 
 @contextmanager
 def choosing(choose: Callable[..., Tile]) -> Iterator[None]:
-    """Within it, attention asks `choose` for its tiles."""
+    """Makes attention's launchers ask `choose` for their tiles."""
     from gptkernels.attention import triton as launchers
 
     with mock.patch.object(launchers, "tile", choose):
@@ -91,13 +93,13 @@ def choosing(choose: Callable[..., Tile]) -> Iterator[None]:
 
 
 def described(candidate: Tile) -> str:
-    """As it is written in tiles.py."""
+    """The tile as tiles.py writes it."""
     figures = (candidate.block_m, candidate.block_n, candidate.num_warps, candidate.num_stages, candidate.maxnreg)
     return f"Tile({', '.join(str(figure) for figure in figures if figure is not None)})"
 
 
 def parsed(text: str) -> Tile:
-    """A tile of the command line: "128,64,8,3" or "128,64,8,3,128"."""
+    """The tile that a command line names: "128,64,8,3" or "128,64,8,3,128"."""
     figures = text.split(",")
     if len(figures) not in (4, 5) or not all(figure.strip().isdecimal() for figure in figures):
         raise argparse.ArgumentTypeError(f"got {text!r}; a tile is block_m,block_n,warps,stages or with ,maxnreg")
@@ -105,7 +107,7 @@ def parsed(text: str) -> Tile:
 
 
 def causal(batch: int, tokens: int, head_dim: int) -> Case:
-    """Of SPEC. Sizes are multiples of 16 as long as the constants are: to Triton that is one kernel for all of them."""
+    """A causal case of attention. Its sizes are multiples of 16, so that Triton compiles one kernel for all of them."""
     heads = WIDTH // head_dim
     sizes = {"batch": batch, "heads": heads, "kv_heads": heads, "queries": tokens, "keys": tokens, "head_dim": head_dim}
     return Case(f"B{batch}-H{heads}-T{tokens}-D{head_dim}-causal", {**SPEC.bench_cases[0].parameters, **sizes})
@@ -122,7 +124,10 @@ def shipped_tile(direction: str, head_dim: int, target: str) -> Tile:
 def compile_check(
     wanted: Sequence[Key], tiles: Sequence[Tile], target: str, jobs: int | None, deadline: float
 ) -> dict[Key, dict[Tile, str]]:
-    """Why each candidate is not to be timed on `target`, empty if it is: `tiles`, or the lists above, and the shipped one."""
+    """Compiles candidates for `target`; returns for each why it must not be timed, or an empty text.
+
+    Candidates are the shipped tile and `tiles` or, without any, `CANDIDATES`.
+    """
     found: list[tuple[Key, Tile, compile_report.Launch]] = []
     for key in wanted:
         direction, head_dim = key
@@ -145,9 +150,9 @@ def compile_check(
 
 
 def chosen(medians: Medians, shipped: Tile) -> Tile:
-    """The tile whose times are, over all lengths, least above the best of each; the shipped one if that is as good.
+    """The tile with the least geometric mean of its times relative to each length's best; the shipped one if within `NOISE`.
 
-    Compared are the lengths at which every tile was timed; with none it is the shipped one.
+    Only lengths at which every tile was timed count; without any, the shipped tile is chosen.
     """
     lengths = set.intersection(*(set(times) for times in medians.values())) if medians else set()
     if not lengths:
@@ -162,7 +167,7 @@ def chosen(medians: Medians, shipped: Tile) -> Tile:
 
 
 def table(results: Mapping[Key, Medians], target: str) -> str:
-    """The entries of tiles.py's `_PLAIN`."""
+    """The chosen tiles as entries of tiles.py's `_PLAIN`."""
     arch = compile_report.TARGETS[target].launcher_arch
     best = {key: chosen(medians, shipped_tile(*key, target)) for key, medians in results.items()}
     return "\n".join(f'    ("{arch}", "{key[0]}", {key[1]}): {described(found)},' for key, found in best.items())
@@ -181,18 +186,18 @@ def times(direction: str, head_dim: int, medians: Medians, shipped: Tile) -> str
 
 
 def _why_wrong(direction: str, head_dim: int, candidate: Tile) -> str:
-    """Why its numbers are wrong; empty if they are right."""
+    """Why the candidate's results are wrong; an empty text if they are right."""
     inputs = SPEC.make_inputs(causal(1, CHECKED, head_dim), BF16, torch.device(device()), 0)
     try:
         with choosing(chooser(direction, candidate)):
             verify(SPEC, lambda **given: gptkernels.attention(**given, backend="triton"), inputs)
-    except Exception as error:  # one that cannot be launched is a line of the report
+    except Exception as error:  # it may also fail to launch
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return ""
 
 
 def _contenders(direction: str, head_dim: int, tokens: int, tiles: Sequence[Tile]) -> dict[str, Callable[[], Any]]:
-    """A call for each tile: the forward, or the backward."""
+    """A call to time for each tile: the forward, or the whole backward."""
     inputs = SPEC.make_inputs(causal(TOKENS // tokens, tokens, head_dim), BF16, torch.device(device()), 0)
 
     def forward() -> Any:
@@ -218,7 +223,7 @@ def measure(
     saved: dict[str, Any],
     file: Path | None,
 ) -> dict[Key, dict[Tile, dict[int, float]]]:
-    """Medians of the candidates without faults whose numbers are right; saves after each turn."""
+    """Median seconds of the candidates that have no faults and give right results; saves after each length of each kernel."""
     results: dict[Key, dict[Tile, dict[int, float]]] = {key: {} for key in faults}
     for key, candidates in faults.items():
         for candidate in [candidate for candidate, why in candidates.items() if not why]:
@@ -245,16 +250,16 @@ def measure(
     return results
 
 
-TILE_HELP = "block_m,block_n,warps,stages[,maxnreg]: instead of the dozen; may be repeated"
+TILE_HELP = "block_m,block_n,warps,stages[,maxnreg] of a tile to try instead of the dozen; may be repeated"
 EXAMPLES = """examples:
-  python -m bench.tune --out /tmp/tiles                        everything, on this machine's GPU, in 9.5 minutes at most
+  python -m bench.tune --out /tmp/tiles                        everything, in 9.5 minutes at most
   python -m bench.tune --kernel forward --head-dim 64 --tile 128,64,8,3,128 --tile 128,128,8,2 --minutes 1
-  python -m bench.tune --dry-run                               without a GPU: what compiles for an H100, what would be timed
+  python -m bench.tune --dry-run                               without a GPU: compile for an H100, list what would be timed
 """
 
 
 def _target(asked: str | None) -> str:
-    """This GPU's, or an H100's where there is none."""
+    """The target to compile for: the one asked for, this GPU's, or without a GPU an H100's."""
     if asked or device() != "cuda":
         return asked or "sm_90"
     found = "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -271,24 +276,38 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kernel", action="append", choices=KERNELS, help="may be repeated (default: all)")
     parser.add_argument(
-        "--head-dim", action="append", type=int, choices=HEAD_DIMS, help="may be repeated (default: both)"
+        "--kernel", action="append", choices=KERNELS, help="kernel to tune; may be repeated (default: all)"
     )
-    parser.add_argument("--tokens", action="append", type=int, choices=sorted(LENGTHS), help="(default: all)")
+    parser.add_argument(
+        "--head-dim",
+        action="append",
+        type=int,
+        choices=HEAD_DIMS,
+        help="head_dim to tune for; may be repeated (default: both)",
+    )
+    parser.add_argument(
+        "--tokens",
+        action="append",
+        type=int,
+        choices=sorted(LENGTHS),
+        help="tokens to time at; may be repeated (default: all)",
+    )
     parser.add_argument("--tile", action="append", type=parsed, default=[], help=TILE_HELP)
     parser.add_argument("--minutes", type=float, default=MAX_MINUTES, help="when to stop (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for tiles.json (default: nothing is saved)")
-    parser.add_argument("--target", choices=compile_report.TARGETS, help="for --dry-run (default: sm_90)")
-    parser.add_argument("--jobs", type=int, help="kernels compiled at a time (default: one a core)")
-    parser.add_argument("--dry-run", action="store_true", help="compile alone, and say what would be timed")
+    parser.add_argument(
+        "--target", choices=compile_report.TARGETS, help="GPU to compile for, with --dry-run (default: sm_90)"
+    )
+    parser.add_argument("--jobs", type=int, help="kernels to compile at a time (default: one for each core)")
+    parser.add_argument("--dry-run", action="store_true", help="only compile, and list what would be timed")
     options = parser.parse_args(arguments)
     if interpreting():
         parser.error("TRITON_INTERPRET is 1: unset it, interpreted kernels have no machine code")
     if device() != "cuda" and not options.dry_run:
-        parser.error("there is no GPU here; --dry-run compiles all candidates and says what would be timed")
+        parser.error("there is no GPU here; --dry-run compiles all candidates and lists what would be timed")
     if options.target and not options.dry_run:
-        parser.error("--target goes with --dry-run: what is timed is compiled for this GPU")
+        parser.error("--target: accepted with --dry-run only; otherwise this GPU is the target")
     target = _target(options.target)
     wanted = [(k, d) for d in options.head_dim or HEAD_DIMS for k in options.kernel or KERNELS]
     lengths = [n for n in LENGTHS if n in (options.tokens or LENGTHS)]

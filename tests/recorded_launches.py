@@ -1,6 +1,6 @@
-"""Compares what compile_report records without data with what launchers ask Triton for on tensors in memory.
+"""Checks that compile_report records, on tensors without data, the launches that launchers make on tensors in memory.
 
-Run by test_bench_gpu.py, in a process where Triton does not interpret.
+test_bench_gpu.py runs it in a process where Triton does not interpret.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TARGET = compile_report.TARGETS["sm_90"]
 
 
 def keys(recorded: list[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
-    """What Triton's cache goes by, and the kernel's name."""
+    """For each launch the kernel's name and the key of Triton's cache."""
     return {
         (source.name, source.hash(), str(target), str(sorted(options.items()))) for source, target, options in recorded
     }

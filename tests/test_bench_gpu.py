@@ -1,4 +1,4 @@
-"""The bench for GPUs: what it walks through, what it saves and shows, and the run of ten minutes that it is a part of."""
+"""bench.gpu: its rows, what it saves and shows; and bench.first_run, the ten minutes on a GPU that it is a part of."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bench.counters import shown
 from bench.first_run import Step
 from bench.gpu_rows import COPY, Goal, Plan, Row, goals, op_rows
 from bench.gpu_table import continue_file, short_table, table, take_in
-from bench.measure import results, save
+from bench.measure import CapturedGraph, results, save
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,8 +39,8 @@ def case(name: str, **parameters) -> Case:
     return next(c for c in spec(name).bench_cases if parameters.items() <= dict(c.parameters).items())
 
 
-def test_every_contender_on_a_gpu_has_run_once(capsys):
-    """The same walk that a GPU takes, at sizes that mean nothing; the kernels are held to the error budget on the way."""
+def test_the_dry_run_runs_every_contender_once(capsys):
+    """It takes the same steps as on a GPU, at tiny sizes, and checks the kernels against the error budget."""
     assert bench.gpu.main(["--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "not timed" not in shown
@@ -73,16 +73,16 @@ def test_without_a_gpu_nothing_is_timed(capsys):
         ("rms_norm", {"shape": (4096, 8192)}, "backward", ()),
         ("swiglu", {"shape": (16384, 4096)}, "forward", (Goal(0.95, COPY),)),
         ("softmax", {"shape": (32768, 1024)}, "forward", (Goal(0.95, COPY),)),
-        ("cross_entropy", {"shape": (16384, 50257)}, "with gradient", (Goal(0.9, COPY),)),
-        ("cross_entropy", {"shape": (4096, 4096)}, "with gradient", ()),
+        ("cross_entropy", {"shape": (16384, 50257)}, "forward + backward", (Goal(0.9, COPY),)),
+        ("cross_entropy", {"shape": (4096, 4096)}, "forward + backward", ()),
     ],
 )
 def test_goals(name: str, parameters: dict, direction: str, expected: tuple[Goal, ...]):
     assert goals(name, case(name, **parameters), direction) == expected
 
 
-def test_of_a_mean_loss_the_gradient_is_taken_as_training_takes_it():
-    """With a gradient other than 1 flowing back, the loss's own would be read and written once more."""
+def test_a_mean_loss_is_differentiated_with_a_gradient_of_1():
+    """As in training: with another gradient, the loss's own would be read and written once more."""
     loss = spec("cross_entropy")
     inputs = loss.make_inputs(loss.cases[3], torch.bfloat16, torch.device("cpu"), 0)
     logits = inputs.tensors["logits"].requires_grad_()
@@ -116,7 +116,7 @@ def test_peers_that_take_long_to_compile_come_last(monkeypatch: pytest.MonkeyPat
 
 
 def test_each_contender_of_the_training_step_is_measured_when_it_is_ready():
-    """A run that is cut while torch.compile works keeps ours and eager; one that cannot run leaves the others."""
+    """A run that is cut while torch.compile works keeps ours and eager; a contender that fails does not stop the others."""
     rows = list(gpu_rows.training_rows(Plan(dry=True)))
     names = [list(row.contenders) for row in rows]
     assert names == [["eager", "ours"], [*names[0], "compile, sdpa flash"], [*names[1], "ours, compile"]]
@@ -127,16 +127,16 @@ def test_each_contender_of_the_training_step_is_measured_when_it_is_ready():
 
 
 def test_a_captured_step_keeps_its_weights(monkeypatch: pytest.MonkeyPatch):
-    """A CUDA graph holds addresses alone: freed weights would be the next contender's memory, written to at each replay."""
+    """A CUDA graph holds only addresses: freed weights would become the next contender's memory, overwritten at each replay."""
     for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     weights = torch.zeros(3)
     known = weakref.ref(weights)
-    replay = gpu_rows.captured(lambda weights=weights: weights.add_(1))
+    replay = CapturedGraph(lambda weights=weights: weights.add_(1).sum())
     del weights
     gc.collect()
     assert known() is not None
-    replay()
+    assert replay() == 12.0  # what the capture returned, after three steps to warm up
     torch.cuda.CUDAGraph.return_value.replay.assert_called_once_with()
     del replay
     gc.collect()
@@ -206,7 +206,7 @@ def test_gpu_table(result: dict, tmp_path, capsys, monkeypatch: pytest.MonkeyPat
         "not judged | 150.000"
     )
     assert lines[4].startswith(
-        "| linear_cross_entropy's memory beside the gradients | 1,024 MiB | | | | a fifth: met |"
+        "| linear_cross_entropy's peak memory without the gradients | 1,024 MiB | | | | a fifth: met |"
     )
     assert len({line.count("|") for line in lines}) == 1
     brief = short_table(result).splitlines()
@@ -227,8 +227,8 @@ def test_gpu_table(result: dict, tmp_path, capsys, monkeypatch: pytest.MonkeyPat
     )
 
 
-def test_gpu_results_are_taken_in_as_they_come(result: dict, tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """A group whose process dies keeps the rows that it had finished, and the file says what became of the rest."""
+def test_gpu_results_are_saved_row_by_row(result: dict, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """If a group's process dies, the file keeps its finished rows and says what became of the rest."""
     row = result["rows"]["step"]
     child = f"print('noise'); print({json.dumps(json.dumps(row))}, flush=True); raise SystemExit(3)"
     popen, commands = bench.gpu.subprocess.Popen, []
@@ -269,7 +269,7 @@ def test_gpu_results_of_one_commit_are_one_file(result: dict, tmp_path):
     assert same["failed"] == {}  # what failed then has been timed now
 
 
-def test_counters_that_tell_most():
+def test_the_most_important_counters_are_shown():
     raw = '==PROF== noise\n"ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread","x"\n'
     raw += '"","","us","register/thread",""\n"0","_forward_kernel","61.5","128","7"\n"1","_dq_kernel","99","255","7"\n'
     assert shown(raw).splitlines() == [
@@ -286,9 +286,9 @@ def python(name: str, code: str, cap: float = 20, need: float = 1) -> Step:
     return Step(name, cap, need, ("-c", code))
 
 
-def test_a_run_goes_on_whatever_becomes_of_a_step(tmp_path: Path, capsys):
+def test_a_run_continues_after_a_step_fails_or_is_cut(tmp_path: Path, capsys):
     waiting = "import time; time.sleep(99)"
-    left_behind = "import time; time.sleep(15)"  # in a session of its own, with the step's output open
+    left_behind = "import time; time.sleep(15)"  # in a session of its own, holding the step's output open
     slow = (
         f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{left_behind}'], start_new_session=True);"
         f"subprocess.run([sys.executable, '-c', '{waiting}'])"
@@ -302,7 +302,7 @@ def test_a_run_goes_on_whatever_becomes_of_a_step(tmp_path: Path, capsys):
     )
     began = time.monotonic()
     assert first_run.main(["--out", str(tmp_path), "--commit", "abc", "--seconds", "60"], steps) == 1
-    assert time.monotonic() - began < 12  # not held up by what the step that was cut had started
+    assert time.monotonic() - began < 12  # it did not wait for what the cut step had started
     failures, _, page = capsys.readouterr().out.rpartition("step  ")
     assert failures.endswith("\nFAILED tests/x.py::test_y - no\n\n")
     said = {line[:34].strip(): (line[59:79].strip(), line[80:]) for line in page.splitlines()[1:6]}
@@ -365,7 +365,7 @@ def real_sizes() -> list:
 
 
 def test_the_cache_is_filled_with_what_a_launch_looks_up():
-    """Recorded on tensors without data, and again with data in memory: the same keys, argument for argument."""
+    """Launches recorded on tensors without data have the same cache keys as launches on tensors in memory."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.recorded_launches"], env=environment, capture_output=True, text=True, check=False

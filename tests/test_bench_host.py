@@ -1,4 +1,4 @@
-"""`bench.host` reaches every Triton-backed operation without a GPU, and says what it cannot do."""
+"""bench.host calls every Triton-backed operation without a GPU, and refuses what it cannot do."""
 
 from __future__ import annotations
 

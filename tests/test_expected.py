@@ -1,4 +1,4 @@
-"""The model of an H100: its arithmetic by hand-computed examples, and that its saved figures and its page are not stale."""
+"""The model of an H100: hand-computed examples of its arithmetic; its saved figures and its page are up to date."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gptkernels.testing import SPECS, OpSpec
 from bench import expected, expected_tables, h100
 from bench.launches import _section
 from bench.measure import BF16
+from bench.rows import directions, row_name
 
 TRITON_SPECS = [spec for spec in SPECS if "triton" in FUSED[spec.name]]
 
@@ -37,7 +38,7 @@ def test_tiles_of_a_causal_mask():
 def test_tiles_are_those_with_visible_pairs(
     queries: int, keys: int, causal: bool, window: int, block_m: int, block_n: int
 ):
-    """Against a mask that is written out: all tiles with a visible pair are computed, and those without a mask see all."""
+    """Compared with a dense mask: every tile with a visible pair is computed, and tiles without a mask are wholly visible."""
     query, key = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)[None, :]
     mask = torch.ones(queries, keys, dtype=torch.bool)
     if causal:
@@ -52,9 +53,9 @@ def test_tiles_are_those_with_visible_pairs(
     by_keys = [h100.query_tiles(n, queries, keys, causal, window, block_m, block_n) for n in range(0, keys, block_n)]
     for walked, axis in ((by_queries, 1), (by_keys, 0)):
         plain, masked = torch.tensor(walked).unbind(1)
-        assert (plain <= whole.sum(axis)).all()  # tiles of one diagonal block of a row may be masked for nothing
+        assert (plain <= whole.sum(axis)).all()  # some wholly visible tiles are computed with the mask
         assert (plain + masked >= some.sum(axis)).all()
-        assert (plain + masked - some.sum(axis) <= 1).all()  # a query before the first key sees none
+        assert (plain + masked - some.sum(axis) <= 1).all()  # queries before the first key see none
 
 
 def test_programs_run_in_waves():
@@ -136,7 +137,7 @@ def test_an_attention_kernel_waits_and_ends_late():
     assert seconds == pytest.approx(2.5e-6 + 2 * (1.4e-6 + 10 * 300e-9))
 
 
-def test_what_a_loop_is_made_of():
+def test_the_counts_of_a_piece_of_code():
     text = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0010*/                   LDG.E.U16 R8, desc[UR4][R2.64] ;
@@ -159,7 +160,7 @@ def test_what_a_loop_is_made_of():
 
 @pytest.mark.parametrize("spec", TRITON_SPECS, ids=lambda s: s.name)
 def test_every_row_of_the_bench_has_a_prediction(spec: OpSpec):
-    for case, direction in itertools.product(spec.bench_cases, expected.directions(spec)):
+    for case, direction in itertools.product(spec.bench_cases, directions(spec)):
         seconds, bounds = (f(spec, case, BF16, direction) for f in (expected.seconds, expected.bounds))
         assert seconds is not None, f"{case.name}: python -m bench.expected --compile"
         assert bounds is not None
@@ -169,21 +170,23 @@ def test_every_row_of_the_bench_has_a_prediction(spec: OpSpec):
         assert seconds > moved / h100.H100.bandwidth  # never faster than the fewest bytes allow
 
 
-def test_what_has_no_prediction():
+def test_rows_without_a_prediction():
     spec = next(spec for spec in SPECS if spec.name == "softmax")
     assert expected.seconds(spec, spec.bench_cases[0], torch.float32, "forward") is None
     linear = next(spec for spec in SPECS if spec.name == "linear")  # no GPU kernel of ours
     assert expected.seconds(linear, linear.bench_cases[0], BF16, "forward") is None
-    with pytest.raises(ValueError, match="direction: got 'sideways'; accepted are forward, backward, with gradient"):
+    with pytest.raises(
+        ValueError, match="direction: got 'sideways'; accepted are forward, backward, forward \\+ backward"
+    ):
         expected.seconds(spec, spec.bench_cases[0], BF16, "sideways")
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm", "softmax", "gelu", "swiglu"])
-def test_what_a_kernel_reads_is_told_from_what_it_writes(name: str):
-    """By the names of its arguments: together they are the bytes that the spec counts, and the results are written."""
+def test_the_bytes_that_a_kernel_reads_and_writes(name: str):
+    """Reads and writes together are the bytes that the spec counts, and the writes are the results."""
     spec = next(spec for spec in SPECS if spec.name == name)
     for case in spec.bench_cases:
-        (launch,) = expected.saved()["rows"][expected.row_name(spec, case, BF16, "forward")]
+        (launch,) = expected.saved()["rows"][row_name(spec, case, BF16, "forward")]
         results = math.prod(case.parameters["shape"]) * 2 * (2 if name.startswith("add") else 1)
         assert launch["read"] + launch["written"] == pytest.approx(spec.cost(case, BF16).forward_bytes, rel=0.01)
         assert launch["written"] == pytest.approx(results, rel=0.01)
@@ -205,7 +208,7 @@ def test_the_page_is_made_from_the_saved_figures():
 
 
 def test_the_saved_figures_are_those_of_what_is_launched_now():
-    """In a process where Triton does not interpret; then again with another tile, which must be noticed."""
+    """In a process where Triton does not interpret; then with another tile, which must show as a difference."""
     script = """
 from bench import expected
 from gptkernels.attention import tiles, triton

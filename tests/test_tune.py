@@ -1,4 +1,4 @@
-"""The tuner drops what does not fit before it is timed, and chooses the tile that the medians call for."""
+"""bench.tune drops tiles that do not fit before timing them, and chooses the fastest of the others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_shipped_tile_stays_unless_another_is_clearly_faster():
     assert chosen({B: {1024: 1.02}, C: {1024: 1.0}}, A) == C  # the shipped one does not fit
     assert chosen({}, A) == A
     assert chosen({A: {}, B: {}}, A) == A
-    # A run that was cut: of 8,192 tokens some tiles have no time.
+    # A run that was cut timed only some tiles at 8,192 tokens: that length does not count.
     assert chosen({A: {1024: 1.0}, B: {1024: 1.2, 8192: 0.1}}, A) == A
 
 

@@ -1,6 +1,7 @@
-"""Tells PyTorch's FlopCounterMode what the operations count, once somebody imports it.
+"""Registers the operations' FLOP formulas with PyTorch's FlopCounterMode, at the moment when that is imported.
 
-Not before: ``torch.utils.flop_counter`` imports triton, and `import gptkernels` must be quick, and work, without.
+Registering them earlier would import ``torch.utils.flop_counter``, which imports triton; `import gptkernels` must be quick
+and must work without triton.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ _waiting: list[tuple[Any, Callable[..., int]]] = []
 
 
 def product(x: Tensor, weight: Tensor) -> int:
-    """The operations of ``x @ weight^T``."""
+    """The FLOPs of ``x @ weight^T``."""
     return 2 * x.numel() * weight.shape[0]
 
 
 def register(op: Any, formula: Callable[..., int]) -> None:
-    """`formula` takes what `op`, a ``torch.ops`` packet, is called with, and returns its floating-point operations."""
+    """Registers `formula`, which takes the arguments of `op` (a ``torch.ops`` packet) and returns its FLOPs."""
     if COUNTER in sys.modules:
-        _hand_over(sys.modules[COUNTER], op, formula)
+        _register_with(sys.modules[COUNTER], op, formula)
     else:
         _waiting.append((op, formula))
 
 
-def _hand_over(counter: ModuleType, op: Any, formula: Callable[..., int]) -> None:
+def _register_with(counter: ModuleType, op: Any, formula: Callable[..., int]) -> None:
     def count(*args: Any, out_val: Any = None) -> int:
         return formula(*args)
 
     counter.register_flop_formula(op, get_raw=True)(count)
 
 
-class _AtItsImport(MetaPathFinder):
-    """Stands aside at the counter's import, and adds the formulas when it is done."""
+class _CounterFinder(MetaPathFinder):
+    """Lets the counter be imported as usual, then registers the waiting formulas with it."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         if fullname != COUNTER:
@@ -53,7 +54,7 @@ class _AtItsImport(MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             execute(module)
             for op, formula in _waiting:
-                _hand_over(module, op, formula)
+                _register_with(module, op, formula)
             _waiting.clear()
 
         loader.exec_module = exec_module
@@ -61,4 +62,4 @@ class _AtItsImport(MetaPathFinder):
 
 
 if COUNTER not in sys.modules:
-    sys.meta_path.insert(0, _AtItsImport())
+    sys.meta_path.insert(0, _CounterFinder())

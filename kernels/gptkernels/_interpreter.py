@@ -1,9 +1,9 @@
-"""Mends Triton's interpreter (``TRITON_INTERPRET=1``) where it computes other than a GPU would.
+"""Fixes Triton's interpreter (``TRITON_INTERPRET=1``) where it computes differently from a GPU.
 
-bfloat16: the interpreter (Triton 3.6 to 3.9) holds it as 16-bit patterns, computes with those patterns (`tl.dot`, sums,
-maxima, comparisons, arithmetic), and truncates where the GPU rounds to nearest even. Sums: numpy adds along a first axis
-one element after the other, a GPU in a tree, whose rounding errors grow with the logarithm of the length only.
-`tests/kernels/test_interpreter.py` fails when a Triton release no longer needs this.
+bfloat16: the interpreter (Triton 3.6 to 3.9) holds numbers as 16-bit patterns and computes with those patterns as integers
+(`tl.dot`, sums, maxima, comparisons, arithmetic); it also truncates where a GPU rounds to nearest even. Sums: NumPy adds
+along a first axis one element after another; a GPU adds in a tree, whose rounding errors grow only with the logarithm of
+the length. tests/kernels/test_interpreter.py fails when a Triton release no longer needs this.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _rounded_to_bf16(values: np.ndarray) -> np.ndarray:
 def _tree_sum(
     values: np.ndarray, axis: int | None, keepdims: bool, rounded: Callable[[np.ndarray], np.ndarray] = lambda x: x
 ) -> np.ndarray:
-    """The sum over `axis`, halves added to halves. Triton's tiles have a power of two of elements."""
+    """The sum over `axis`, adding halves to halves: a tile of Triton's has a power of two of elements."""
     if axis is None:
         total = _tree_sum(values.reshape(-1), 0, False, rounded)
         return total.reshape((1,) * values.ndim) if keepdims else total
@@ -59,7 +59,7 @@ def _narrowed(handle: _Handle) -> _Handle:
 
 
 def _like(tensor: Any, handle: _Handle) -> Any:
-    """A tensor of `tensor`'s shape (a scalar has none) that holds `handle`."""
+    """A tensor that holds `handle`, of `tensor`'s shape; a scalar if that is one."""
     scalar = handle.dtype.scalar
     shaped = isinstance(tensor.type, tl.block_type)
     return tl.core.tensor(handle, tl.block_type(scalar, tensor.type.shape) if shaped else scalar)
@@ -88,7 +88,7 @@ def _mend_builder(builder: Any) -> None:
         return plain_dot(self, _widened(a), _widened(b), d, *rest)
 
     def in_float32(plain: Callable[..., _Handle]) -> Callable[..., _Handle]:
-        """`plain` with bfloat16 operands widened, and its result rounded once (a comparison's is none)."""
+        """`plain` with bfloat16 operands widened, and a floating-point result rounded once."""
 
         def method(self: Any, *args: Any) -> _Handle:
             if not any(map(_is_bf16, args)):
@@ -108,7 +108,7 @@ def _mend_reductions(interface: Any, reduction: Any) -> None:
 
     def tree_sum(self: Any, tensor: Any) -> Any:
         values = tensor.handle.data
-        if tensor.dtype == tl.bfloat16:  # added as bfloat16, as tl.sum does: every partial sum is rounded
+        if tensor.dtype == tl.bfloat16:  # tl.sum adds in bfloat16: it rounds every partial sum
             total = _tree_sum(_bf16_to_float32(values), self.axis, self.keep_dims, _rounded_to_bf16)
             return self.to_tensor(_float32_to_bf16(total), tl.bfloat16)
         if not np.issubdtype(values.dtype, np.floating):
@@ -116,7 +116,7 @@ def _mend_reductions(interface: Any, reduction: Any) -> None:
         return self.to_tensor(_tree_sum(values, self.axis, self.keep_dims), tensor.dtype)
 
     def apply(self: Any, input: Any) -> Any:
-        """Maxima, minima, scans: computed in float32."""
+        """Computes maxima, minima and scans in float32."""
         inputs = input if isinstance(input, tuple) else (input,)
         is_sum = isinstance(self, reduction) and self.combine_fn is tl.standard._sum_combine
         if is_sum or not any(map(_is_bf16, inputs)):
@@ -129,7 +129,7 @@ def _mend_reductions(interface: Any, reduction: Any) -> None:
 
 
 def mend() -> None:
-    """Makes the interpreter's casts, arithmetic, dot and reductions compute as a GPU's do. Idempotent."""
+    """Makes the interpreter's casts, arithmetic, dot and reductions compute as on a GPU. Idempotent."""
     builder: Any = interpreter.InterpreterBuilder
     if getattr(builder, "bf16_is_mended", False):
         return

@@ -111,6 +111,7 @@ def norm(name: str, function: Callable[..., Output], reference: Callable[..., Ou
             *(_case(4096, columns) for columns in (768, 1024, 2048, 4096, 8192, 32768)),
             _case(32768, 1024),
         ),
+        cpu_cases=(_case(4096, 768),),
         compile_cases=(
             _case(4096, 768),
             _case(4096, 8192),
@@ -158,6 +159,7 @@ def add_norm(name: str, function: Callable[..., Output], reference: Callable[...
             _case(6, 40, layout="transposed"),
         ),
         bench_cases=tuple(_case(4096, columns) for columns in (768, 1024, 4096)),
+        cpu_cases=(_case(4096, 768),),
         compile_cases=(
             _case(4096, 768),
             _case(4096, 8192, parameter_dtype=torch.float32, residual_dtype=torch.float32),

@@ -1,11 +1,13 @@
-"""Asks a module that somebody else wrote what it computes: the one probe behind everything that is recognised.
+"""Finds out whether a module from another library computes what one of our functions computes, by running it.
 
-A module's class may do anything: clamp what is large, drop at random while training, treat one dtype in its own way, count
-its calls. So its forward is run in both modes and in four dtypes on numbers of 1e-3 to 1e4, infinities and NaN among them,
-and its gradients are compared too. It runs on a double which holds nothing but what our own forward reads. What else it
-asks the double for is a constant, which `relies_on` notes and `gptkernels.swap` compares at every call, or a reason to
-leave the module alone. Neither the module nor the caller's random numbers, devices and modes are touched, and none of
-them have a say in the verdict.
+A module's class may do anything: clamp large numbers, apply dropout in training, treat one dtype specially, count its
+calls. Therefore its forward runs in both modes and four dtypes on numbers of 1e-3 to 1e4, infinities and NaN, and its
+gradients are compared too.
+
+The forward runs on a stand-in that has only the attributes that our own forward reads. If it reads another attribute that
+is a constant, the constant is recorded in `relies_on`, and `gptkernels.swap` compares it at every call. If it does anything
+else with an attribute, the module is left alone. The module itself and the caller's random state, devices and modes are not
+changed, and do not affect the result.
 """
 
 from __future__ import annotations
@@ -27,17 +29,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Compute = Callable[..., Tensor]
-"""What a stranger makes of ``(training, **inputs)``."""
+"""The other module's forward, as a function of ``(training, **inputs)``."""
 Exact = Callable[..., tuple[Tensor, Tensor | float]]
-"""What ours makes of ``**inputs``, and beside it what a rounding on the way to it is in proportion to."""
+"""Our formula: the result for ``**inputs``, and the size of the numbers that are rounded on the way to it."""
 
 
-class Doubt(Exception):
-    """A stranger does what no comparison of results can judge; the message says what, after its name."""
+class Inconclusive(Exception):
+    """A module does something that comparing results cannot judge. The message continues a sentence after its name."""
 
 
-class Absent:
-    """Stands for an attribute that a module was asked for and does not have."""
+class Missing:
+    """The recorded value of an attribute that a module tried to read and does not have."""
 
 
 _CONSTANTS = (
@@ -52,11 +54,11 @@ def _is_constant(value: Any) -> bool:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Runs strangers' code on the CPU in PyTorch's initial state, whatever the caller's; and gives that back after it.
+def isolated() -> Iterator[None]:
+    """Runs code on the CPU in PyTorch's initial state, and restores the caller's state afterwards.
 
-    Default devices, FakeTensorMode and what else stands in PyTorch's mode stacks, autocast, inference mode, the default
-    dtype and warnings do not reach it; random numbers that it draws are put back.
+    Inside, the caller's default device, FakeTensorMode and other modes, autocast, inference mode, default dtype and warnings
+    have no effect. The state of the random generators is restored.
     """
     with (
         _disable_current_modes(),
@@ -82,11 +84,11 @@ def logarithmic(*shape: int, generator: torch.Generator) -> Tensor:
     return torch.pow(10.0, exponent) * torch.empty_like(exponent).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
-def asked(module: nn.Module, attributes: Callable[..., dict[str, Any]], relies_on: dict[str, Any]) -> Compute:
-    """What `module`'s class computes of ``x`` where a module has these attributes, made of the other inputs.
+def probed(module: nn.Module, attributes: Callable[..., dict[str, Any]], relies_on: dict[str, Any]) -> Compute:
+    """The forward of `module`'s class, run on a stand-in with `attributes`, which are made from the inputs other than ``x``.
 
-    Every constant that it reads beside them goes into `relies_on`. Attributes that it sets, and those that it reads and
-    that are no constants, are a `Doubt`.
+    Every other constant that it reads is recorded in `relies_on`. It raises `Inconclusive` if it sets an attribute, or reads
+    another one that is not a constant.
     """
     original: Any = type(module)
 
@@ -95,17 +97,17 @@ def asked(module: nn.Module, attributes: Callable[..., dict[str, Any]], relies_o
         doubts: list[str] = []
 
         def read(self: Any, name: str) -> Any:
-            of_class = inspect.getattr_static(original, name, Absent)
+            of_class = inspect.getattr_static(original, name, Missing)
             if name in own or (isinstance(of_class, _CODE) and name not in vars(module)):
                 return original.__getattribute__(self, name)
             state = {**module._parameters, **module._buffers, **module._modules}
             value = vars(module).get(name, state.get(name, of_class))
-            if value is Absent:
-                relies_on[name] = Absent
+            if value is Missing:
+                relies_on[name] = Missing
                 return absent(self, name)
             if not _is_constant(value):
                 doubts.append(f"reads its {name!r}, which may change")
-                raise Doubt(doubts[0])
+                raise Inconclusive(doubts[0])
             relies_on[name] = value
             if isinstance(value, types.MethodType) and value.__self__ is module:
                 return types.MethodType(value.__func__, self)
@@ -116,22 +118,22 @@ def asked(module: nn.Module, attributes: Callable[..., dict[str, Any]], relies_o
 
         def write(self: Any, name: str, *value: Any) -> None:
             doubts.append(f"changes its {name!r} when it is called")
-            raise Doubt(doubts[0])
+            raise Inconclusive(doubts[0])
 
         body = {"__getattribute__": read, "__getattr__": absent, "__setattr__": write, "__delattr__": write}
-        double: Any = object.__new__(type(original.__name__, (_Quiet, original), body))
+        double: Any = object.__new__(type(original.__name__, (_AcceptsSubclass, original), body))
         object.__getattribute__(double, "__dict__").update(own)
         try:
             return original.forward(double, x)
         finally:
-            if doubts:  # though the stranger may have caught it
-                raise Doubt(doubts[0])
+            if doubts:  # the forward may have caught the exception
+                raise Inconclusive(doubts[0])
 
     return compute
 
 
-def likeness(module: nn.Module) -> Hashable:
-    """Equal for modules that no probe can tell apart."""
+def probe_key(module: nn.Module) -> Hashable:
+    """A key that is equal for modules that probing cannot tell apart."""
     return (
         type(module),
         *((name, value) for name, value in vars(module).items() if _is_constant(value)),
@@ -140,25 +142,25 @@ def likeness(module: nn.Module) -> Hashable:
     )
 
 
-class _Quiet:
-    """Before a stranger's class among the bases: that it gets a subclass is none of its business."""
+class _AcceptsSubclass:
+    """The first base of a stand-in: keeps the other class's ``__init_subclass__`` from running."""
 
     def __init_subclass__(cls) -> None:
         pass
 
 
 def agrees(compute: Compute, exact: Exact, inputs: dict[str, Tensor], precision: float) -> bool:
-    """Whether `compute` is `exact`, in both modes and every dtype, values and gradients; one that fails is not.
+    """Whether `compute` gives the values and gradients of `exact` in both modes and every dtype; False if it fails.
 
     Args:
-        compute: called with `training` and the inputs, in each dtype; what it returns has to be a tensor of that dtype.
+        compute: called with `training` and the inputs in each dtype; it must return a tensor of that dtype.
         inputs: float64, on the CPU.
-        precision: the relative error to grant beside that of eight roundings to the dtype.
+        precision: the relative error to allow, or eight roundings to the dtype if that is more.
 
     Raises:
-        Doubt: what it does cannot be judged by its results.
+        Inconclusive: it does something that its results do not show.
     """
-    with undisturbed():
+    with isolated():
         before, python = torch.get_rng_state(), random.getstate()
         try:
             same = all(
@@ -167,12 +169,12 @@ def agrees(compute: Compute, exact: Exact, inputs: dict[str, Tensor], precision:
                 )
                 for mode, dtype in product((True, False), DTYPES)
             ) and _gradients_agree(compute, exact, inputs)
-        except Doubt:
+        except Inconclusive:
             raise
         except Exception:
             return False
         if not torch.equal(torch.get_rng_state(), before) or random.getstate() != python:
-            raise Doubt("draws random numbers")
+            raise Inconclusive("draws random numbers")
         return same
 
 
@@ -181,7 +183,7 @@ def _values_agree(compute: Compute, exact: Exact, given: dict[str, Tensor], trai
     with torch.set_grad_enabled(training):
         found = compute(training, **given)
     if not all(torch.equal(value.nan_to_num(), kept[name].nan_to_num()) for name, value in given.items()):
-        raise Doubt("changes its input")
+        raise Inconclusive("changes its input")
     with torch.no_grad():
         wide, slack = exact(**kept)
         dtype = kept["x"].dtype
@@ -191,8 +193,10 @@ def _values_agree(compute: Compute, exact: Exact, given: dict[str, Tensor], trai
         expected, got = wide.to(dtype).double(), found.double()
         error = max(precision, 8 * torch.finfo(dtype).eps) * (expected.abs() + slack)
         right = torch.where(expected.isfinite(), (got - expected).abs() <= error, got == expected)
-        right |= ~expected.isfinite() & got.isnan()  # vectorised, PyTorch's own GELU of infinity is NaN
-        right |= (wide.abs() > largest / 2) & (wide.abs() < 2 * largest)  # a rounding decides whether it overflows
+        right |= ~expected.isfinite() & got.isnan()  # PyTorch's own vectorised GELU of infinity is NaN
+        right |= (wide.abs() > largest / 2) & (
+            wide.abs() < 2 * largest
+        )  # rounding decides whether such a number overflows
         return bool(right.all())
 
 

@@ -1,4 +1,4 @@
-"""Reads NVIDIA's machine code (SASS) with the tools that the triton wheel carries: instructions, loops, registers.
+"""Reads NVIDIA's machine code (SASS) with the tools in the triton wheel: instructions, loops, registers.
 
 `disassemble` takes a kernel's cubin (``triton.compile(...).asm["cubin"]``); no GPU is needed.
 """
@@ -27,7 +27,7 @@ class Instruction:
     address: int  # bytes from the function's first instruction
     opcode: str  # with its modifiers: "HGMMA.64x64x16.F32.BF16"
     operands: str
-    predicate: str = ""  # "@P0" or "@!P0" where it runs under a condition
+    predicate: str = ""  # "@P0" or "@!P0" of a conditional instruction
 
     @property
     def kind(self) -> str:
@@ -37,18 +37,18 @@ class Instruction:
 
 
 def count_kinds(instructions: Iterable[Instruction]) -> Counter[str]:
-    """How many instructions of each kind: HGMMA, HMMA, FFMA, MUFU.EX2, LDG, LDS, STS, LDL, STL, UTMALDG, ..."""
+    """The number of instructions of each kind: HGMMA, HMMA, FFMA, MUFU.EX2, LDG, LDS, STS, LDL, STL, UTMALDG, ..."""
     return Counter(instruction.kind for instruction in instructions)
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop; loops that are nested in it belong to its instructions too."""
+    """A loop. Its instructions include those of the loops nested in it."""
 
     start: int  # address of its first instruction
-    end: int  # address of the branch back to it, the last one where there are several
+    end: int  # address of the last branch back to the start
     depth: int  # 0 for an outermost loop
-    instructions: tuple[Instruction, ...]  # in the order of their addresses
+    instructions: tuple[Instruction, ...]  # by address
 
     @property
     def counts(self) -> Counter[str]:
@@ -60,7 +60,7 @@ class Disassembly:
     """The machine code of a kernel."""
 
     instructions: tuple[Instruction, ...]
-    labels: dict[str, int]  # the address that each stands for
+    labels: dict[str, int]  # the address of each label
 
     @property
     def counts(self) -> Counter[str]:
@@ -68,7 +68,7 @@ class Disassembly:
 
     @property
     def spills(self) -> int:
-        """Loads from local memory and stores to it."""
+        """The number of loads from and stores to local memory."""
         counts = self.counts
         return counts["LDL"] + counts["STL"]
 
@@ -76,11 +76,11 @@ class Disassembly:
     def wgmma_serialised(self) -> bool:
         """Whether ptxas made each wgmma wait for the one before it (its message C7515).
 
-        The products of a tile are a chain of HGMMA on one accumulator, the last of which signals a barrier (``gsb0``) that
-        is waited for. Serialised, each signals and is waited for before the next.
+        The products of a tile are a chain of HGMMA on one accumulator. Only the last of them signals a barrier (``gsb0``),
+        for which the code waits. Serialised code has such a signal and a wait after each HGMMA.
         """
-        alone = None  # the accumulator of an HGMMA that is a chain of its own
-        within = False  # a chain
+        alone = None  # the accumulator of the last HGMMA, if that was a chain of one
+        within = False  # whether the last HGMMA continues in the next
         for instruction in self.instructions:
             if instruction.kind != "HGMMA":
                 continue
@@ -94,7 +94,7 @@ class Disassembly:
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """By address, an outer loop before those within it."""
+        """The loops by address, an outer loop before those nested in it."""
         blocks = self._blocks()
         successors = [list(self._successors(blocks, i)) for i in range(len(blocks))]
         reached = _reachable([0], successors)
@@ -102,11 +102,12 @@ class Disassembly:
         for block in reached:
             for successor in successors[block]:
                 predecessors[successor].append(block)
-        bodies: dict[int, set[int]] = {}  # by header, the blocks from which a branch back to it is reached without it
+        # For each header the blocks that lead to a branch back to it without passing through it.
+        bodies: dict[int, set[int]] = {}
         for header in reached:
             for latch in (block for block in predecessors[header] if block >= header):
                 body = _reachable([latch], predecessors, {header})
-                if header == 0 or 0 not in body:  # else the loop is not entered by its header: a branch back from afar
+                if header == 0 or 0 not in body:  # otherwise it is no loop: the blocks are entered elsewhere
                     bodies.setdefault(header, set()).update(body)
         loops = []
         for header, body in bodies.items():
@@ -117,7 +118,7 @@ class Disassembly:
         return tuple(sorted(loops, key=lambda loop: (loop.start, loop.depth)))
 
     def _blocks(self) -> list[tuple[Instruction, ...]]:
-        """Runs of instructions that are entered at the first and left at the last."""
+        """The basic blocks: runs of instructions that are entered at the first and left at the last."""
         starts = set(self.labels.values())
         blocks: list[list[Instruction]] = []
         for instruction in self.instructions:
@@ -142,7 +143,7 @@ def _leaves(instruction: Instruction) -> bool:
 
 
 def _reachable(start: Iterable[int], edges: list[list[int]], without: Iterable[int] = ()) -> set[int]:
-    """`start`, `without`, and what `edges` lead to from `start` without passing through `without`."""
+    """The nodes that `edges` lead to from `start` without passing through `without`; `start` and `without` included."""
     found = {*without}
     waiting = [node for node in start if node not in found]
     while waiting:
@@ -154,7 +155,7 @@ def _reachable(start: Iterable[int], edges: list[list[int]], without: Iterable[i
 
 
 def parse(text: str) -> Disassembly:
-    """What ``nvdisasm -c`` prints of a cubin with one kernel."""
+    """Parses the output of ``nvdisasm -c`` for a cubin with one kernel."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     waiting: list[str] = []  # labels of the next instruction
@@ -180,7 +181,7 @@ def _run_tool(tool: str, *options: str, cubin: bytes) -> str:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """``(registers of a thread, bytes of its stack)``; a kernel without a stack has no spills."""
+    """``(registers a thread, bytes of stack a thread)``. A kernel without a stack spills nothing."""
     usage = re.search(r"REG:(\d+) STACK:(\d+)", _run_tool("cuobjdump", "-res-usage", cubin=cubin))
     assert usage is not None
     registers, stack = map(int, usage.groups())
@@ -188,5 +189,5 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def disassemble(cubin: bytes) -> Disassembly:
-    """The machine code; takes as long as compiling it."""
+    """The machine code of a cubin. Takes about as long as compiling it."""
     return parse(_run_tool("nvdisasm", "-c", cubin=cubin))

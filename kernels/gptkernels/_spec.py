@@ -77,7 +77,7 @@ class OpSpec:
 
     `make_inputs(case, dtype, device, seed)` draws the inputs by `Draws`. `reference` takes the keyword arguments of
     `function` but `backend`. `compile_cases` are for compile_report, where tensors have no data: each variant of the Triton
-    kernels once or twice, at sizes that users run.
+    kernels once or twice, at sizes that users run. bench.cpu times `cpu_cases`; `bench_cases` are sized for a GPU.
     """
 
     name: str
@@ -88,3 +88,4 @@ class OpSpec:
     cases: tuple[Case, ...]
     bench_cases: tuple[Case, ...]
     compile_cases: tuple[Case, ...] = ()
+    cpu_cases: tuple[Case, ...] = ()

@@ -1,4 +1,4 @@
-"""Memory that a training step frees and asks for again a moment later, kept in the process instead of given back."""
+"""Makes glibc keep freed memory in the process, because a training step soon asks for it again."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
 def tune_allocator() -> bool:
-    """Tells glibc's malloc to keep the memory that tensors free; True where it did.
+    """Tells glibc's malloc to keep the memory that tensors free.
 
-    By default glibc takes each block of more than 32 MiB, and in a fresh process of more than 128 KiB, from the system and
-    gives it back when it is freed. The next tensor's pages are then zeroed by the kernel one by one, at every step:
-    much of a CPU training step's time. After this call freed blocks stay in one heap that all threads share.
+    By default glibc gets each block of more than 32 MiB (in a fresh process, of more than 128 KiB) from the system, and gives
+    it back when it is freed. The system then zeroes every page of the next tensor, which takes much of a CPU training
+    step's time. After this call, freed blocks stay in one heap that all threads share.
 
-    The price is that the process does not shrink: its memory stays at the highest it has reached, and a little above (a
-    heap fragments). It holds for the process, cannot be undone, and concerns CPU memory alone. The commands of `gptcore`
-    call it unless told ``--no-tune-allocator``; nothing calls it at import.
+    The process then never shrinks: it keeps the most memory that it has used, and slightly more, because a heap
+    fragments. The setting affects the whole process and only CPU memory, and cannot be undone. The commands of `gptcore`
+    make this call unless given ``--no-tune-allocator``; importing the library does not.
 
     Returns:
-        False where there is no glibc (musl, macOS, Windows): nothing has changed there.
+        True if glibc accepted the settings; False without glibc (musl, macOS, Windows), where nothing changes.
     """
     if not sys.platform.startswith("linux"):
         return False

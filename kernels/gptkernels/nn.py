@@ -1,4 +1,4 @@
-"""torch.nn's modules on this library's functions: the same arguments, initial values, state dict and repr.
+"""Modules like torch.nn's that run on this library's functions, with the same arguments, initial values and state dict.
 
 >>> import torch, gptkernels
 >>> norm = gptkernels.nn.LayerNorm(64)
@@ -7,16 +7,16 @@
 >>> norm(torch.randn(2, 5, 64)).shape
 torch.Size([2, 5, 64])
 
-Each is a subclass of its twin (``isinstance`` and everything else that looks for the twin goes on working), and where there
-is no fused kernel for a configuration or an input, the twin's own forward runs. `gptkernels.use_backend` chooses what runs.
+Each is a subclass of its twin in torch.nn, so ``isinstance`` works as before. If there is no fused kernel for a configuration
+or an input, the twin's own forward runs. `gptkernels.use_backend` chooses the kernels.
 
-What differs from the twins, on purpose:
+Three results differ from the twins' on purpose:
 
-- Under autocast on a GPU, PyTorch widens the results of layer norm and softmax to float32. Here, as in PyTorch's own autocast
-  on the CPU, they keep the input's dtype (statistics are float32 all the same): the next matrix product would narrow them
-  again. The losses are float32 in either case.
-- `CrossEntropyLoss` of 16-bit logits is float32 without autocast too, where PyTorch rounds it to 16 bits.
-- `Softmax` of nothing but -inf is 0 everywhere, not NaN.
+- Under autocast on a GPU, PyTorch widens the results of layer norm and softmax to float32. Here they keep the input's dtype,
+  as under PyTorch's autocast on the CPU, because the next matrix product would narrow them again. Statistics are float32
+  here too, and the losses are float32 in either case.
+- `CrossEntropyLoss` of 16-bit logits is float32 without autocast too; PyTorch's is rounded to 16 bits.
+- `Softmax` of a row of -inf is 0 everywhere; PyTorch's is NaN.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ __all__ = ["GELU", "CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "R
 
 
 def fits(x: Tensor, normalized_shape: tuple[int, ...]) -> bool:
-    """Whether x is something to normalise over `normalized_shape`; if not, the error is the twin's to raise."""
+    """Whether x can be normalised over `normalized_shape`; if not, the twin raises the error."""
     if not normalized_shape or not x.dtype.is_floating_point:
         return False
-    if x.is_nested:  # the strided ones have no shape to ask for
+    if x.is_nested:  # strided nested tensors have no `shape`
         return len(normalized_shape) == 1 and x.size(-1) == normalized_shape[0]
     return x.shape[-len(normalized_shape) :] == normalized_shape
 
@@ -64,7 +64,7 @@ class RMSNorm(nn.RMSNorm):
         if not fits(x, self.normalized_shape):
             return super().forward(x)
         eps = self.eps
-        if eps is None:  # PyTorch's: that of the dtype it computes in
+        if eps is None:  # PyTorch's default: that of the dtype it computes in
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         if len(self.normalized_shape) == 1:
             return rms_norm(x, self.weight, eps)
@@ -73,12 +73,12 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Softmax(nn.Softmax):
-    """`torch.nn.Softmax` on `gptkernels.softmax`; a row of nothing but -inf gives zeros, where PyTorch gives NaN."""
+    """`torch.nn.Softmax` on `gptkernels.softmax`; a row of -inf gives zeros, where PyTorch gives NaN."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.dim is None or not -input.dim() <= self.dim < input.dim() or not input.dtype.is_floating_point:
             return super().forward(input)
-        if input.is_nested and input.layout is torch.strided:  # such a tensor has torch.softmax, and little beside it
+        if input.is_nested and input.layout is torch.strided:  # few other functions take such
             return super().forward(input)
         return softmax(input, self.dim)
 
@@ -93,15 +93,15 @@ class GELU(nn.GELU):
 
 
 def _class_indices(rows: Tensor, target: Tensor) -> bool:
-    """Whether `target` names a class for each of the rows ``(..., N)``, as the fused losses take it."""
+    """Whether `target` holds a class index for each row of ``(..., N)``, as the fused losses need it."""
     return target.dtype == torch.int64 and target.shape == rows.shape[:-1] and rows.shape[-1] > 0
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` on `gptkernels.cross_entropy`.
 
-    Fused for ``(N, C)`` or ``(C)`` and class indices; class weights, label smoothing, probabilities as targets and
-    logits ``(N, C, d1, ...)`` are PyTorch's own.
+    Fused for logits ``(N, C)`` or ``(C)`` with class indices. PyTorch's own forward handles class weights, label smoothing,
+    probabilities as targets and logits ``(N, C, d1, ...)``.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class _LinearCrossEntropyLoss(nn.Module):
-    """What `LinearCrossEntropyLoss` is made of where PyTorch has no module of that name (2.13 does)."""
+    """The base of `LinearCrossEntropyLoss` for versions of PyTorch without a module of that name (it came with 2.13)."""
 
     weight: Tensor | None
 
@@ -161,11 +161,11 @@ else:
 
 
 class LinearCrossEntropyLoss(_LinearCrossEntropyTwin):
-    """`torch.nn.LinearCrossEntropyLoss` on `gptkernels.linear_cross_entropy`: the logits are never all held.
+    """`torch.nn.LinearCrossEntropyLoss` on `gptkernels.linear_cross_entropy`, which never holds all logits.
 
-    Fused for class indices without class weights, label smoothing and `out_features`, the rest is PyTorch's own. Beside
-    ``(N, in_features)`` it takes ``(..., in_features)`` with targets ``(...)``. `options`, which size the chunks of
-    PyTorch's, have no effect on the fused kernels, and a second backward (``retain_graph``) needs none.
+    Fused for class indices; PyTorch's own forward handles class weights, label smoothing and `out_features`. It takes
+    ``(..., in_features)`` with targets ``(...)``, not only ``(N, in_features)``. The fused kernels ignore `options`, which
+    size PyTorch's chunks, and support a second backward (``retain_graph``) without them.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Puts this library's kernels under a model that somebody else wrote, and takes them away again.
+"""Makes an existing model run on this library's kernels, and undoes that.
 
-A module is not replaced by another object: its class is exchanged for a subclass of that class which computes the same
-through gptkernels. Whatever hangs on the object stays where it is, because it is the same object: parameters (and what an
-optimizer or FSDP holds of them), buffers, hooks, training mode, every name it is registered under, every reference somebody
-keeps, and what ``isinstance`` says of it. `restore_modules` gives each its own class back, and there is nothing else to undo.
+A module stays the same object; its class is replaced by a subclass that computes the same through gptkernels. Parameters
+(and an optimizer's or FSDP's references to them), buffers, hooks, training mode, names, other references to the module and
+``isinstance`` are therefore unaffected. `restore_modules` gives each module its own class back; nothing else needs undoing.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gptkernels import nn as twins
-from gptkernels._probe import Absent, Doubt, agrees, asked, likeness, logarithmic, undisturbed
+from gptkernels._probe import Inconclusive, Missing, agrees, isolated, logarithmic, probe_key, probed
 from gptkernels.activation import gelu
 from gptkernels.rms_norm import rms_norm
 
@@ -29,7 +28,7 @@ __all__ = ["SwapReport", "replace_modules", "restore_modules"]
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `replace_modules` or `restore_modules` did: by module name, what was changed, and what was left and why."""
+    """What `replace_modules` or `restore_modules` did: by module name, what was changed, and why the others were left."""
 
     verb: str
     changed: dict[str, str] = field(default_factory=dict)
@@ -49,13 +48,13 @@ class SwapReport:
 
 
 class Swapped:
-    """Mixed into the class of a module that now runs on gptkernels, beside its own class and the kind of forward it got."""
+    """The first base of every class that replaces a module's; the others are the class with the new forward, and the original."""
 
     _gptkernels_original: type[nn.Module]
     _gptkernels_kind: type
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles by the two classes it is made of: the mixture itself has no name to be found by."""
+        """Copies and pickles by the two classes that this one is made of; pickle could not find this one by its name."""
         _, _, *state = super().__reduce_ex__(protocol)
         return _rebuild, (self._gptkernels_original, self._gptkernels_kind), *state
 
@@ -64,25 +63,25 @@ class Swapped:
 
 
 def _rebuild(original: type[nn.Module], kind: type) -> nn.Module:
-    mixture = _mixture(original, kind)
-    return mixture.__new__(mixture)
+    swapped = _swapped_class(original, kind)
+    return swapped.__new__(swapped)
 
 
 @cache
-def _mixture(original: type[nn.Module], kind: type) -> type[nn.Module]:
-    """The subclass of `original` whose forward is `kind`'s; it bears the original's names, which others look modules up by."""
+def _swapped_class(original: type[nn.Module], kind: type) -> type[nn.Module]:
+    """The subclass of `original` with `kind`'s forward. It has the original's name, by which other code looks modules up."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     parts = {"_gptkernels_original": original, "_gptkernels_kind": kind}
     return type(original.__name__, (Swapped, kind, original), {**names, **parts})
 
 
 def kind_of(module: nn.Module) -> type | None:
-    """What kind of forward `module` got; None when it has its own."""
+    """The class with the forward that `module` was given; None for a module with its own forward."""
     return module._gptkernels_kind if isinstance(module, Swapped) else None
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    """Why this object's class cannot be exchanged whatever it computes; None when it can be."""
+    """Why this module's class cannot be replaced, whatever it computes; None if it can be."""
     if isinstance(module, Swapped):
         return "already on gptkernels"
     if isinstance(module, torch.jit.ScriptModule):
@@ -96,25 +95,28 @@ def _obstacle(module: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class Match:
-    """What a module can run on: a kind of forward, the function that this calls, and the constants it relies on."""
+    """How a module can run on gptkernels."""
 
     kind: type
+    """The class with the new forward."""
     function: str
+    """The function of gptkernels that this forward calls."""
     relies_on: dict[str, Any] = field(default_factory=dict)
+    """The module's constants for which the two were found to compute the same."""
 
 
-class OfOneTensor:
-    """A kind of forward that computes one tensor from one, under whatever name the original's forward gives it.
+class UnaryForward:
+    """A forward that computes one tensor from one tensor, whatever name the original's forward gives its argument.
 
-    `fused` does so, or returns None for an input that is the original's to handle. So is a call with more than the one
-    tensor, and every call once a constant that the verdict on the module relies on (`_probe.asked`) has another value.
+    `fused` computes it, or returns None to leave the input to the original forward. The original also handles calls with
+    further arguments, and every call after a constant that the match relies on (`Match.relies_on`) has changed.
     """
 
     fused: Callable[[Any, Tensor], Tensor | None]
 
     def __init_subclass__(cls) -> None:
         if "_gptkernels_original" not in vars(cls):
-            return  # a kind, or a class that somebody put over ours
+            return  # a kind itself, or a class that other code derived from a replaced one
         original: Any = vars(cls)["_gptkernels_original"].forward
         fused, (_, first, *_) = vars(cls)["_gptkernels_kind"].fused, inspect.signature(original).parameters
 
@@ -130,34 +132,34 @@ class OfOneTensor:
 
 
 def constants_hold(module: nn.Module) -> bool:
-    """Whether what the verdict on `module` relies on is still so."""
+    """Whether the constants that the match of `module` relies on have kept their values."""
     for name, value in module.__dict__.get("_gptkernels_relies_on", {}).items():
-        found = getattr(module, name, Absent)
+        found = getattr(module, name, Missing)
         if found is not value and found != value:
             return False
     return True
 
 
-class RMSNorm(OfOneTensor):
+class RMSNorm(UnaryForward):
     """The forward of RMS norms with a `weight` and an epsilon, as Hugging Face's decoders define them."""
 
     weight: Tensor
 
     def fused(self, x: Tensor) -> Tensor | None:
-        # Which dtype comes of two is the original's to say.
+        # Of two dtypes, the original decides which one the result has.
         if x.dtype != self.weight.dtype or not twins.fits(x, self.weight.shape):
             return None
         return rms_norm(x, self.weight, getattr(self, _epsilon_name(self)))
 
 
-class TanhGELU(OfOneTensor):
+class TanhGELU(UnaryForward):
     """The forward of modules that compute GELU's tanh form."""
 
     def fused(self, x: Tensor) -> Tensor | None:
         return gelu(x, approximate="tanh") if x.dim() and x.dtype.is_floating_point else None
 
 
-class ExactGELU(OfOneTensor):
+class ExactGELU(UnaryForward):
     """The forward of modules that compute GELU by the error function."""
 
     def fused(self, x: Tensor) -> Tensor | None:
@@ -176,11 +178,11 @@ if hasattr(nn, "LinearCrossEntropyLoss"):
 
 
 def _twin(module: nn.Module) -> Match | str:
-    """PyTorch's own modules are known by their forward."""
+    """Matches PyTorch's own modules; a subclass with a forward of its own is left."""
     twin, (ours, function) = next(pair for pair in TWINS.items() if isinstance(module, pair[0]))
     if isinstance(module, ours):
         return "already on gptkernels"
-    # Its own, and not what a library has put in its place.
+    # A library may also have put another function in the place of PyTorch's forward.
     known = type(module).forward is twin.forward and twin.forward.__module__ == twin.__module__
     return Match(ours, function) if known else f"{type(module).__name__} has a forward of its own"
 
@@ -190,11 +192,11 @@ def _epsilon_name(module: Any) -> str:
 
 
 def _rms_norm(module: Any) -> Match | str:
-    """Asks `module`: Gemma's RMS norms look like Llama's and multiply by ``1 + weight``; others norm groups of a row."""
+    """Matches RMS norms by what they compute: Gemma's look like Llama's and multiply by ``1 + weight``, for example."""
     name, width = _epsilon_name(module), module.weight.shape[0]
     eps, relies_on = getattr(module, name), {}
     if not isinstance(eps, float) or eps <= 0.0:
-        return f"{type(module).__name__} has an epsilon that is no positive number"
+        return f"{type(module).__name__} has an epsilon that is not a positive number"
     if width == 0:
         return f"{type(module).__name__} does not hold its weight (is it kept in pieces elsewhere?)"
 
@@ -202,23 +204,23 @@ def _rms_norm(module: Any) -> Match | str:
         x, weight = x.double(), weight.double()
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight, weight.abs()
 
-    with undisturbed():
+    with isolated():
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(14, width, generator=generator, dtype=torch.float64)
-        # Of the epsilon's size too: where it is added matters.
+        # Rows as small as the epsilon show where it is added.
         x[:9] *= torch.tensor([1e-3, 1e-2, 0.1, 1.0, 10.0, 1e2, 1e3, 1e4, math.sqrt(eps)])[:, None]
         x[9] = logarithmic(width, generator=generator)
         x[10], x[11, 0], x[12, 0], x[13, 0] = 0.0, 1e4, math.inf, math.nan
         inputs = {"x": x.view(2, 7, width), "weight": logarithmic(width, generator=generator)}
-    compute = asked(module, lambda weight: {"weight": weight, name: eps}, relies_on)
-    # Many compute in float32 whatever comes.
+    compute = probed(module, lambda weight: {"weight": weight, name: eps}, relies_on)
+    # The precision is float32's: many compute in float32 whatever the input's dtype.
     if agrees(compute, exact, inputs, 8 * torch.finfo(torch.float32).eps):
         return Match(RMSNorm, "rms_norm", relies_on)
     return f"{type(module).__name__} does not compute x / rms(x) * weight"
 
 
 def _gelu(module: nn.Module) -> Match | str:
-    with undisturbed():
+    with isolated():
         small = torch.linspace(-6, 6, 97, dtype=torch.float64)
         large = torch.logspace(-3, 4, 36, dtype=torch.float64)
         x = torch.cat([small, large, -large, torch.tensor([math.inf, math.nan], dtype=torch.float64)])
@@ -233,21 +235,21 @@ def _gelu(module: nn.Module) -> Match | str:
             x = x.double()
             return 0.5 * x * (1 + share(x)), x.abs()
 
-        if agrees(asked(module, dict, relies_on), exact, {"x": x}, 1e-9):
+        if agrees(probed(module, dict, relies_on), exact, {"x": x}, 1e-9):
             return Match(kind, "gelu", relies_on)
-    return f"{type(module).__name__} is another function than GELU or its tanh form"
+    return f"{type(module).__name__} computes neither GELU nor its tanh form"
 
 
 def _other_parameters(module: nn.Module) -> str:
     return f"{type(module).__name__} has other parameters than a weight and an epsilon"
 
 
-Verdict = Callable[[Any], Match | str]
-"""Finds out what a module can run on, or why it cannot."""
+Matcher = Callable[[Any], Match | str]
+"""Finds out how a module can run on gptkernels, or why it cannot."""
 
 
-def _verdict(module: Any) -> Verdict | None:
-    """Who judges `module`, by what it looks like; None for modules that this library has nothing for."""
+def _matcher(module: Any) -> Matcher | None:
+    """The matcher for a module of this appearance; None for modules that this library has no function for."""
     if isinstance(module, tuple(TWINS)):
         return _twin
     name = type(module).__name__
@@ -260,25 +262,25 @@ def _verdict(module: Any) -> Verdict | None:
     return _rms_norm if plain else _other_parameters
 
 
-def exchange(
+def swap_classes(
     model: nn.Module,
-    verdict_on: Callable[[nn.Module], Verdict | None],
+    matcher_of: Callable[[nn.Module], Matcher | None],
     skip: Callable[[str, nn.Module], bool] | None = None,
 ) -> SwapReport:
-    """Gives each module of `model` that a verdict matches its kind of forward, and says what it left and why."""
+    """Gives each module of `model` that its matcher accepts the new forward; reports the others with the reason."""
     report = SwapReport("replaced")
-    known: dict[Hashable, Match | str] = {}  # a model has many modules alike
+    known: dict[Hashable, Match | str] = {}  # most models have many equal modules: each is probed once
     for name, module in list(model.named_modules()):
-        verdict = verdict_on(module)
-        if verdict is None:
+        matcher = matcher_of(module)
+        if matcher is None:
             continue
         if (found := _obstacle(module)) is None:
-            key = (verdict, likeness(module))
+            key = (matcher, probe_key(module))
             if key not in known:
                 try:
-                    known[key] = verdict(module)
-                except Doubt as doubt:
-                    known[key] = f"{type(module).__name__} {doubt}"
+                    known[key] = matcher(module)
+                except Inconclusive as reason:
+                    known[key] = f"{type(module).__name__} {reason}"
             found = known[key]
         if isinstance(found, str):
             report.left[name] = found
@@ -288,26 +290,26 @@ def exchange(
             report.changed[name] = f"{type(module).__name__} -> gptkernels.{found.function}"
             if found.relies_on:
                 module._gptkernels_relies_on = found.relies_on  # type: ignore[assignment]
-            module.__class__ = _mixture(type(module), found.kind)
+            module.__class__ = _swapped_class(type(module), found.kind)
     return report
 
 
 def replace_modules(model: nn.Module, *, skip: Callable[[str, nn.Module], bool] | None = None) -> SwapReport:
-    """Puts the norms, softmaxes, GELUs and losses of `model` on this library's kernels, in place.
+    """Makes the norms, softmaxes, GELUs and losses of `model` run on this library's kernels, in place.
 
-    That is `torch.nn`'s LayerNorm, RMSNorm, Softmax, GELU, CrossEntropyLoss and LinearCrossEntropyLoss, and Hugging Face's
-    own RMS norms and GELUs (and whatever else looks like these and is found to compute the same: in training and in
-    evaluation, in every dtype, for numbers of every size, gradients included). What is in doubt is left, and so are
-    subclasses of PyTorch's modules with a forward of their own. The modules stay the same objects with the same parameters,
-    buffers, hooks, modes and names, and are called with the same arguments; the model can be copied, pickled, compiled,
-    trained and saved as before. Calling it again changes nothing.
+    These are `torch.nn`'s LayerNorm, RMSNorm, Softmax, GELU, CrossEntropyLoss and LinearCrossEntropyLoss, Hugging Face's RMS
+    norms and GELUs, and modules that look like the latter and are found to compute the same: in training and evaluation,
+    every dtype, numbers of every size, gradients included. Doubtful modules are left, and so are subclasses of PyTorch's
+    modules with a forward of their own. The modules stay the same objects with the same parameters, buffers, hooks, modes
+    and names, and take the same arguments; the model can be copied, pickled, compiled, trained and saved as before. A
+    second call changes nothing.
 
     Args:
-        model: any module tree, on any device (meta included: no tensor of it is read); a single norm too.
-        skip: called with each candidate's name and module; those it says True of are left.
+        model: any module tree on any device (meta too: no tensor of it is read), or a single module.
+        skip: called with the name and the module of each match; if it returns True, the module is left.
 
     Returns:
-        What was replaced, and what was left and why; ``print`` it.
+        The modules that were replaced, and those that were left with the reason; ``print`` shows both.
 
     >>> import torch, gptkernels
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.GELU())
@@ -318,21 +320,24 @@ def replace_modules(model: nn.Module, *, skip: Callable[[str, nn.Module], bool] 
     left 0 modules
     >>> restored = gptkernels.restore_modules(model)
     """
-    return exchange(model, _verdict, skip)
+    return swap_classes(model, _matcher, skip)
 
 
 def on_restore(module: nn.Module, undo: Callable[[nn.Module], str]) -> None:
-    """Has `restore_modules` call `undo`, which can be pickled and says what it undid, for what no class can express."""
+    """Registers `undo` for `restore_modules` to call with `module`, for changes other than the class.
+
+    `undo` must be picklable; it returns the name of what it undid.
+    """
     module._gptkernels_undo = undo  # type: ignore[assignment]
 
 
 def restore_modules(model: nn.Module) -> SwapReport:
     """Undoes `replace_modules`, and an integration's ``accelerate_model``, in place.
 
-    Every changed module gets its own class back. The objects were the same all the time, so that is all.
+    Every replaced module gets its own class back.
 
     Returns:
-        What was restored; and what was left, because something else has changed its class since.
+        The modules that were restored, and those that were left because something else has changed their class since.
     """
     report = SwapReport("restored")
     for name, module in list(model.named_modules()):
@@ -346,5 +351,5 @@ def restore_modules(model: nn.Module) -> SwapReport:
             vars(module).pop("_gptkernels_relies_on", None)
             module.__class__ = original
         else:
-            report.left[name] = f"its class was exchanged again, for {type(module).__qualname__}"
+            report.left[name] = f"its class was replaced again, by {type(module).__qualname__}"
     return report

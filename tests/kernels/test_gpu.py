@@ -14,12 +14,13 @@ from gptkernels.backend import FUSED
 from gptkernels.testing import SPECS, Case, Inputs, OpSpec, assert_within_budget, check_op, outputs, random_grads, run
 from torch import Tensor
 
+from bench.measure import CapturedGraph
+
 pytestmark = pytest.mark.gpu
 
 TRITON = [spec for spec in SPECS if "triton" in FUSED[spec.name]]
-MOST_BYTES = (
-    1.2e9  # of a case's float32 inputs and outputs: the float64 result and its gradients take many times as much
-)
+# Of a case's float32 inputs and outputs: the float64 result and its gradients take many times as much.
+MOST_BYTES = 1.2e9
 INT32 = 2**31
 
 
@@ -80,7 +81,7 @@ def test_inductor_equals_eager(spec: OpSpec):
 
 @each_op
 def test_cuda_graph_replays_forward_and_backward(spec: OpSpec):
-    """Captured on one draw and replayed on another, in the same memory: nothing of the first is baked in."""
+    """A graph captured with one set of inputs gives, after others are copied into the same memory, the results of those."""
     function = partial(spec.function, backend="triton")
     inputs, grads = prepared(spec)
     leaves = inputs.mapped(lambda t: t.detach().clone().requires_grad_())
@@ -90,27 +91,19 @@ def test_cuda_graph_replays_forward_and_backward(spec: OpSpec):
         outs = outputs(function(**leaves.tensors, **leaves.options))
         return *outs, *torch.autograd.grad(outs, tensors, [g.to(o.dtype) for g, o in zip(grads, outs)])
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay = CapturedGraph(step)
     other, _ = prepared(spec, seed=1)
     with torch.no_grad():
         for leaf, new in zip(tensors, other.differentiable().values()):
             leaf.copy_(new)
-    graph.replay()
+    actuals = replay()
     torch.cuda.synchronize()
-    for actual, expected in zip(captured, step()):
+    for actual, expected in zip(actuals, step()):
         assert torch.equal(actual, expected)
 
 
 def drawn(*shape: int) -> Tensor:
-    """bfloat16, made on the GPU: billions of numbers from the CPU would take minutes."""
+    """Random bfloat16 numbers, drawn on the GPU: billions of numbers from the CPU would take minutes."""
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
@@ -121,10 +114,10 @@ def check_last(
     rows: tuple[slice, ...],
     shared: tuple[str, ...] = (),
 ) -> None:
-    """Runs `function` on all of `tensors` and holds what came out for the last `rows` against `reference` on those alone.
+    """Runs `function` on all of `tensors` and compares its results for the last `rows` with `reference` on those rows alone.
 
-    The gradient that flows back is zero elsewhere: parameters (`shared`), which have one gradient for all rows, then have that of
-    the last ones; and the gradients of all other rows are zero.
+    The gradient of the output is zero in all other rows. Parameters (`shared`) then have the gradient of the last rows, and
+    the input gradients of all other rows must be zero.
     """
     leaves = {name: t.requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
     out = function(**leaves)
@@ -169,7 +162,7 @@ def test_rows_past_2_to_the_31(name: str):
 
 
 def test_long_rows_past_2_to_the_31():
-    """Rows of hundreds of millions of columns, the last of which starts and ends far out."""
+    """Three rows of 700 million columns: the last one starts before and ends after 2^31 elements."""
     x = drawn(3, INT32 // 3 + 1_000)
     spec = next(spec for spec in SPECS if spec.name == "softmax")
     out = spec.function(x, backend="triton")
@@ -205,7 +198,7 @@ def test_cross_entropy_past_2_to_the_31():
 
 @pytest.mark.parametrize("layout", ["heads", "packed"])
 def test_attention_past_2_to_the_31(layout: str):
-    """Sixteen sequences; "packed" are the strided slices of one projection, whose addresses go three times as far."""
+    """Sixteen sequences. "packed": strided slices of one projection, whose addresses reach three times as far."""
     batch, heads, tokens, head_dim = (16, 64, 16_500, 128) if layout == "heads" else (16, 32, 11_000, 128)
     if layout == "heads":
         query, key, value = (drawn(batch, heads, tokens, head_dim) for _ in range(3))
@@ -222,7 +215,7 @@ def test_attention_past_2_to_the_31(layout: str):
     whole[last] = grad_out
     grads = torch.autograd.grad(out, (query, key, value), whole)
     del whole
-    # The last head alone, by the same kernels: a sequence and a head know nothing of each other, so the bits are the same.
+    # The same kernels on the last head alone: heads and sequences are independent, so the bits are equal.
     small = [t.detach()[last].contiguous().requires_grad_() for t in (query, key, value)]
     alone = gptkernels.attention(*small, is_causal=True, backend="triton")
     assert torch.equal(out[last], alone)

@@ -1,4 +1,4 @@
-"""The mended interpreter: bfloat16 behaves as on a GPU, and the mend is still needed."""
+"""The fixed interpreter computes bfloat16 as a GPU does, and the fix is still needed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_bfloat16_is_right(tmp_path):
     assert cast == 0
 
 
-def test_the_mend_is_still_needed(tmp_path):
+def test_the_fix_is_still_needed(tmp_path):
     """When this fails, Triton's interpreter computes bfloat16 itself: delete `gptkernels/_interpreter.py`."""
     dot, cast = _errors(tmp_path, "plain")
     assert dot > 1.0
@@ -68,7 +68,7 @@ def test_nan_survives_the_cast():
     assert torch.from_numpy(bits.view("int16")).view(torch.bfloat16).isnan().tolist() == [True, True, False]
 
 
-# What kernels rely on, against NumPy and PyTorch. With a GPU the same tests run there.
+# Functions of Triton that kernels use, compared with NumPy and PyTorch. On a machine with a GPU these tests run on it.
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def philox4x32(counters: np.ndarray, seed: int, rounds: int) -> np.ndarray:
 
 
 def test_philox_is_the_published_one():
-    """Known answers that Random123 ships, for the implementation that the next test compares with."""
+    """`philox4x32`, which the next test compares Triton's with, gives the known answers that Random123 ships."""
     zeros = np.zeros((1, 4), dtype=np.uint32)
     assert [hex(x) for x in philox4x32(zeros, 0, 10)[0]] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
     assert [hex(x) for x in philox4x32(zeros, 0, 7)[0]] == ["0x5f6fb709", "0xd893f64", "0x4f121f81", "0x4f730a48"]
@@ -139,7 +139,7 @@ def _arithmetic_kernel(X, Y, OUT, COMPARED, N: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_arithmetic(dtype: torch.dtype, device: str):
-    """Every result is the correctly rounded one, in the operands' dtype: PyTorch's."""
+    """Every result is rounded correctly to the operands' dtype, as PyTorch's is."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 256).to(device, dtype)
     y[:9] = x[:9]
@@ -188,7 +188,7 @@ def test_reductions(dtype: torch.dtype, device: str):
 
 
 def test_sums_of_bfloat16_are_rounded_as_they_grow(device: str):
-    """`tl.sum` of bfloat16 accumulates in bfloat16: who wants the sum of 1, 2**-9, 2**-9, ... widens it first."""
+    """`tl.sum` of bfloat16 accumulates in bfloat16, and so loses 2**-9 beside 1; kernels widen to float32 first."""
     x = torch.full((8, 64), 2.0**-9, device=device, dtype=torch.bfloat16)
     x[:, 32:] = 1.0
     outs = [torch.empty(9, dtype=x.dtype, device=device) for _ in range(3)]

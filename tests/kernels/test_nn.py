@@ -1,4 +1,4 @@
-"""gptkernels.nn against its twins: construction, state, repr, results in every configuration, with or without a kernel."""
+"""gptkernels.nn's modules equal torch.nn's: construction, state, repr, and results in every configuration, fused or not."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pair(case: str) -> tuple[nn.Module, nn.Module]:
 def test_results_and_gradients_are_the_twins(case: str, dtype: torch.dtype):
     twin, ours = pair(case)
     results: list[dict[str, list[Tensor]]] = [{}, {}, {}]
-    for _ in range(8):  # draws are judged together: one draw's few gradients err by luck
+    for _ in range(8):  # compared together: the error of a single draw's few gradients depends on chance
         x, grad = (torch.randn(4, 2, 3, 8).to(dtype) * 2 + 1 for _ in range(2))
         for found, module, to in zip(results, (ours, twin, twin), (dtype, dtype, torch.float64)):
             module = copy.deepcopy(module).to(to)
@@ -105,7 +105,7 @@ def test_float64_and_no_dimensions_and_no_dimension_given():
 @pytest.mark.parametrize("case", TWINS)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_the_twins(case: str, layout: torch.layout):
-    """What PyTorch's modules take and, row by row, what comes of it."""
+    """Where PyTorch's modules take nested tensors, ours give the same rows; elsewhere the same error."""
     twin, ours = pair(case)
     dtype = next((p.dtype for p in twin.parameters()), torch.float32)
     rows = [torch.randn(2, 8, dtype=dtype), torch.randn(3, 8, dtype=dtype)]
@@ -120,7 +120,7 @@ def test_nested_tensors_are_the_twins(case: str, layout: torch.layout):
         torch.testing.assert_close(a, b)
 
 
-def test_softmax_of_nothing_but_minus_infinity_is_zero():
+def test_softmax_of_a_row_of_minus_infinity_is_zero():
     x = torch.tensor([[0.0, 1.0], [-math.inf, -math.inf]])
     assert nn.Softmax(-1)(x)[1].isnan().all()
     out = gptkernels.nn.Softmax(-1)(x)
@@ -129,7 +129,7 @@ def test_softmax_of_nothing_but_minus_infinity_is_zero():
 
 
 def test_autocast_keeps_the_dtype_of_the_input():
-    """PyTorch's own rule on the CPU; on a GPU PyTorch widens norms and softmax to float32, and these do not."""
+    """As PyTorch's modules do on the CPU; on a GPU PyTorch's norms and softmax give float32, and ours do not."""
     x = torch.randn(4, 8)
     for module in (
         gptkernels.nn.LayerNorm(8),
@@ -183,7 +183,7 @@ def test_cross_entropy_is_the_twins(layout: str, options: dict):
         leaf = logits.clone().requires_grad_()
         out = loss(leaf, target)
         results.append((out, *torch.autograd.grad(out.sum(), leaf)))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6, equal_nan=True)  # the mean of nothing
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6, equal_nan=True)  # a mean over no targets is NaN
 
 
 def test_cross_entropy_of_probabilities_is_the_twins():
@@ -268,8 +268,8 @@ def test_the_loss_for_a_pytorch_without_it_has_the_same_state_and_results():
 
 
 @pytest.mark.parametrize("case", ["LayerNorm two dims", "RMSNorm", "Softmax", "GELU tanh"])
-def test_compiles_whole(case: str):
+def test_compiles_without_graph_breaks(case: str):
     _, ours = pair(case)
     x = torch.randn(2, 3, 8)
-    with gptkernels.use_backend("reference"):  # what compiles in a moment; the ops have their own tests
+    with gptkernels.use_backend("reference"):  # which compiles fast; the kernels' ops have tests of their own
         torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), ours(x))

@@ -1,4 +1,4 @@
-"""What a stranger's module is taken for: by what it computes in both modes, every dtype and at every size, undisturbed."""
+"""Modules of other libraries are recognised by what they compute, in both modes, every dtype and for numbers of every size."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gptkernels import replace_modules, restore_modules
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.kernels.strangers import RMSNorm
+from tests.kernels.foreign import RMSNorm
 
 
 class ShiftedRMSNorm(RMSNorm):
-    """As Gemma's."""
+    """Gemma's form, which multiplies by ``1 + weight``."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
@@ -66,7 +66,7 @@ class OutputClampedRMSNorm(RMSNorm):
 
 
 class HalfClampedRMSNorm(RMSNorm):
-    """As T5 does in float16 alone."""
+    """Clamps in float16 only, as T5 does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.clamp(-6e4, 6e4) if x.dtype == torch.float16 else x)
@@ -142,7 +142,7 @@ class AdjustableGELU(nn.Module):
 
 
 class AllocatingGELU(nn.Module):
-    """Makes its constants on whatever device and in whatever dtype is the default."""
+    """Makes its constants on the default device and in the default dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x * (torch.ones(1, dtype=x.dtype) + torch.erf(x / torch.tensor([2.0]).to(x.dtype).sqrt()))
@@ -153,21 +153,21 @@ LEFT = {
     "EpsilonOutsideRMSNorm does not compute x / rms(x) * weight": EpsilonOutsideRMSNorm(16),
     "GroupedRMSNorm does not compute x / rms(x) * weight": GroupedRMSNorm(16),
     "BrokenRMSNorm does not compute x / rms(x) * weight": BrokenRMSNorm(16),
-    "QuickGELU is another function than GELU or its tanh form": QuickGELU(),
-    "ClippedGELU is another function than GELU or its tanh form": ClippedGELU(),
+    "QuickGELU computes neither GELU nor its tanh form": QuickGELU(),
+    "ClippedGELU computes neither GELU nor its tanh form": ClippedGELU(),
     "InputClampedRMSNorm does not compute x / rms(x) * weight": InputClampedRMSNorm(16),
     "OutputClampedRMSNorm does not compute x / rms(x) * weight": OutputClampedRMSNorm(16),
     "HalfClampedRMSNorm does not compute x / rms(x) * weight": HalfClampedRMSNorm(16),
     "WideRMSNorm does not compute x / rms(x) * weight": WideRMSNorm(16),
-    "WidelyClippedGELU is another function than GELU or its tanh form": WidelyClippedGELU(),
-    "FiniteGELU is another function than GELU or its tanh form": FiniteGELU(),
+    "WidelyClippedGELU computes neither GELU nor its tanh form": WidelyClippedGELU(),
+    "FiniteGELU computes neither GELU nor its tanh form": FiniteGELU(),
     "DroppingGELU draws random numbers": DroppingGELU().eval(),
     "RarelyDroppingGELU draws random numbers": RarelyDroppingGELU().eval(),
     "CountingGELU changes its 'calls' when it is called": CountingGELU(),
     "ConfiguredGELU reads its 'config', which may change": ConfiguredGELU(),
     "InPlaceGELU changes its input": InPlaceGELU(),
-    "StraightThroughGELU is another function than GELU or its tanh form": StraightThroughGELU(),
-    "TwoValuedGELU is another function than GELU or its tanh form": TwoValuedGELU(),
+    "StraightThroughGELU computes neither GELU nor its tanh form": StraightThroughGELU(),
+    "TwoValuedGELU computes neither GELU nor its tanh form": TwoValuedGELU(),
 }
 
 
@@ -253,7 +253,7 @@ def test_a_forward_that_a_library_put_in_pytorchs_place_is_left(monkeypatch: pyt
 
 
 def known() -> nn.ModuleDict:
-    """One of each kind, PyTorch's and strangers'."""
+    """One module of each kind that is replaced, PyTorch's and others'."""
     return nn.ModuleDict(
         {
             "layer norm": nn.LayerNorm(16),
@@ -267,7 +267,7 @@ def known() -> nn.ModuleDict:
     )
 
 
-SURROUNDINGS = {
+CONTEXTS = {
     "meta": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference": torch.inference_mode,
@@ -276,18 +276,18 @@ SURROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize("surroundings", [*SURROUNDINGS, "default device", "default dtype"])
-def test_what_is_replaced_does_not_depend_on_where_it_is_asked(surroundings: str):
+@pytest.mark.parametrize("context", [*CONTEXTS, "default device", "default dtype"])
+def test_what_is_replaced_does_not_depend_on_the_callers_state(context: str):
     model = known()
     with ExitStack() as stack:
-        if surroundings == "default device":
+        if context == "default device":
             torch.set_default_device("meta")
             stack.callback(torch.set_default_device, None)
-        elif surroundings == "default dtype":
+        elif context == "default dtype":
             torch.set_default_dtype(torch.bfloat16)
             stack.callback(torch.set_default_dtype, torch.float32)
         else:
-            stack.enter_context(SURROUNDINGS[surroundings]())
+            stack.enter_context(CONTEXTS[context]())
         before = torch.get_default_dtype(), torch.get_default_device()
         report = replace_modules(model)
         assert (torch.get_default_dtype(), torch.get_default_device()) == before
@@ -295,7 +295,7 @@ def test_what_is_replaced_does_not_depend_on_where_it_is_asked(surroundings: str
     assert report.left == {}
 
 
-def test_a_model_without_memory_is_replaced():
+def test_a_model_on_the_meta_device_is_replaced():
     with torch.device("meta"):
         model = known()
         report = replace_modules(model)
@@ -304,7 +304,7 @@ def test_a_model_without_memory_is_replaced():
     assert set(replace_modules(model).changed) == set(report.changed)
 
 
-def test_asking_calls_no_hooks_and_warns_nobody():
+def test_probing_calls_no_hooks_and_shows_no_warnings():
     class WarningRMSNorm(RMSNorm):
         def forward(self, x: Tensor) -> Tensor:
             warnings.warn("old", stacklevel=1)
@@ -323,7 +323,7 @@ def test_asking_calls_no_hooks_and_warns_nobody():
     assert heard == []
 
 
-def test_modules_alike_are_asked_once():
+def test_equal_modules_are_probed_once():
     class CalledRMSNorm(RMSNorm):
         def forward(self, x: Tensor) -> Tensor:
             seen.append(tuple(x.shape))

@@ -1,4 +1,4 @@
-"""Machine code is read right: instructions, loops and what waits for what, in text as nvdisasm prints it."""
+"""The reader of machine code: instructions, loops, spills and serialised wgmma, in text as nvdisasm prints it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gptkernels import _sass
 
 
 def _text(*lines: str) -> str:
-    """Instructions are given addresses, 16 bytes apart; labels end with a colon."""
+    """nvdisasm's output for `lines`: gives instructions addresses 16 bytes apart; labels end with a colon."""
     printed, address = ["\t.target\tsm_90a", "_kernel:", ".text._kernel:"], 0
     for line in lines:
         printed.append(line if line.endswith(":") else f"        /*{address:04x}*/                   {line} ;")
@@ -26,7 +26,7 @@ def test_instructions_and_their_kinds():
     assert code.loops == ()
 
 
-def test_loops_and_what_is_in_them():
+def test_nested_loops_and_their_instructions():
     code = _sass.parse(
         _text(
             "S2R R0, SR_TID.X",
@@ -43,7 +43,7 @@ def test_loops_and_what_is_in_them():
             ".L_x_4:",  # 0x80, entered from the outer loop, goes back into it
             "FADD R1, R1, R1",
             "BRA `(.L_x_2)",
-            ".L_x_5:",  # 0xa0: a branch back, to what is no loop
+            ".L_x_5:",  # 0xa0: a branch onwards, in no loop
             "BRA `(.L_x_6)",
             ".L_x_6:",
             "EXIT",
@@ -58,7 +58,7 @@ def test_loops_and_what_is_in_them():
     assert outer.counts == {"LDG": 1, "FFMA": 1, "FADD": 1, "BRA": 5}
 
 
-def test_a_branch_back_that_is_no_loop():
+def test_a_branch_back_outside_of_a_loop():
     code = _sass.parse(_text("@P0 BRA `(.L_x_1)", ".L_x_0:", "FADD R1, R1, R1", "EXIT", ".L_x_1:", "BRA `(.L_x_0)"))
     assert code.loops == ()
 

@@ -13,7 +13,7 @@ from gptkernels import replace_modules, restore_modules
 from gptkernels.swap import Swapped
 from torch import Tensor, nn
 
-from tests.kernels.strangers import RMSNorm
+from tests.kernels.foreign import RMSNorm
 
 
 class GatedRMSNorm(RMSNorm):
@@ -76,7 +76,7 @@ def calls(model: Model) -> set[str]:
     return reached
 
 
-def test_replaces_what_it_knows_and_results_stay():
+def test_known_modules_are_replaced_and_results_stay():
     model, plain = make(), make()
     assert calls(model) == set()
     report = replace_modules(model)
@@ -87,7 +87,7 @@ def test_replaces_what_it_knows_and_results_stay():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_report_reads():
+def test_the_report_as_text():
     model = make()
     model.loud = Loud(16)
     assert str(replace_modules(model, skip=lambda name, module: name == "act")).splitlines() == [
@@ -138,7 +138,7 @@ def test_keeps_objects_parameters_names_modes_and_hooks():
     assert model.norm.weight.grad is None
 
 
-def test_twice_is_once_and_restoring_gives_everything_back():
+def test_a_second_call_changes_nothing_and_restoring_gives_everything_back():
     model = make()
     classes = {name: type(module) for name, module in model.named_modules()}
     state = {name: dict(vars(module)) for name, module in model.named_modules()}
@@ -157,7 +157,7 @@ def test_twice_is_once_and_restoring_gives_everything_back():
     assert restore_modules(model).changed == {}
 
 
-def test_ours_by_choice_stay_ours():
+def test_modules_of_gptkernels_nn_stay_after_restoring():
     model = nn.Sequential(gptkernels.nn.LayerNorm(4), nn.LayerNorm(4))
     assert set(replace_modules(model).changed) == {"1"}
     restore_modules(model)
@@ -187,7 +187,7 @@ def test_copies_and_pickles_are_swapped_and_restore(how: str):
     assert isinstance(model.norm, Swapped)
 
 
-def test_leaves_what_it_cannot_reach():
+def test_modules_with_a_patched_forward_or_parametrizations_are_left():
     hooked, parametrized = nn.LayerNorm(4), nn.LayerNorm(4)
     hooked.forward = lambda x: x  # type: ignore[method-assign]
     nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
@@ -199,21 +199,21 @@ def test_leaves_what_it_cannot_reach():
     assert hooked(5) == 5
 
 
-def test_leaves_subclasses_with_a_forward_of_their_own():
+def test_subclasses_with_a_forward_of_their_own_are_left():
     loud = Loud(4)
     assert replace_modules(loud).left == {"": "Loud has a forward of its own"}
     assert type(loud) is Loud
 
 
-def test_a_module_of_two_owners_is_restored_by_its_class_alone():
-    """What FSDP does: another class put over ours. Ours is then not the one to take away."""
+def test_a_module_whose_class_was_replaced_again_is_not_restored():
+    """FSDP derives another class from ours; removing ours would remove FSDP's too."""
     model = nn.Sequential(nn.LayerNorm(4))
     replace_modules(model)
     model[0].__class__ = type("FSDPLayerNorm", (type(model[0]),), {})
-    assert restore_modules(model).left == {"0": "its class was exchanged again, for FSDPLayerNorm"}
+    assert restore_modules(model).left == {"0": "its class was replaced again, by FSDPLayerNorm"}
 
 
-def test_a_norm_given_a_gate_or_another_dtype_is_its_own():
+def test_a_norm_called_with_a_gate_or_another_dtype_runs_its_own_forward():
     torch.manual_seed(0)
     ours, plain = GatedRMSNorm(16), GatedRMSNorm(16)
     plain.load_state_dict(ours.state_dict())
@@ -237,8 +237,8 @@ def test_compiled_model_runs_swapped_and_restored():
     assert torch.equal(compiled(TOKENS), plain)
 
 
-def test_optimizer_goes_on_where_it_was():
-    """Swapped between two steps: the optimizer's state is of the same parameters."""
+def test_an_optimizer_continues_with_the_same_parameters():
+    """Modules are replaced between two steps."""
     trained = []
     for swap in (True, False):
         model = make()

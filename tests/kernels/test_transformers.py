@@ -1,4 +1,4 @@
-"""Hugging Face models on this library's kernels: the same logits, losses, gradients and text, and back bit for bit."""
+"""Accelerated Hugging Face models give the same logits, losses, gradients and text; restored ones the same bits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ PADDING = {
 def make(family: str) -> nn.Module:
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
-    for parameter in model.parameters():  # norms and biases off their initial values, or a lost one would not show
+    for parameter in model.parameters():  # norms and biases of 1 and 0 would hide that one is not used
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model
 
@@ -70,7 +70,7 @@ def tokens(seed: int = 1, length: int = 12) -> Tensor:
 
 
 class Exact(nn.Module):
-    """An RMS norm that computes in its input's dtype: Hugging Face's turn everything into float32, float64 too."""
+    """An RMS norm that computes in its input's dtype; Hugging Face's compute in float32, also for float64 inputs."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Exact(nn.Module):
 
 
 def exact_twin(model: nn.Module) -> nn.Module:
-    """The original in float64."""
+    """A copy of the model in float64."""
     twin = copy.deepcopy(model).double()
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
@@ -123,7 +123,7 @@ def test_logits_loss_and_gradients_are_the_originals(family: str, padding: str):
     plain = make(family)
     exact, ours = exact_twin(plain), accelerate_model(copy.deepcopy(plain))
     found: list[dict[str, list[Tensor]]] = [{}, {}, {}]
-    for draw in range(3):  # judged together: what one draw of so few numbers errs by is luck
+    for draw in range(3):  # compared together: the error of a single draw's few numbers depends on chance
         for model, values in zip((ours, plain, exact), found):
             for name, value in results(model, family, tokens(draw), PADDING[padding]).items():
                 values.setdefault(name, []).append(value.detach())
@@ -132,8 +132,8 @@ def test_logits_loss_and_gradients_are_the_originals(family: str, padding: str):
         assert_within_budget(name, *(torch.stack(v) for v in (values, found[1][name], found[2][name])))
 
 
-def test_attention_gets_padding_and_windows_in_its_own_terms(family: str):
-    """Neither padding nor a window makes a mask that is quadratic in the tokens."""
+def test_attention_gets_padding_and_windows_as_its_own_arguments(family: str):
+    """Neither padding nor a window becomes a mask of (queries, keys)."""
     model = accelerate_model(make(family))
     for mask in PADDING.values():
         calls = reached(model, tokens(), attention_mask=mask)
@@ -158,7 +158,7 @@ def test_greedy_text_is_the_originals(family: str, cache: str | None):
 @pytest.mark.parametrize("family", CAUSAL, indirect=True)
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_a_cache_continued_by_several_tokens(family: str, static: bool):
-    """Fewer queries than keys, and with a static cache places behind the last key."""
+    """There are fewer queries than keys and, with a static cache, unused slots behind the last key."""
     plain = make(family)
     ours, ids, outs = accelerate_model(copy.deepcopy(plain)), tokens(), []
     mask = PADDING["left"]
@@ -185,17 +185,17 @@ def positions(mask: Tensor, start: int, end: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"], indirect=True)
-def test_packed_sequences_and_masks_of_ones_own(family: str):
+def test_packed_sequences_and_custom_masks(family: str):
     plain = make(family)
     ours, ids = accelerate_model(copy.deepcopy(plain)), tokens()
     packed = torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1)
     tree = torch.rand(3, 1, 12, 12, generator=torch.Generator().manual_seed(0)) < 0.5
     tree |= torch.eye(12, dtype=torch.bool)
-    packing = {"position_ids": packed, "use_cache": False}  # with a cache transformers takes them for one sequence
+    packing = {"position_ids": packed, "use_cache": False}  # with a cache, transformers treats them as one sequence
     for options in (packing, {"attention_mask": tree}, {"attention_mask": (~tree).float() * -1e9}):
         torch.testing.assert_close(ours(ids, **options).logits, plain(ids, **options).logits, rtol=1e-4, atol=1e-5)
         assert reached(ours, ids, **options) == []
-    one = {"attention_mask": torch.ones(3, 1, 1, 12, dtype=torch.bool)}  # looks like padding alone: no query is causal
+    one = {"attention_mask": torch.ones(3, 1, 1, 12, dtype=torch.bool)}  # one row for all queries: not causal
     torch.testing.assert_close(ours(ids, **one).logits, plain(ids, **one).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -219,7 +219,7 @@ def test_capped_scores_and_sinks_stay_the_models_own(name: str):
     config = transformers.AutoConfig.for_model(name, **GROUPED, head_dim=8, sliding_window=5, **experts)
     plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     ours = copy.deepcopy(plain)
-    ours.set_attn_implementation("gptkernels")  # accelerate_model leaves models that opt out of "sdpa"
+    ours.set_attn_implementation("gptkernels")  # accelerate_model leaves models that do not support "sdpa"
     for mask in PADDING.values():
         real = slice(None) if mask is None else mask.bool()
         a, b = (m(tokens(), attention_mask=mask).logits[real] for m in (ours, plain))
@@ -230,7 +230,7 @@ def test_gradient_checkpointing_changes_nothing(family: str):
     model = accelerate_model(make(family)).train()
     before = results(model, family, tokens(), PADDING["left"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # its newer name is not in every version
+        warnings.simplefilter("ignore", FutureWarning)  # its successor is not in every supported version
         model.gradient_checkpointing_enable()
     after = results(model, family, tokens(), PADDING["left"])
     for name, value in after.items():
@@ -238,8 +238,8 @@ def test_gradient_checkpointing_changes_nothing(family: str):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "bert"], indirect=True)
-def test_compiles_whole(family: str):
-    torch._dynamo.reset()  # what it has compiled of other families counts against this one
+def test_compiles_without_graph_breaks(family: str):
+    torch._dynamo.reset()  # models of other families count towards the limit of recompilations
     model = accelerate_model(make(family))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     options = {"attention_mask": PADDING["left"], "use_cache": False}
@@ -301,7 +301,7 @@ def test_hooks_state_dict_copies_and_files(family: str, tmp_path):
     seen.clear()
     accelerate_model(model)
     torch.testing.assert_close(model(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
-    assert seen == heard  # nothing that somebody listens to is passed over
+    assert seen == heard  # every hook is called
     assert list(model.state_dict()) == list(plain.state_dict())
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
     accelerated = accelerate_model(copy.deepcopy(plain))
@@ -319,8 +319,8 @@ def test_hooks_state_dict_copies_and_files(family: str, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)
-def test_what_is_changed_afterwards_still_computes_right(family: str):
-    """A projection wrapped after the model was accelerated (as PEFT does) is called, not read; another activation is taken."""
+def test_changes_after_acceleration_take_effect(family: str):
+    """A projection that is wrapped later, as PEFT does, is called; an activation that is replaced later is used."""
     plain = make(family)
     model = accelerate_model(copy.deepcopy(plain))
     for one in (model, plain):
@@ -334,7 +334,7 @@ def test_what_is_changed_afterwards_still_computes_right(family: str):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"], indirect=True)
-def test_an_activation_that_somebody_listens_to_is_called(family: str):
+def test_an_activation_with_a_hook_is_called(family: str):
     model, heard = accelerate_model(make(family)), []
     for name, module in model.named_modules():
         if name.endswith((".act", ".act_fn")):
@@ -343,7 +343,7 @@ def test_an_activation_that_somebody_listens_to_is_called(family: str):
     assert len(heard) == 2
 
 
-def test_dropout_of_attention_weights_is_trainings_alone():
+def test_attention_dropout_applies_only_in_training():
     config = transformers.GPT2Config(**{**GPT2, "attn_pdrop": 0.25})
     model = accelerate_model(transformers.GPT2LMHeadModel(config))
     assert [call["dropout_p"] for call in reached(model.train(), tokens())] == [0.25, 0.25]
@@ -357,7 +357,7 @@ def test_dropout_of_attention_weights_is_trainings_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_losses_are_transformers_own(dtype: torch.dtype):
+def test_losses_equal_transformers(dtype: torch.dtype):
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 6, 11).to(dtype), torch.randint(0, 11, (2, 6))
     labels[0, 2] = -100
@@ -378,7 +378,7 @@ def my_loss(logits: Tensor, labels: Tensor, **options) -> Tensor:
     return logits.sum()
 
 
-def test_a_loss_of_ones_own_stays():
+def test_a_custom_loss_stays():
     model = make("llama")
     model.loss_function = my_loss
     accelerate_model(model)
@@ -388,7 +388,7 @@ def test_a_loss_of_ones_own_stays():
 
 
 def test_bfloat16_and_autocast():
-    """16-bit weights, and float32 weights under autocast, where tables and queries are of different dtypes."""
+    """16-bit weights, and float32 weights under autocast, where rotary tables and queries differ in dtype."""
     for family, autocast in itertools.product(("gpt2", "llama", "bert"), (False, True)):
         plain = make(family) if autocast else make(family).bfloat16()
         ours = accelerate_model(copy.deepcopy(plain))
@@ -399,7 +399,7 @@ def test_bfloat16_and_autocast():
         torch.testing.assert_close(a[real], b[real], rtol=0.05, atol=0.05)
 
 
-def test_refuses_what_is_no_transformers_model():
+def test_other_objects_than_transformers_models_are_refused():
     with pytest.raises(TypeError, match=r"got Linear; accepted is a transformers\.PreTrainedModel"):
         accelerate_model(nn.Linear(2, 2))
     wrapped = nn.ModuleDict({"inner": make("gpt2")})
@@ -407,7 +407,7 @@ def test_refuses_what_is_no_transformers_model():
     assert wrapped["inner"].config._attn_implementation == "gptkernels"
 
 
-def test_a_version_it_cannot_serve_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_an_unsupported_version_is_named(monkeypatch: pytest.MonkeyPatch):
     import importlib.util
 
     def load() -> None:

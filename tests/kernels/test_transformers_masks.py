@@ -1,4 +1,4 @@
-"""The mask that our attention carries through a model: to everybody else the tensor that "sdpa" would get."""
+"""`Mask`, which accelerated models pass to our attention, behaves in other code like the mask that "sdpa" would get."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from tests.kernels.strangers import SIZES
+from tests.kernels.foreign import SIZES
 
 RULES = {
     "causal": (causal_mask_function, {}),
@@ -59,8 +59,8 @@ LEFT = torch.tensor([[1] * 6, [0] * 2 + [1] * 4]).bool()
 @pytest.mark.parametrize("offset", [0, 2])
 @pytest.mark.parametrize("slack", [0, 4])
 @pytest.mark.parametrize("tensor_offset", [False, True])
-def test_what_our_mask_says_is_what_transformers_would_have_said(rule, offset: int, slack: int, tensor_offset: bool):
-    """Against the mask made key by key, over offsets, free places of a cache, and padding of every kind."""
+def test_our_mask_equals_transformers(rule, offset: int, slack: int, tensor_offset: bool):
+    """Compared with transformers' dense mask, over offsets, unused slots of a cache, and padding of every kind."""
     function, options = RULES[rule]
     for padded in (
         None,
@@ -83,7 +83,7 @@ def test_what_our_mask_says_is_what_transformers_would_have_said(rule, offset: i
 
 
 @pytest.mark.parametrize("rule", EXACT_ONLY)
-def test_other_rules_come_as_masks_key_by_key(rule: str):
+def test_other_rules_give_dense_masks(rule: str):
     function, options = EXACT_ONLY[rule]
     for mask in (None, LEFT):
         arguments = {"q_length": 6, "kv_length": 6, "mask_function": function, "attention_mask": mask, **options}
@@ -93,7 +93,7 @@ def test_other_rules_come_as_masks_key_by_key(rule: str):
 
 
 def a_mask(slack: int = 0) -> tuple[Mask, Tensor]:
-    """Causal, padded on the left; and the same dense."""
+    """A causal mask, padded on the left; and the same as a dense mask."""
     made = make_mask(2, 6, 6 + slack, attention_mask=LEFT)
     expected = sdpa_mask(2, 6, 6 + slack, attention_mask=LEFT, allow_is_causal_skip=False)
     assert isinstance(made, Mask)
@@ -110,7 +110,7 @@ def no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_dense_mask")
-def test_a_mask_is_asked_and_passed_on_without_becoming_dense():
+def test_reading_a_masks_properties_does_not_make_it_dense():
     mask, expected = a_mask(slack=3)
     assert isinstance(mask, Tensor)
     assert torch.is_tensor(mask)
@@ -139,7 +139,7 @@ def test_a_mask_is_asked_and_passed_on_without_becoming_dense():
     moved = mask.to("meta")
     assert isinstance(moved, Mask)
     assert moved.device.type == moved.visible.key_mask.device.type == "meta"
-    few = mask[:, :, -2:, :8]  # what models cut off: earlier queries, empty places
+    few = mask[:, :, -2:, :8]  # models drop earlier queries and unused slots
     assert isinstance(few, Mask)
     assert few.visible == mask.visible._replace(queries=2, slots=8)
     assert mask[:, :, 4:, :].shape == (2, 1, 2, 9)
@@ -178,7 +178,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_whatever_is_done_to_a_mask_gives_what_the_dense_one_gives(operation: str):
+def test_operations_on_a_mask_give_the_dense_masks_results(operation: str):
     mask, expected = a_mask(slack=3)
     expected = expected.clone()
     done = OPERATIONS[operation](mask)
@@ -191,8 +191,8 @@ def heads(queries: int, keys: int, batch: int = 2, head_dim: int = 8) -> list[Te
     return [torch.randn(batch, 2, n, head_dim, generator=generator) for n in (queries, keys, keys)]
 
 
-def test_what_somebody_writes_into_a_mask_counts():
-    """For our attention too: also where a view of the mask was written to."""
+def test_writes_into_a_mask_take_effect():
+    """In our attention too, and also if a view of the mask was written to."""
     for write in (
         lambda m: operator.setitem(m, (..., 1), False),
         lambda m: m[:, :, 3:].logical_and_(torch.eye(3, 6).bool()),
@@ -208,12 +208,12 @@ def test_what_somebody_writes_into_a_mask_counts():
         torch.testing.assert_close(out.nan_to_num(), expected.nan_to_num())
 
 
-def test_a_mask_for_other_sizes_is_what_sdpa_makes_of_it():
+def test_a_mask_for_other_sizes_behaves_as_with_sdpa():
     (q, k, v), layer = heads(6, 7), nn.Identity()
     mask, _ = a_mask()
-    with pytest.raises(RuntimeError, match="size"):  # PyTorch's own complaint
+    with pytest.raises(RuntimeError, match="size"):  # PyTorch's own error
         attend(layer, q, k, v, mask)
-    plain = make_mask(2, 6, 6, attention_mask=torch.ones(2, 6))  # says what no mask says
+    plain = make_mask(2, 6, 6, attention_mask=torch.ones(2, 6))  # hides no key beyond the causal rule
     out, _ = attend(layer, q, k, v, plain, is_causal=False)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
     one = make_mask(1, 6, 6, attention_mask=LEFT[1:])
@@ -235,10 +235,10 @@ def test_sizes_beyond_the_kernels_go_to_pytorch():
         out, _ = attend(layer, q, k, v, mask)
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.dense(q.device)).transpose(1, 2)
         torch.testing.assert_close(out[:, 1:], expected[:, 1:])
-        assert mask.tensor is None  # the next layer may be one for the kernels
+        assert mask.tensor is None  # stays small for the next layer, which may use the kernels
 
 
-def test_more_queries_than_keys_and_no_mask_is_pytorchs_causal():
+def test_more_queries_than_keys_without_a_mask_is_causal_as_in_pytorch():
     torch.manual_seed(0)
     q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 3, 16)
     out, _ = attend(nn.Identity(), q, k, k, None, is_causal=True)
@@ -247,7 +247,7 @@ def test_more_queries_than_keys_and_no_mask_is_pytorchs_causal():
 
 
 def look_and_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """What models do: attend with the mask, with a part of it, with what they made of it."""
+    """Uses the mask as models do: whole, sliced, and in a computation."""
     layer = nn.Identity()
     seen = (~mask[:, 0]).float().sum(-1) if mask.dtype == torch.bool else mask[:, 0]
     last, _ = attend(layer, q[:, :, -2:], k, v, mask[:, :, -2:, :])
@@ -260,9 +260,9 @@ def make_and_attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> tuple[T
     return attend(nn.Identity(), q, k, v, mask)[0], *look_and_attend(q, k, v, mask)
 
 
-def test_a_mask_compiles_whole_made_inside_or_handed_in():
+def test_masks_made_inside_or_outside_compile_without_graph_breaks():
     torch._dynamo.reset()
-    for length in (5, 7):  # the second time for all lengths
+    for length in (5, 7):  # the second one compiles for dynamic lengths
         padding = torch.ones(2, length).bool()
         padding[1, :2] = False
         q, k, v = heads(length, length)
@@ -305,7 +305,7 @@ def test_our_own_path_never_makes_a_dense_mask(family: str):
     for reentrant in (None, True, False):
         if reentrant is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # its newer name is not in every version
+                warnings.simplefilter("ignore", FutureWarning)  # its successor is not in every supported version
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model(ids, attention_mask=padding, labels=ids).loss.backward()

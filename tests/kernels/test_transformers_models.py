@@ -1,4 +1,4 @@
-"""Which attention a model gets: ours where "sdpa" could serve, its own elsewhere; and its config as it was afterwards."""
+"""Parts that support "sdpa" get our attention, others keep theirs, and restoring gives the configs back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptkernels.integrations.transformers.attention import own_eager
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from tests.kernels.strangers import SIZES
+from tests.kernels.foreign import SIZES
 
 TEXT = {**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 VISION = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -151,15 +151,15 @@ def forecast(model: Any) -> Tensor:
 
 STATIC = {"cache_implementation": "static"}
 OWN: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str]] = {
-    "git": (git, text, 'GitForCausalLM opts out of "sdpa"'),
+    "git": (git, text, 'GitForCausalLM does not support "sdpa"'),
     "bridgetower": (
         bridgetower,
         lambda m: m(IDS, attention_mask=PADDING, pixel_values=ramp(2, 3, 16, 16)).text_features,
-        'BridgeTowerModel opts out of "sdpa"',
+        'BridgeTowerModel does not support "sdpa"',
     ),
-    "informer": (informer, forecast, 'InformerModel opts out of "sdpa"'),
-    "gpt_oss": (gpt_oss, text, 'GptOssForCausalLM opts out of "sdpa"'),
-    "deepseek_v32": (deepseek, text, 'DeepseekV32Attention makes a mask of its own, for "eager" and "sdpa" alone'),
+    "informer": (informer, forecast, 'InformerModel does not support "sdpa"'),
+    "gpt_oss": (gpt_oss, text, 'GptOssForCausalLM does not support "sdpa"'),
+    "deepseek_v32": (deepseek, text, 'DeepseekV32Attention makes its own mask, only for "eager" and "sdpa"'),
 }
 OURS: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
     "gemma4": (gemma4, text),
@@ -188,7 +188,7 @@ OURS: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
 
 
 def implementations(model: nn.Module) -> dict[str, str | None]:
-    """What every config in a model names, sub-configs too."""
+    """The attention that every config in a model names, nested configs too."""
     found: dict[str, str | None] = {}
 
     def walk(name: str, config: PreTrainedConfig) -> None:
@@ -205,7 +205,7 @@ def implementations(model: nn.Module) -> dict[str, str | None]:
 
 
 def check(plain: Any, run: Callable[[Any], Tensor]) -> dict[str, str | None]:
-    """The same results accelerated, the same bit for bit when restored; returns what the configs named meanwhile."""
+    """Checks that results are equal when accelerated and bit-equal when restored; returns what the accelerated configs name."""
     ours, before = copy.deepcopy(plain), implementations(plain)
     with torch.no_grad():
         expected = run(plain)
@@ -219,13 +219,13 @@ def check(plain: Any, run: Callable[[Any], Tensor]) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_models_that_look_into_their_mask(name: str):
+def test_models_that_compute_with_their_mask(name: str):
     make, run = OURS[name]
     assert "gptkernels" in check(make(), run).values()
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_models_that_sdpa_does_not_serve_keep_their_attention(name: str, caplog: pytest.LogCaptureFixture):
+def test_models_without_sdpa_support_keep_their_attention(name: str, caplog: pytest.LogCaptureFixture):
     make, run, reason = OWN[name]
     plain = make()
     with caplog.at_level(logging.INFO, logger=integration.__name__):
@@ -233,7 +233,7 @@ def test_models_that_sdpa_does_not_serve_keep_their_attention(name: str, caplog:
     assert f"attention: {reason}: the model itself" in caplog.text
 
 
-def test_what_an_attention_reports(caplog: pytest.LogCaptureFixture):
+def test_the_log_says_what_became_of_the_attention(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger=integration.__name__):
         accelerate_model(build("LlamaForCausalLM", transformers.LlamaConfig(**TEXT)))
     assert "switched 1 module:\n     1  attention -> gptkernels.attention: the model itself" in caplog.text
@@ -249,7 +249,7 @@ def test_a_part_keeps_its_attention_and_the_others_get_ours():
 
 
 def test_sparse_attention_is_never_made_dense_silently():
-    """A name that was set by hand: indices come instead of the mask that they would have made."""
+    """With the name set by hand, the model passes indices in place of the mask."""
     model = deepseek()
     model.set_attn_implementation("gptkernels")
     with pytest.raises(
@@ -259,7 +259,7 @@ def test_sparse_attention_is_never_made_dense_silently():
 
 
 class Layer(nn.Module):
-    """Its eager attention, not of the usual name, takes a keyword of its own."""
+    """A layer whose eager attention has an unusual name and a keyword of its own."""
 
     is_causal = True
 
@@ -272,7 +272,7 @@ def my_eager_attention_forward(module, query, key, value, mask, scaling, dropout
     return (weights @ value).transpose(1, 2), weights
 
 
-def test_a_keyword_that_we_do_not_know_goes_to_the_layers_own_attention():
+def test_an_unknown_keyword_goes_to_the_layers_own_attention():
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 6, 8, generator=generator)
     shift = torch.randn(6, 6, generator=generator)
@@ -290,7 +290,7 @@ def test_a_keyword_that_we_do_not_know_goes_to_the_layers_own_attention():
     assert attend(Layer(), q, k, v, mask, scaling=0.5, **known)[1] is None
 
 
-def test_of_two_eager_attentions_in_a_file_a_layers_own_is_taken():
+def test_a_layer_gets_its_own_of_two_eager_attentions_in_a_file():
     models = transformers.models.llama4.modeling_llama4
     assert own_eager(models.Llama4VisionAttention) is models.vision_eager_attention_forward
     assert own_eager(models.Llama4TextAttention) is models.eager_attention_forward
@@ -310,7 +310,7 @@ def test_models_of_one_config_are_switched_one_at_a_time():
     kept = first.config
     accelerate_model(first)
     assert first.config is kept
-    first.config.use_cache = False  # what is changed in between stays
+    first.config.use_cache = False  # a change in between stays
     gptkernels.restore_modules(first)
     assert (first.config._attn_implementation, first.config.use_cache, config.use_cache) == ("sdpa", False, True)
 
@@ -323,7 +323,7 @@ def test_copies_are_restored_too():
     assert "gptkernels" in implementations(model).values()
 
 
-def test_an_attention_chosen_since_is_not_undone():
+def test_an_attention_chosen_later_is_not_undone():
     model = accelerate_model(build("LlamaForCausalLM", transformers.LlamaConfig(**TEXT)))
     model.set_attn_implementation("eager")
     gptkernels.restore_modules(model)

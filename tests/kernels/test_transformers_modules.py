@@ -1,4 +1,4 @@
-"""Parts of Hugging Face models that get forwards of ours: MLPs, rotary embeddings; which are left, how they are called."""
+"""MLPs and rotary embeddings of Hugging Face models: which get our forwards, which are left, and how they are called."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tests.kernels import strangers
+from tests.kernels import foreign
 
-SIZES = {**strangers.SIZES, "pad_token_id": 0}
+SIZES = {**foreign.SIZES, "pad_token_id": 0}
 LLAMA = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 FAMILIES = {
@@ -73,7 +73,7 @@ LEFT_MLPS = {
     "ClampedMLP does not compute down(silu(gate(x)) * up(x))": lambda: ClampedMLP(LLAMA),
     "WidelyClampedMLP does not compute down(silu(gate(x)) * up(x))": lambda: WidelyClampedMLP(LLAMA),
     "DroppingMLP draws random numbers": lambda: DroppingMLP(LLAMA),
-    "GemmaMLP has another activation than SiLU": lambda: GemmaMLP(transformers.GemmaConfig(**SIZES)),
+    "GemmaMLP has an activation other than SiLU": lambda: GemmaMLP(transformers.GemmaConfig(**SIZES)),
     "DroppingGPT2MLP draws random numbers": lambda: DroppingGPT2MLP(48, transformers.GPT2Config(**GPT2)),
     "ClampedGPT2MLP does not compute dropout(c_proj(gelu(c_fc(x))))": lambda: ClampedGPT2MLP(
         48, transformers.GPT2Config(**GPT2)
@@ -83,7 +83,7 @@ LEFT_MLPS = {
 
 @pytest.mark.parametrize("reason", LEFT_MLPS)
 def test_an_mlp_that_does_more_is_left_and_the_log_says_why(reason: str, caplog: pytest.LogCaptureFixture):
-    """What it does shows in training alone, or when its numbers are large."""
+    """Some differ only in training, or only for large numbers."""
     model = make("llama")
     model.model.layers[0].mlp = mlp = LEFT_MLPS[reason]().eval()
     kind = type(mlp)
@@ -97,7 +97,7 @@ def test_an_mlp_that_does_more_is_left_and_the_log_says_why(reason: str, caplog:
 @pytest.mark.parametrize("default", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_accelerated_under_another_default_device(family: str, default: bool):
-    """From parameters without memory to the logits of the original, loaded afterwards."""
+    """Weights that are loaded after acceleration on the meta device give the original's logits."""
     plain = make(family)
     with torch.device("meta"):
         model = FAMILIES[family]().eval()
@@ -112,7 +112,7 @@ def test_accelerated_under_another_default_device(family: str, default: bool):
     kinds = [module._gptkernels_kind.__name__ for module in model.modules() if isinstance(module, Swapped)]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == KINDS[family]
     model.load_state_dict(plain.state_dict(), assign=True)
-    for name, buffer in plain.named_buffers():  # those that no state dict holds
+    for name, buffer in plain.named_buffers():  # some are in no state dict
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer)
     torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits, rtol=1e-4, atol=1e-5)
@@ -127,7 +127,7 @@ def test_parts_are_called_by_the_names_of_their_own_arguments():
                 assert torch.equal(module(**{argument: x}), module(x))
 
 
-def test_another_function_put_into_an_activation_is_taken():
+def test_a_function_put_into_an_activation_is_used():
     torch.manual_seed(0)
     plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, activation_function="gelu")).eval()
     ours = accelerate_model(copy.deepcopy(plain))
@@ -136,8 +136,8 @@ def test_another_function_put_into_an_activation_is_taken():
     torch.testing.assert_close(ours(TOKENS).logits, plain(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_gate_and_up_of_two_dtypes_are_the_originals():
-    """A projection kept in float32, as adapters are."""
+def test_gate_and_up_of_two_dtypes_run_the_originals_forward():
+    """One projection is float32, as adapters are."""
     plain = make("llama").model.layers[0].mlp
     plain.bfloat16().up_proj = nn.Sequential(plain.up_proj, Widened())
     plain.down_proj = plain.down_proj.float()
@@ -153,8 +153,8 @@ class Widened(nn.Module):
         return x.float()
 
 
-def test_rotary_takes_over_what_it_can_and_leaves_the_rest():
-    """Tables for other tokens than the queries', queries alone, other arguments, other widths: the file's own function."""
+def test_rotary_embeddings_that_ours_does_not_support_run_the_originals():
+    """Tables for other tokens than the queries', queries alone, other arguments and other widths."""
     from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as of_halves
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as theirs
 
@@ -198,8 +198,8 @@ def test_rotary_takes_over_what_it_can_and_leaves_the_rest():
         assert calls == []
 
 
-def test_asking_changes_no_frequencies():
-    """Longrope's writes the frequencies that it chose into its buffer."""
+def test_probing_changes_no_frequencies():
+    """LongRoPE's embedding writes the frequencies that it uses into its buffer."""
     parameters = {
         "rope_type": "longrope",
         "rope_theta": 1e4,
@@ -209,7 +209,7 @@ def test_asking_changes_no_frequencies():
     }
     config = transformers.Phi3Config(**SIZES, original_max_position_embeddings=32, rope_parameters=parameters)
     model = transformers.Phi3ForCausalLM(config).eval()
-    model(torch.arange(3, 53)[None])  # a long text: its factors stay until a short one comes
+    model(torch.arange(3, 53)[None])  # a long text, whose factors stay until a short one comes
     before = {name: (id(t), t.clone()) for name, t in model.named_buffers()}
     accelerate_model(model)
     assert {name: id(t) for name, t in model.named_buffers()} == {name: i for name, (i, _) in before.items()}

@@ -161,6 +161,7 @@ SPEC = OpSpec(
         _case(16, 12, 1024, 64, dropout_p=0.1),
         _case(16, 32, 1, 128, keys=4096, kv_heads=8),
     ),
+    cpu_cases=(_case(4, 12, 1024, 64),),
     compile_cases=(
         _case(16, 12, 1024, 64),
         _case(4, 16, 4096, 128, is_causal=False),
@@ -227,4 +228,5 @@ VARLEN_SPEC = OpSpec(
     ),
     # The reference's scores are quadratic in the whole batch's tokens: its float64 gradients take 8 GiB.
     bench_cases=(_packed_case(tuple((n, n) for n in (2048, 1024, 512, 256, 256, 1024)), 12, 64),),
+    cpu_cases=(_packed_case(tuple((n, n) for n in (512, 256, 128, 128)), 12, 64),),
 )

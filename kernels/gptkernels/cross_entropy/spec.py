@@ -81,5 +81,6 @@ SPEC = OpSpec(
         _case(4096, 128256),
         _case(262144, 2),
     ),
+    cpu_cases=(_case(256, 50257),),
     compile_cases=(_case(16384, 50257), _case(8192, 32000), _case(4096, 128256, reduction="none")),
 )

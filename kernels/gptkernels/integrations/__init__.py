@@ -1,1 +1,1 @@
-"""This library in other people's frameworks; each module here needs its framework, and nothing else imports it."""
+"""This library in other frameworks. Each package here needs its framework, and only users import it."""

@@ -72,4 +72,5 @@ SPEC = OpSpec(
         _case((1024,), 768, 768),
         _case((1024,), 768, 3072),
     ),
+    cpu_cases=(_case((1,), 768, 50257, bias=False),),
 )

@@ -75,5 +75,6 @@ SPEC = OpSpec(
         _case((6,), 8, 40_003, bias=True, ignored=0.5),
     ),
     bench_cases=(_case((1024,), 768, 50257), _case((4096,), 256, 4096), _case((16384,), 768, 50257)),
+    cpu_cases=(_case((1024,), 768, 50257),),
     compile_cases=(_case((16384,), 768, 50257, bias=True), _case((4096,), 4096, 32000, reduction="none")),
 )

@@ -119,6 +119,7 @@ SPEC = OpSpec(
         _case(4, 16, 2048, 256, rotated=64, interleaved=True),
         _case(64, 32, 1, 128, positions="own"),
     ),
+    cpu_cases=(_case(8, 12, 1024, 64, layout="packed"),),
     compile_cases=(
         _case(4, 32, 4096, 128),
         _case(8, 12, 1024, 64, interleaved=True, layout="packed"),

@@ -98,6 +98,7 @@ SPEC = OpSpec(
         _case(8, 1024, 1024, dim=1),
         _case(64, 65536, causal=True),
     ),
+    cpu_cases=(_case(4096, 1024), _case(4, 12, 1024, 1024, causal=True)),
     compile_cases=(
         _case(4096, 768),
         _case(4096, 16384),

@@ -1,8 +1,10 @@
 """Hugging Face transformers on this library's kernels.
 
-Importing this registers the attention: ``from_pretrained(..., attn_implementation="gptkernels")`` and
-``model.set_attn_implementation("gptkernels")`` then work, for models that "sdpa" serves: transformers does not ask whether
-it does. `accelerate_model` asks, and does the rest: norms, activations, rotary embeddings, gated MLPs and the loss.
+`accelerate_model` makes a model's attention, norms, activations, rotary embeddings, gated MLPs and loss run on them.
+
+Importing this also registers the attention by itself: ``from_pretrained(..., attn_implementation="gptkernels")`` and
+``model.set_attn_implementation("gptkernels")`` then work for models that support "sdpa". transformers does not check that
+they do; `accelerate_model` does.
 
 >>> import torch, gptkernels
 >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -34,7 +36,7 @@ try:
     from gptkernels.integrations.transformers.attention import attend
     from gptkernels.integrations.transformers.losses import LOSSES
     from gptkernels.integrations.transformers.masks import make_mask
-    from gptkernels.integrations.transformers.switch import NAME, name_as_before, switch_attention
+    from gptkernels.integrations.transformers.switch import NAME, restore_names, switch_attention
 except ImportError as error:
     raise ImportError(
         f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.17 to "
@@ -55,23 +57,24 @@ AttentionMaskInterface.register(NAME, make_mask)
 
 
 def accelerate_model(model: Any) -> Any:
-    """Puts a Hugging Face model on this library's kernels, in place; logits, loss and gradients stay what they are.
+    """Makes a Hugging Face model run on this library's kernels, in place; logits, loss and gradients stay equal up to rounding.
 
     - Attention: causal, bidirectional, sliding windows, grouped-query heads, padding on either side, caches; dropout in
-      training. What the kernels cannot do (`attend`) runs exactly as without them. A part that "sdpa" does not serve keeps
-      its own attention: one that opts out of it, does not look its attention up by name, or makes other masks for it.
-    - Norms and activations: `gptkernels.replace_modules`.
-    - Llama and its kin: rotary embeddings, and ``silu(gate) * up`` in one pass. GPT-2: bias and GELU in one pass.
-    - The loss that causal and masked language models compute from `labels`, unless the model was given another.
+      training. What the kernels do not support (see `attend`) runs exactly as without them. A part of the model keeps its own
+      attention if it does not support "sdpa", does not look its attention up by name, or makes special masks for "sdpa".
+    - Norms and activations: see `gptkernels.replace_modules`.
+    - Llama and similar models: rotary embeddings, and ``silu(gate) * up`` in one pass. GPT-2: bias and GELU in one pass.
+    - The loss that causal and masked language models compute from `labels`, unless the model was given another one.
 
-    Every part that is not recognised, by asking it what it computes, is left as it is; what was changed, and what was left
-    and why, is logged (`logging`, level INFO). Weights, state dict, generation, saving, copying and pickling are untouched;
-    `gptkernels.restore_modules` undoes it, bit for bit. Calling it again changes nothing.
+    A part is only changed if running it shows that it computes the same. What was changed, and what was left and why, is
+    logged (`logging`, level INFO). Weights, state dict, generation, saving, copying and pickling work as before.
+    `gptkernels.restore_modules` undoes the call exactly; a second call changes nothing.
 
-    The config names the attention, and models can share one: `model.config` and those in it become copies of their own.
+    The name of the attention stands in the config, which several models may share. `model.config` and the configs in it are
+    therefore replaced by copies.
 
     Args:
-        model: a `transformers.PreTrainedModel`, or a module that holds one (PEFT's wrappers).
+        model: a `transformers.PreTrainedModel`, or a module that contains one, such as PEFT's wrappers.
 
     Returns:
         `model` itself.
@@ -96,7 +99,7 @@ def accelerate_model(model: Any) -> Any:
 
 
 def _restore(model: Any, configs: list[tuple[Any, str]]) -> str:
-    name_as_before(configs)
+    restore_names(configs)
     if vars(model).get("_loss_function") in LOSSES.values():
         del model._loss_function
     return "attention and loss"

@@ -1,4 +1,4 @@
-"""Our entry in transformers' `AttentionInterface`."""
+"""The attention function that transformers calls: our entry in its `AttentionInterface`."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Our entry in transformers' `AttentionInterface`: ``(B, H, T, D)`` to ``(B, T, H, D)`` and the weights, if wanted.
+    """Attention of ``(B, H, T, D)``: the output ``(B, T, H, D)``, and the attention weights if the caller asked for them.
 
-    What our kernels do not do goes where it is done exactly: wanted attention weights, capped scores, sinks, position
-    biases and whatever else comes under a keyword that we do not know to the model's own eager attention; masks that are
-    no `Mask`, and sizes beyond the kernels', to PyTorch's.
+    The model's own eager attention computes what our kernels do not support: attention weights, capped scores, sinks, position
+    biases, and anything else that comes under a keyword unknown to us. PyTorch's SDPA computes attention with other masks
+    than `Mask`, or with sizes that the kernels do not take.
 
     Raises:
-        NotImplementedError: such a keyword came from a layer without an eager attention to see to it, or from one that
-            passes it in place of a mask which it makes for "eager" and "sdpa" alone (indices of sparse attention).
+        NotImplementedError: a layer passed such a keyword and has no eager attention, or passed it in place of a mask
+            that it makes only for "eager" and "sdpa" (the indices of sparse attention).
     """
     mask = attention_mask.at(query, key) if isinstance(attention_mask, Mask) else attention_mask
     visible = mask.visible if isinstance(mask, Mask) else _as_visible(module, query, key, mask, is_causal)
-    if visible is None and mask is None:  # causal, and more queries than keys: PyTorch aligns at the first
+    if visible is None and mask is None:  # causal with more queries than keys: PyTorch aligns the first of each
         shape = query.shape[2], key.shape[2]
         mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()[None, None]
     special = [name for name, given in kwargs.items() if given is not None and name not in _KNOWN]
@@ -54,12 +54,12 @@ def attend(
         changed = eager is None and any(name in _SCORES for name in special)
         if changed or (special and chooses_by_name(type(module))):
             raise NotImplementedError(
-                f"{type(module).__name__}: got {', '.join(special)}, which only its own attention takes into account; "
+                f"{type(module).__name__}: got {', '.join(special)}, which only its own attention supports; "
                 'accepted is its attn_implementation "sdpa" or "eager" (accelerate_model leaves such a model on it)'
             )
         if eager is not None:
             mask = mask if visible is None else visible.dense(query.device)
-            if mask is not None and mask.dtype == torch.bool:  # it adds them
+            if mask is not None and mask.dtype == torch.bool:  # eager attention adds its masks
                 mask = torch.zeros((), dtype=query.dtype, device=query.device).where(mask, torch.finfo(query.dtype).min)
             return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     if (
@@ -84,22 +84,22 @@ def attend(
         key_mask=visible.key_mask,
         window=visible.window,
     )
-    return out.transpose(1, 2), None  # (B, T, H, D), as it lies in memory
+    return out.transpose(1, 2), None  # (B, T, H, D), contiguous
 
 
 _SCORES = ("softcap", "s_aux", "sinks", "position_bias")
-"""Arguments by which a model changes its scores."""
+"""Arguments that change the attention scores."""
 
 _KNOWN = frozenset({
     "cache", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "max_length_k", "max_length_q",
     "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "return_dict",
     "seq_idx", "sliding_window", "use_cache",
 })  # fmt: skip
-"""Arguments that change nothing that the mask does not say: what a forward hands down to whoever may want it."""
+"""Arguments that do not change the result beyond what the mask says; a model's forward passes them on to every layer."""
 
 
 def _once(read: Callable[[type], Any]) -> Callable[[type], Any]:
-    """Reads a class once; to `torch.compile`, which is not to trace how we read code, the result is a constant."""
+    """Caches `read`, a function of a class, and makes its result a constant to `torch.compile`, which cannot trace it."""
     cached = functools.cache(read)
 
     @torch.compiler.assume_constant_result
@@ -110,7 +110,7 @@ def _once(read: Callable[[type], Any]) -> Callable[[type], Any]:
 
 
 def _functions(layer: type) -> Iterator[types.FunctionType]:
-    """The functions that a layer's class is made of, those of its bases after its own."""
+    """The functions of a layer's class, then those of its bases."""
     for base in layer.__mro__:
         if base not in (nn.Module, object):
             for value in vars(base).values():
@@ -120,7 +120,7 @@ def _functions(layer: type) -> Iterator[types.FunctionType]:
 
 
 def own_eager(layer: type) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """The eager attention that a layer names beside the interface, of its own file; it takes additive masks."""
+    """The eager attention, taking additive masks, that a layer's file defines and its code names; None without one."""
     file, _, name = _own_eager_name(layer).rpartition(".")
     return getattr(sys.modules[file], name) if name else None
 
@@ -136,7 +136,7 @@ def _own_eager_name(layer: type) -> str:
 
 @_once
 def chooses_by_name(layer: type) -> bool:
-    """Whether a layer's code compares the attention's name with "sdpa": for names of others it computes something else."""
+    """Whether a layer's code compares the attention's name with "sdpa", and so may compute something else for other names."""
     for function in _functions(layer):
         for step, after in itertools.pairwise(dis.get_instructions(function)):
             compared = after.argval if isinstance(after.argval, (tuple, frozenset)) else (after.argval,)
@@ -148,9 +148,9 @@ def chooses_by_name(layer: type) -> bool:
 def _as_visible(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
 ) -> Visible | None:
-    """What a mask key by key, or none, says for these queries and keys; None where only it can say that."""
+    """A dense mask, or the lack of one, as a `Visible`; None if it cannot be expressed so."""
     queries, slots = query.shape[2], key.shape[2]
-    if mask is None:  # by the same convention as for "sdpa": the layer knows, and an empty cache's places lie behind
+    if mask is None:  # as for "sdpa": the layer says whether it is causal, and unused cache slots follow the keys
         causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         if not causal:
             return Visible(queries, slots, slots, False, None, None)
@@ -173,6 +173,6 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> b
 
 
 def _wants_weights(kwargs: dict[str, Any]) -> bool:
-    """Whether the caller of the model asked for attention weights: some models pass it on, for others hooks collect them."""
+    """Whether the model's caller asked for attention weights: by an argument, or by a hook of transformers that collects them."""
     collected = (_active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()) or ()
     return bool(kwargs.get("output_attentions")) or "attentions" in collected or "cross_attentions" in collected

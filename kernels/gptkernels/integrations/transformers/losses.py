@@ -1,4 +1,4 @@
-"""Transformers' losses of language models on `gptkernels.cross_entropy`."""
+"""transformers' language-model losses, computed by `gptkernels.cross_entropy`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Transformers' loss of a causal language model on `cross_entropy`, without its float32 copy of the logits."""
+    """The loss of causal language models, without transformers' float32 copy of the logits."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     return masked_lm_loss(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
@@ -34,7 +34,7 @@ def masked_lm_loss(
     ignore_index: int = -100,
     **kwargs: Any,
 ) -> Tensor:
-    """Transformers' loss of a masked language model on `cross_entropy`, without its float32 copy of the logits."""
+    """The loss of masked language models, without transformers' float32 copy of the logits."""
     logits = logits.reshape(-1, vocab_size)
     labels = labels.reshape(-1).to(logits.device)
     if num_items_in_batch is None:

@@ -1,6 +1,6 @@
-"""Parts of transformers' models besides norms and activations: gated MLPs, GPT-2's MLP, rotary embeddings.
+"""New forwards for parts of transformers' models other than norms and activations: gated MLPs, GPT-2's MLP, rotary embeddings.
 
-For each the forward that it gets, and how it is recognised.
+Each comes with the matcher that recognises such a part.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from transformers.pytorch_utils import Conv1D
 
 from gptkernels import gelu, rotary, swiglu
 from gptkernels import swap as _swap
-from gptkernels._probe import agrees, asked, logarithmic, undisturbed
+from gptkernels._probe import agrees, isolated, logarithmic, probed
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody watches what goes through `module`, which then has to be called."""
+    """Whether `module` has hooks or a replaced forward, and so must be called itself."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
 
 
-class SwiGLU(_swap.OfOneTensor):
+class SwiGLU(_swap.UnaryForward):
     """The forward of gated MLPs, ``down_proj(silu(gate_proj(x)) * up_proj(x))``: gate and product in one pass."""
 
     gate_proj: nn.Module
@@ -48,7 +48,7 @@ class SwiGLU(_swap.OfOneTensor):
 _SILU = (nn.SiLU, SiLUActivation)
 
 
-class BiasGELU(_swap.OfOneTensor):
+class BiasGELU(_swap.UnaryForward):
     """The forward of GPT-2's MLP: the first projection's bias is added in GELU's own pass."""
 
     c_fc: Any
@@ -68,14 +68,14 @@ _FORMS: dict[Any, str] = {_swap.TanhGELU: "tanh", _swap.ExactGELU: "none"}
 
 
 class Rotary:
-    """The forward of layers that call their file's ``apply_rotary_pos_emb``: the same code, with ours under that name."""
+    """The forward of layers that call ``apply_rotary_pos_emb``: the same code, calling our function under that name."""
 
     _gptkernels_original: type[nn.Module]
 
     def __init_subclass__(cls) -> None:
         theirs: Any = cls._gptkernels_original.forward
         rotate = _fused_rotary(theirs.__globals__["apply_rotary_pos_emb"])
-        # Nothing outside this class changes: the file's own function, and every other model of that file, stay as they are.
+        # The copy of the globals keeps the change to this class: other models in the same file still call their function.
         scope = {**theirs.__globals__, "apply_rotary_pos_emb": rotate}
         forward = types.FunctionType(theirs.__code__, scope, theirs.__name__, theirs.__defaults__, theirs.__closure__)
         forward.__kwdefaults__, forward.__doc__ = theirs.__kwdefaults__, theirs.__doc__
@@ -97,11 +97,11 @@ def _fused_rotary(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rotates_as_ours(q: Any, k: Any, cos: Any, sin: Any) -> bool:
-    """Whether `rotary` serves: one table of whole heads, for as many tokens and sequences as queries and keys have."""
+    """Whether `rotary` takes these: one table as wide as a head, with the tokens and sequences of queries and keys."""
     if not all(isinstance(x, Tensor) and not x.is_nested for x in (q, k, cos, sin)) or q.ndim != 4 or k.ndim != 4:
         return False
     batch, _, tokens, head_dim = q.shape
-    # Wider tables make a wider result, unless autocast narrows it again.
+    # Tables of a wider dtype would give a wider result, except under autocast.
     same = cos.dtype == q.dtype or (cos.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type))
     return (
         same
@@ -120,12 +120,12 @@ def _rotates_as_ours(q: Any, k: Any, cos: Any, sin: Any) -> bool:
 def replace_parts(model: nn.Module) -> _swap.SwapReport:
     """Gives the gated MLPs, GPT-2 MLPs and attention layers of `model` the forwards of this file, as `replace_modules` does.
 
-    After `replace_modules`: which GELU a GPT-2 MLP computes is told by what became of its activation.
+    Call it after `replace_modules`, which finds out which form of GELU the activation of a GPT-2 MLP computes.
     """
     embeddings = [m for m in model.modules() if "RotaryEmbedding" in type(m).__name__]
     halves = all(map(_halves_are_equal, embeddings))
 
-    def verdict(module: nn.Module) -> _swap.Verdict | None:
+    def matcher(module: nn.Module) -> _swap.Matcher | None:
         children = {name for name, _ in module.named_children()}
         if children == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
             return _swiglu
@@ -136,13 +136,13 @@ def replace_parts(model: nn.Module) -> _swap.SwapReport:
             return _rotary_attention if halves else _unknown_table
         return None
 
-    return _swap.exchange(model, verdict)
+    return _swap.swap_classes(model, matcher)
 
 
 def _swiglu(module: Any) -> _swap.Match | str:
     name, relies_on = type(module).__name__, {}
     if type(module.act_fn) not in _SILU:
-        return f"{name} has another activation than SiLU"
+        return f"{name} has an activation other than SiLU"
 
     def projections(gate: Tensor, up: Tensor, down: Tensor) -> dict[str, Any]:
         return {
@@ -155,7 +155,7 @@ def _swiglu(module: Any) -> _swap.Match | str:
     def exact(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, float]:
         return F.silu(x * gate) * (x * up) * down, 0.0
 
-    if agrees(asked(module, projections, relies_on), exact, _numbers("gate", "up", "down"), 1e-9):
+    if agrees(probed(module, projections, relies_on), exact, _numbers("gate", "up", "down"), 1e-9):
         return _swap.Match(SwiGLU, "swiglu", relies_on)
     return f"{name} does not compute down(silu(gate(x)) * up(x))"
 
@@ -163,7 +163,7 @@ def _swiglu(module: Any) -> _swap.Match | str:
 def _gpt2_mlp(module: Any) -> _swap.Match | str:
     name, relies_on, form = type(module).__name__, {}, _FORMS.get(_swap.kind_of(module.act))
     if type(module.c_fc) is not Conv1D or form is None:
-        return f"{name} has another first projection than Conv1D, or an activation that is not on gptkernels"
+        return f"{name} has a first projection other than Conv1D, or an activation that is not on gptkernels"
 
     def act(x: Tensor) -> Tensor:
         return F.gelu(x, approximate=form)
@@ -179,14 +179,14 @@ def _gpt2_mlp(module: Any) -> _swap.Match | str:
     def exact(x: Tensor, fc: Tensor, proj: Tensor, kept: Tensor) -> tuple[Tensor, float]:
         return act(x * fc) * proj * kept, 0.0
 
-    if agrees(asked(module, projections, relies_on), exact, _numbers("fc", "proj", "kept"), 1e-9):
+    if agrees(probed(module, projections, relies_on), exact, _numbers("fc", "proj", "kept"), 1e-9):
         return _swap.Match(BiasGELU, "gelu", relies_on)
     return f"{name} does not compute dropout(c_proj(gelu(c_fc(x))))"
 
 
 def _numbers(*names: str) -> dict[str, Tensor]:
-    """An ``x`` and the factors that stand for projections: all of every size, infinities among them in turn."""
-    with undisturbed():
+    """Test numbers for ``x`` and for `names`, the factors that stand for projections: of every size, each with infinities."""
+    with isolated():
         generator = torch.Generator().manual_seed(0)
         inputs = {name: logarithmic(2, 64, 3, generator=generator) for name in ("x", *names)}
         for place, values in enumerate(inputs.values()):
@@ -196,11 +196,11 @@ def _numbers(*names: str) -> dict[str, Tensor]:
 
 
 def _unknown_table(module: nn.Module) -> str:
-    return f"{type(module).__name__} gets rotary tables that are not known to hold each angle twice, a half apart"
+    return f"{type(module).__name__} gets rotary tables whose two halves may differ"
 
 
 def _rotary_attention(module: nn.Module) -> _swap.Match | str:
-    """Whether the layer rotates by halves: GPT-J's and others' functions of the same name pair neighbours."""
+    """Matches layers that rotate by halves of a head; functions of the same name, GPT-J's for one, pair neighbours."""
     theirs: Any = type(module).forward.__globals__.get("apply_rotary_pos_emb")
 
     def exact(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +212,7 @@ def _rotary_attention(module: nn.Module) -> _swap.Match | str:
     def compute(training: bool, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.stack(theirs(*x, _twice(cos), _twice(sin)))
 
-    with undisturbed():
+    with isolated():
         generator = torch.Generator().manual_seed(0)
         x = logarithmic(2, 2, 2, 3, 8, generator=generator)
         x[:, 1, 1, 2, 3] = torch.inf
@@ -227,12 +227,12 @@ def _twice(table: Tensor) -> Tensor:
 
 
 def _halves_are_equal(embedding: nn.Module) -> bool:
-    """Whether a rotary embedding gives each angle twice, a half apart: what rotating by halves takes for granted.
+    """Whether both halves of a rotary embedding's tables are equal, as our `rotary` assumes.
 
-    It is asked on a copy, for the ones that keep the longest length they have seen, and with frequencies on the CPU.
+    A copy is run, with frequencies on the CPU, because some embeddings store the longest length that they have seen.
     """
     tensors = {name: value for name, value in vars(embedding).items() if isinstance(value, Tensor)}
-    with undisturbed():
+    with isolated():
         try:
             for training, dtype, last in product((True, False), (torch.float32, torch.bfloat16), (2, 100_000)):
                 double: Any = copy(embedding)
@@ -250,5 +250,5 @@ def _halves_are_equal(embedding: nn.Module) -> bool:
 
 
 def _frequencies(like: Tensor) -> Tensor:
-    """Other numbers of the shape and dtype of a tensor that may be on any device."""
+    """Test frequencies on the CPU with the shape and dtype of a tensor on any device."""
     return torch.linspace(0.1, 1.0, like.numel()).view(like.shape).to(like.dtype)

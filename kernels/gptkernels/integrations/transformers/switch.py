@@ -1,4 +1,4 @@
-"""Which parts of a model look their attention up under our name, and what they looked it up under before."""
+"""Switches parts of a model to our attention by the name in their configs, and back."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ NAME = "gptkernels"
 
 
 def switch_attention(model: nn.Module) -> tuple[SwapReport, dict[nn.Module, list[tuple[Any, str]]]]:
-    """Has the parts of a model that "sdpa" can serve use our attention.
+    """Switches the parts of a model that support "sdpa" to our attention.
 
-    Layers read the name from their config, which parts of a model share, and models that were built from it too. So the
-    model gets copies of its configs, alike but for the name.
+    Layers read the name of their attention from their config. Parts of a model share configs, and so may other models, so
+    the model gets copies of its configs.
 
     Returns:
-        What was switched, and what was left and why; and for each `PreTrainedModel` the configs to be named as before.
+        The parts that were switched, and those that were left with the reason; and for each `PreTrainedModel` its changed
+        configs with their former names, for `restore_names`.
     """
     report = SwapReport("switched")
     holders: dict[int, list[tuple[str, nn.Module, PreTrainedModel]]] = defaultdict(list)
@@ -47,14 +48,14 @@ def switch_attention(model: nn.Module) -> tuple[SwapReport, dict[nn.Module, list
         config: Any = group[0][1].config
         for part in {part for _, _, part in group}:
             before[part].append((config, config._attn_implementation))
-        config._attn_implementation_internal = NAME  # this config's alone, not its parts'
+        config._attn_implementation_internal = NAME  # the property's setter would also set it in nested configs
     return report, before
 
 
 def _parts(
     module: nn.Module, name: str = "", part: PreTrainedModel | None = None
 ) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Each module in a `PreTrainedModel`, its name, and the innermost one that it is in."""
+    """``(name, module, innermost `PreTrainedModel` around it)`` of each module inside a `PreTrainedModel`."""
     part = module if isinstance(module, PreTrainedModel) else part
     if part is not None:
         yield name, module, part
@@ -63,13 +64,13 @@ def _parts(
 
 
 def _obstacle(module: nn.Module, part: PreTrainedModel) -> str | None:
-    """Why a module must keep the attention it has; None when it can have ours."""
+    """Why a module must keep its attention; None if it can use ours."""
     if not part._supports_sdpa:
-        return f'{type(part).__name__} opts out of "sdpa"'
+        return f'{type(part).__name__} does not support "sdpa"'
     if not part._can_set_attn_implementation():
         return f"{type(part).__name__} does not look its attention up by name"
     if not isinstance(module, PreTrainedModel) and chooses_by_name(type(module)):
-        return f'{type(module).__name__} makes a mask of its own, for "eager" and "sdpa" alone'
+        return f'{type(module).__name__} makes its own mask, only for "eager" and "sdpa"'
     try:
         part._check_and_adjust_attn_implementation(NAME)
     except ValueError as error:
@@ -85,8 +86,8 @@ def _copy_configs(model: nn.Module) -> None:
                 vars(module)[name] = copy.deepcopy(value, copies)
 
 
-def name_as_before(configs: list[tuple[Any, str]]) -> None:
-    """Undoes `switch_attention` for these, but where somebody has chosen another attention since."""
+def restore_names(configs: list[tuple[Any, str]]) -> None:
+    """Undoes `switch_attention` for these configs, except where another attention has been chosen since."""
     for config, name in configs:
         if config._attn_implementation == NAME:
             config._attn_implementation_internal = name

@@ -1,7 +1,8 @@
-"""What the flag buys on this machine: the same short training run by ``--kernels reference`` and by ``auto``.
+"""Compares training with plain PyTorch and with the fused kernels on this machine, in speed and memory.
 
-``python -m bench.flag --data data/python-docs``. Each run is a process of its own, so that its peak memory is its own. They
-take turns of a few steps, so that a slow moment of the machine meets both; the medians of the steps are compared.
+``python -m bench.speedup --data data/python-docs`` makes the same short training run with ``--kernels reference`` and with
+``--kernels auto``, each in a process of its own, so that its peak memory is its own. The runs take turns of a few steps, so
+that a slow moment of the machine affects both, and the medians of the steps' times are compared.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from gptcore.nn import Kernels
 
 KERNELS: tuple[Kernels, ...] = ("reference", "auto")
 WARMUP, TURN = 2, 2
-"""Steps before the first that counts, and steps of a turn."""
+"""Steps before timing starts, and steps of a turn."""
 
 
 def _serve(data: Path, kernels: Kernels, steps: int, **size: Any) -> None:
-    """The child: makes a turn's steps for each line of the standard input, and answers each with a line of JSON."""
+    """The child process: reads a number of steps from each line of standard input, makes them, prints their seconds as JSON.
+
+    0 ends the run: the answer then describes it.
+    """
     import gptkernels
     import torch
 
@@ -33,8 +37,8 @@ def _serve(data: Path, kernels: Kernels, steps: int, **size: Any) -> None:
     from gptcore.train.state import TrainState
 
     gptkernels.tune_allocator()
-    # Nothing is written: `out` is only a name.
-    config = TrainConfig.of(data=data, out=Path("nowhere"), kernels=kernels, steps=steps, sample_tokens=0, **size)
+    # TrainConfig requires `out`; this run writes nothing.
+    config = TrainConfig.of(data=data, out=Path("unused"), kernels=kernels, steps=steps, sample_tokens=0, **size)
     device = find_device(config.device)
     state = TrainState(config, ALONE, device)
     peak, _ = peak_flops(device, torch.bfloat16 if state.bf16 else torch.float32)
@@ -58,7 +62,7 @@ def _serve(data: Path, kernels: Kernels, steps: int, **size: Any) -> None:
 
 
 def compare(data: Path, steps: int, **size: Any) -> dict[str, dict[str, Any]]:
-    """``steps`` steps by each choice of kernels, in turns; `size`: options of `gptcore train`."""
+    """Speed, memory and loss of a training run of `steps` steps with each of `KERNELS`; `size`: options of `gptcore train`."""
     children: dict[str, subprocess.Popen[str]] = {}
     seconds: dict[str, list[float]] = {kernels: [] for kernels in KERNELS}
 
@@ -75,11 +79,11 @@ def compare(data: Path, steps: int, **size: Any) -> dict[str, dict[str, Any]]:
     try:
         for kernels in KERNELS:
             run = json.dumps({"kernels": kernels, "data": str(data), "steps": steps, **size})
-            command = [sys.executable, "-m", "bench.flag", "--run", run]
+            command = [sys.executable, "-m", "bench.speedup", "--run", run]
             children[kernels] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             ask(kernels, WARMUP)
         for turn in range(max(steps - WARMUP, 1) // TURN):
-            print(f"\r{(turn + 1) * TURN} steps of each, in turns ...", end="", file=sys.stderr, flush=True)
+            print(f"\r{(turn + 1) * TURN} timed steps of each ...", end="", file=sys.stderr, flush=True)
             for kernels in KERNELS:
                 seconds[kernels] += ask(kernels, TURN)
         print(file=sys.stderr)
@@ -101,22 +105,22 @@ def compare(data: Path, steps: int, **size: Any) -> dict[str, dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.flag",
+        prog="python -m bench.speedup",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m bench.flag --data data/python-docs --steps 60 --preset small",
+        epilog="example: python -m bench.speedup --data data/python-docs --steps 60 --preset small",
     )
-    parser.add_argument("--data", type=Path, help="folder that gptcore prepare made")
+    parser.add_argument("--data", type=Path, help="folder made by gptcore prepare")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
     parser.add_argument("--preset", default="mini", help="size of the model (default: mini)")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, for the parent
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # the child process's run, as JSON
     options = parser.parse_args(arguments)
     if options.run:
         run = json.loads(options.run)
         _serve(Path(run.pop("data")), **run)
         return 0
     if options.data is None:
-        parser.error("--data: got none; accepted is a folder that gptcore prepare made")
+        parser.error("--data: got none; accepted is a folder made by gptcore prepare")
     rows = compare(options.data, options.steps, preset=options.preset)
     print(f"{'--kernels':<12}{'tokens/s':>12}{'MFU':>8}{'peak memory, MiB':>20}{'validation loss':>18}")
     for kernels, row in rows.items():
@@ -124,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{kernels:<12}{speed}{row['peak'] / 2**20:>20,.0f}{row['val_loss']:>18.4f}")
     plain, fast = (rows[kernels] for kernels in KERNELS)
     speed, memory = fast["tokens_per_second"] / plain["tokens_per_second"], fast["peak"] / plain["peak"]
-    print(f"what the flag bought here: {speed:.2f}x the speed, {memory:.2f}x the memory of the whole process")
+    print(f"--kernels auto against reference: {speed:.2f}x the speed, {memory:.2f}x the memory of the process")
     return 0
 
 
