@@ -45,7 +45,7 @@ except ImportError as error:
 if "q_length" not in inspect.signature(sdpa_mask).parameters:
     raise ImportError(
         f"gptkernels.integrations.transformers: found transformers {transformers.__version__}, whose masks are made from "
-        "cache positions; accepted are versions that make them from lengths (tested with 5.17 to 5.23)"
+        "cache positions; accepted are versions that make them from lengths (tested with 5.17 to 5.24)"
     )
 
 __all__ = ["accelerate_model"]

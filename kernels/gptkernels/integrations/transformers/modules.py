@@ -5,6 +5,7 @@ Each comes with the matcher that recognises such a part.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from copy import copy
@@ -73,13 +74,39 @@ class Rotary:
     _gptkernels_original: type[nn.Module]
 
     def __init_subclass__(cls) -> None:
-        theirs: Any = cls._gptkernels_original.forward
-        rotate = _fused_rotary(theirs.__globals__["apply_rotary_pos_emb"])
-        # The copy of the globals keeps the change to this class: other models in the same file still call their function.
-        scope = {**theirs.__globals__, "apply_rotary_pos_emb": rotate}
-        forward = types.FunctionType(theirs.__code__, scope, theirs.__name__, theirs.__defaults__, theirs.__closure__)
-        forward.__kwdefaults__, forward.__doc__ = theirs.__kwdefaults__, theirs.__doc__
-        cls.forward = forward
+        forward = cls._gptkernels_original.forward
+        theirs = inspect.unwrap(forward).__globals__[_ROTATE]
+        cls.forward = _with_global(forward, _ROTATE, _fused_rotary(theirs))
+
+
+_ROTATE = "apply_rotary_pos_emb"
+
+
+def _with_global(function: Any, name: str, value: Any) -> Any:
+    """A copy of a function, its decorators included, whose own code finds `value` under the global name `name`.
+
+    The original and the other functions of its file still see theirs. None if the code does not use `name`, or a decorator
+    does not hold the decorated function in its closure.
+    """
+    if not isinstance(function, types.FunctionType):
+        return None
+    scope, closure, attributes = function.__globals__, function.__closure__ or (), vars(function)
+    decorated = attributes.get("__wrapped__")
+    if decorated is None:
+        if name not in function.__code__.co_names:
+            return None
+        scope = {**scope, name: value}
+    else:
+        inner = _with_global(decorated, name, value)
+        holds = [cell.cell_contents is decorated for cell in closure]
+        if inner is None or not any(holds):
+            return None
+        closure = tuple(types.CellType(inner) if held else cell for cell, held in zip(closure, holds))
+        attributes = {**attributes, "__wrapped__": inner}
+    copied = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__, copied.__doc__ = function.__kwdefaults__, function.__doc__
+    vars(copied).update(attributes)
+    return copied
 
 
 def _fused_rotary(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,8 +158,7 @@ def replace_parts(model: nn.Module) -> _swap.SwapReport:
             return _swiglu
         if children == {"c_fc", "c_proj", "act", "dropout"}:
             return _gpt2_mlp
-        forward = type(module).forward
-        if "apply_rotary_pos_emb" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        if _with_global(type(module).forward, _ROTATE, None):
             return _rotary_attention if halves else _unknown_table
         return None
 
@@ -201,7 +227,7 @@ def _unknown_table(module: nn.Module) -> str:
 
 def _rotary_attention(module: nn.Module) -> _swap.Match | str:
     """Matches layers that rotate by halves of a head; functions of the same name, GPT-J's for one, pair neighbours."""
-    theirs: Any = type(module).forward.__globals__.get("apply_rotary_pos_emb")
+    theirs: Any = inspect.unwrap(type(module).forward).__globals__.get(_ROTATE)
 
     def exact(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         x, cos, sin = x.double(), _twice(cos.double()), _twice(sin.double())
