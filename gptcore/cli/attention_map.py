@@ -12,13 +12,13 @@ from gptcore.cli._options import Loading
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMap(Loading):
-    """Draw which tokens of a text look at which: a heatmap for each layer and head, as a PNG.
+    """Draw which tokens of a text attend to which.
+
+    The picture, a PNG, has a heatmap for each layer and head.
 
     For example:
-
-    gptcore attention-map --model runs/demo "The function returns a list"
-
-    gptcore attention-map --model smollm2-135m-instruct --layers 5 --heads 3 "The cat sat because it was tired"
+      gptcore attention-map --model runs/demo "The function returns a list"
+      gptcore attention-map --model smollm2-135m-instruct --layers 5 --heads 3 "The cat sat because it was tired"
     """
 
     text: Positional[str]

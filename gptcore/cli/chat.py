@@ -11,15 +11,14 @@ from gptcore.cli._options import Loading, SamplingOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(SamplingOptions, Loading):
-    """Talk with a model that was trained to converse; /reset begins anew, /quit or Ctrl-D ends, Ctrl-C ends a reply.
+    """Talk with a model that was trained to converse.
+
+    /reset begins anew, /quit or Ctrl-D ends the conversation, Ctrl-C ends a reply.
 
     For example:
-
-    gptcore fetch smollm2-135m-instruct && gptcore chat --model smollm2-135m-instruct
-
-    gptcore chat --model runs/tuned --system "You answer in one sentence." --temperature 0.2
-
-    echo "What is a kernel?" | gptcore chat --model smollm2-135m-instruct --temperature 0
+      gptcore fetch smollm2-135m-instruct && gptcore chat --model smollm2-135m-instruct
+      gptcore chat --model runs/tuned --system "You answer in one sentence." --temperature 0.2
+      echo "What is a kernel?" | gptcore chat --model smollm2-135m-instruct --temperature 0
     """
 
     system: str | None = None

@@ -9,13 +9,13 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a model as a folder that Hugging Face transformers loads: weights, configuration and tokenizer.
+    """Write a model as a folder for Hugging Face transformers.
+
+    The folder holds weights, configuration and tokenizer.
 
     For example:
-
-    gptcore export --model runs/demo --out exported/demo
-
-    gptcore export --model smollm2-135m-instruct --out exported/smollm2 --dtype bf16
+      gptcore export --model runs/demo --out exported/demo
+      gptcore export --model smollm2-135m-instruct --out exported/smollm2 --dtype bf16
     """
 
     model: str

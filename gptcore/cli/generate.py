@@ -14,18 +14,12 @@ class Generate(SamplingOptions, Loading):
     """Continue a text with a trained model.
 
     For example:
-
-    gptcore generate --model runs/demo "The function returns"
-
-    gptcore generate --model runs/demo --temperature 0 --max-new-tokens 50 "Return the"
-
-    gptcore fetch smollm2-135m-instruct && gptcore generate --model smollm2-135m-instruct "The capital of France is"
-
-    gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --repetition-penalty 1.2 "Once upon a time"
-
-    gptcore generate --model runs/demo --temperature 0 "The function returns" "The class has"
-
-    gptcore generate --model runs/demo --stop . --stop ";" "The function returns"
+      gptcore generate --model runs/demo "The function returns"
+      gptcore generate --model runs/demo --temperature 0 --max-new-tokens 50 "Return the"
+      gptcore fetch smollm2-135m-instruct && gptcore generate --model smollm2-135m-instruct "The capital of France is"
+      gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --repetition-penalty 1.2 "Once upon a time"
+      gptcore generate --model runs/demo --temperature 0 "The function returns" "The class has"
+      gptcore generate --model runs/demo --stop . --stop ";" "The function returns"
     """
 
     prompts: Positional[tuple[str, ...]]

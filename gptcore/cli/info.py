@@ -10,15 +10,14 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True)
 class Info:
-    """Show versions, devices and which kernels run where; of a model what it is made of, what it costs and what it runs on.
+    """Show versions, devices and kernels, or describe a model.
+
+    For a model it shows the sizes, the memory and operations it needs, and the kernels that run.
 
     For example:
-
-    gptcore info
-
-    gptcore info smollm2-135m-instruct
-
-    gptcore info gpt2-124m
+      gptcore info
+      gptcore info smollm2-135m-instruct
+      gptcore info gpt2-124m
     """
 
     model: Positional[str | None] = None

@@ -12,19 +12,14 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True)
 class Prepare:
-    """Turn text into token files for training and validation.
+    """Turn text into token files for training.
 
     For example:
-
-    gptcore prepare python-docs --out data/python-docs
-
-    gptcore prepare books/ 'notes/*.md' --out data/mine --vocab-size 8192
-
-    gptcore prepare books/ --out data/books --tokenizer gpt2
-
-    gptcore prepare 'crawl/*.jsonl.gz' --field content --out data/crawl
-
-    gptcore prepare hf:roneneldan/TinyStories --out data/stories
+      gptcore prepare python-docs --out data/python-docs
+      gptcore prepare books/ 'notes/*.md' --out data/mine --vocab-size 8192
+      gptcore prepare books/ --out data/books --tokenizer gpt2
+      gptcore prepare 'crawl/*.jsonl.gz' --field content --out data/crawl
+      gptcore prepare hf:roneneldan/TinyStories --out data/stories
     """
 
     sources: Positional[tuple[str, ...]]

@@ -25,20 +25,13 @@ class TrainConfig:
     """Train a model on a folder that `gptcore prepare` made.
 
     For example:
-
-    gptcore train --data data/python-docs --out runs/demo
-
-    gptcore train --data data/python-docs --out runs/demo --resume auto --steps 1200
-
-    gptcore train --data data/books --out runs/small --preset small --batch-size 32 --tokens-per-step 65536
-
-    gptcore train --config runs/small/config.yaml --out runs/other --seed 2
-
-    gptcore train --data data/books --out runs/small --preset small --find-lr
-
-    gptcore train --model bert --data data/wordpiece --out runs/bert
-
-    torchrun --nproc-per-node 2 -m gptcore train --data data/books --out runs/two --parallel fsdp
+      gptcore train --data data/python-docs --out runs/demo
+      gptcore train --data data/python-docs --out runs/demo --resume auto --steps 1200
+      gptcore train --data data/books --out runs/small --preset small --batch-size 32 --tokens-per-step 65536
+      gptcore train --config runs/small/config.yaml --out runs/other --seed 2
+      gptcore train --data data/books --out runs/small --preset small --find-lr
+      gptcore train --model bert --data data/wordpiece --out runs/bert
+      torchrun --nproc-per-node 2 -m gptcore train --data data/books --out runs/two --parallel fsdp
     """
 
     data: Path
