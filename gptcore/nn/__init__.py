@@ -1,7 +1,7 @@
 """What models are made of, built from sizes: attention, norms, MLP, positions, the key/value cache."""
 
 from gptcore.nn.attention import AttentionArgs, AttentionImpl, SelfAttention
-from gptcore.nn.backend import Kernels, backend_of, check_kernels
+from gptcore.nn.backend import Kernels, backend_of, check_kernels, load_kernels
 from gptcore.nn.cache import KeyValueCache
 from gptcore.nn.documents import Documents
 from gptcore.nn.linear import Linear
@@ -24,5 +24,6 @@ __all__ = [
     "SelfAttention",
     "backend_of",
     "check_kernels",
+    "load_kernels",
     "rotary_tables",
 ]

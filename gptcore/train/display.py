@@ -59,7 +59,8 @@ class Display:
         self._task = self._bar.add_task("training", total=steps, completed=done)
         live = shown and self.console.is_terminal
         self._live = Live(self, console=self.console, refresh_per_second=4, transient=True) if live else None
-        self._seconds, self._timed = 0.0, 0  # of the steps shown so far
+        # Steps since `done` and the seconds of all but the first, which compiles and allocates: the time left follows from them.
+        self._steps, self._seconds = 0, 0.0
 
     def __enter__(self) -> Display:
         if self._live:
@@ -89,13 +90,16 @@ class Display:
         """Shows that a step has been done."""
         self.done = done
         self.losses.append(loss)
-        self._seconds += seconds
-        self._timed += 1
+        self._steps += 1
+        self._seconds += seconds if self._steps > 1 else 0.0
         self.status = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, MFU {mfu:.0%}"
         self._bar.update(self._task, completed=done)
         if self._live is None and done % max(self.steps // 20, 1) == 0:
-            left = round(self._seconds / self._timed * (self.steps - done))
-            self.say(f"step {done}/{self.steps}: {self.status}, {left // 60}:{left % 60:02d} left")
+            left = ""
+            if self._steps > 1:
+                seconds = round(self._seconds / (self._steps - 1) * (self.steps - done))
+                left = f", {seconds // 60}:{seconds % 60:02d} left"
+            self.say(f"step {done}/{self.steps}: {self.status}{left}")
 
     def sweep(self, done: int, lr: float, loss: float) -> None:
         """Shows a step of the search for a learning rate."""

@@ -17,6 +17,7 @@ import gptkernels
 import torch
 
 from gptcore import _extras
+from gptcore.nn import Kernels
 from gptcore.train import step as training_step
 from gptcore.train.checkpoint import Checkpoint, newest, publish_model, record_evaluation, save_checkpoint
 from gptcore.train.config import TrainConfig
@@ -90,21 +91,27 @@ def _stops_at_signals() -> Iterator[threading.Event]:
 
 
 def banner(state: TrainState, peak: str) -> str:
-    """What is about to run, where, and why the other kernels do not."""
+    """Three lines: the model, the device, and the kernels that run."""
     config, device, world = state.config, state.device, state.world
-    report = gptkernels.report()
-    rows = [row for row in report.rows if torch.device(row.device).type == device.type]
-    chosen = config.kernels if config.kernels != "auto" else f"auto -> {', '.join(dict.fromkeys(r.auto for r in rows))}"
     several = f", {world.size} processes, {'fsdp' if state.replica.sharded else 'ddp'}" if world.size > 1 else ""
     size = f"{state.parameters / 1e6:.1f} M parameters, context {state.model.config.context}"
-    lines = [
-        f"model    {config.model} {config.preset}, {size}",
-        f"device   {device}, {'bf16 autocast' if state.bf16 else 'fp32'}{several}; peak {peak}",
-        f"kernels  {chosen}",
+    return (
+        f"model    {config.model} {config.preset}, {size}\n"
+        f"device   {device}, {'bf16 autocast' if state.bf16 else 'fp32'}{several}; peak {peak}\n"
+        f"kernels  {kernels_that_run(config.kernels, device)}"
+    )
+
+
+def kernels_that_run(kernels: Kernels, device: torch.device) -> str:
+    """The kernels that this choice takes on `device`, for people to read: ``native (C++, avx512_bf16)``."""
+    report = gptkernels.report()
+    backend = kernels
+    if kernels == "auto":
+        taken = {row.auto for row in report.rows if torch.device(row.device).type == device.type}
+        backend = next((name for name in ("triton", "native") if name in taken), "reference")
+    return {"triton": "triton", "native": f"native (C++, {report.native_level})", "reference": "reference (PyTorch)"}[
+        backend
     ]
-    if config.kernels == "auto" and rows:
-        lines += [f"         {name} not used: {reason}" for name, reason in rows[0].unavailable.items()]
-    return "\n".join(lines)
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
@@ -298,7 +305,7 @@ class _Run:
             self.display.say(f"interrupted: step {step} is saved; gptcore train --resume auto goes on from it")
         else:
             self.display.say(
-                f"validation loss {full:.3f} nats per target of all validation data, {baseline} {entropy:.3f}; "
-                f"{speed:,.0f} tokens/s, MFU {mfu:.0%}, peak memory {memory / 2**20:,.0f} MiB; {out}/loss.png"
+                f"validation loss {full:.3f} nats per target on all validation data; {baseline} {entropy:.3f}\n"
+                f"{speed:,.0f} tokens/s, MFU {mfu:.0%}, peak memory {memory / 2**20:,.0f} MiB; curve in {out / PLOT}"
             )
         return TrainResult(step, val_loss, full, entropy, speed, mfu, memory, interrupted)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gptcore.models import MODELS, Model
-from gptcore.nn import check_kernels
+from gptcore.nn import load_kernels
 from gptcore.tasks import TASKS, Task
 from gptcore.train.config import TrainConfig
 from gptcore.train.hardware import multiplies_bf16
@@ -57,7 +57,7 @@ class TrainState:
         self.batches = config.batches()
         make_task: Any = TASKS[config.task.name][1]
         self.task: Task = make_task(config.task, config.data, config.model_config().context, config.seed)
-        check_kernels(config.kernels)  # those that cannot run are an error here, not at step 1
+        load_kernels(config.kernels, device)  # here and not in step 1, whose time is measured
         self.bf16 = config.dtype == "bf16" or (config.dtype == "auto" and multiplies_bf16(device))
         torch.manual_seed(config.seed)
         self.model = MODELS[config.model](config.model_config(**self.task.model_changes()))

@@ -244,7 +244,7 @@ def shown(terminal: bool, **sizes) -> str:
     console = Console(file=out, force_terminal=terminal, width=80, highlight=False)
     with Display(True, 40, console=console) as display:
         for step in range(1, 41):
-            display.step(step, 5 - step / 10, 0.5, 1234.0, 0.25)
+            display.step(step, 5 - step / 10, 60.0 if step == 1 else 0.5, 1234.0, 0.25)  # the first one compiles
         display.evaluated(40, 1.5)
         display.sampled(AS_IT_IS)
     return out.getvalue()
