@@ -1,6 +1,6 @@
 """What models are made of, built from sizes: attention, norms, MLP, positions, the key/value cache."""
 
-from gptcore.nn.attention import AttentionArgs, AttentionImpl, SelfAttention
+from gptcore.nn.attention import AttentionArgs, AttentionImpl, CrossAttention, SelfAttention
 from gptcore.nn.backend import Kernels, backend_of, check_kernels, load_kernels
 from gptcore.nn.cache import KeyValueCache
 from gptcore.nn.documents import Documents
@@ -14,6 +14,7 @@ __all__ = [
     "Activation",
     "AttentionArgs",
     "AttentionImpl",
+    "CrossAttention",
     "Documents",
     "Kernels",
     "KeyValueCache",

@@ -21,6 +21,8 @@ class KeyValueCache:
         self.capacity = capacity
         self.padding = padding
         self.length = 0
+        self.source: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values that a layer's cross-attention has made of its source, ``(B, H, S, D)`` each, by layer."""
         self.at: Tensor | None = None
         """``(1,)`` int64 on the model's device: where the next token goes, when that must not be a number of the
         host's (a CUDA graph repeats what it was captured with). All `capacity` keys are then handed out, and
