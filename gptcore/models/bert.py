@@ -118,7 +118,7 @@ class BERT(Model):
     """
 
     config_class = BERTConfig
-    forward_methods = ("features", "logits")
+    forward_methods = ("features", "attention_weights")
     config: BERTConfig
 
     def __init__(self, config: BERTConfig) -> None:
@@ -176,7 +176,7 @@ class BERT(Model):
         """
         if self.head is None:
             raise ValueError("masked_words: got False; accepted is a model with the head that guesses masked words")
-        x = self.features(tokens, lengths=lengths, token_types=token_types)
+        x, _ = self._encode(tokens, lengths, token_types)
         if positions is not None:
             x = x.flatten(0, 1)[positions]  # (K, C)
         x = self.head(x)
