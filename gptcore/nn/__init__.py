@@ -1,4 +1,4 @@
-"""What models are made of, built from sizes: attention, norms, MLP, positions, the key/value cache."""
+"""The building blocks of models: attention, norms, MLP, positions, the key/value cache. Built from sizes, not from a config."""
 
 from gptcore.nn.attention import AttentionArgs, AttentionImpl, CrossAttention, SelfAttention
 from gptcore.nn.backend import Kernels, backend_of, check_kernels, load_kernels

@@ -17,7 +17,7 @@ AttentionImpl = Literal["fused", "explicit"]
 
 
 class AttentionArgs(NamedTuple):
-    """What every layer's attention is given besides its input; the same for all layers."""
+    """What attention takes besides its input; the same for every layer."""
 
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of each position's angles, ``(T, D / 2)`` or ``(B, T, D / 2)`` float32."""
@@ -25,20 +25,20 @@ class AttentionArgs(NamedTuple):
     key_mask: Tensor | None = None
     """``(B, keys)`` bool, False on padding."""
     key_lengths: Tensor | None = None
-    """``(B,)`` number of keys that count: the rest is padding, or a cache's room for tokens to come."""
+    """``(B,)`` keys to attend to, from the first on; the others are padding, or room in the cache for later tokens."""
     documents: Documents | None = None
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over the heads of one packed projection (queries, keys, values), read in place.
+    """Self-attention. One linear layer projects to queries, keys and values; attention reads its output in place.
 
     Args:
         width: features of a token before and after.
         n_head: query heads; divides width.
         n_kv_head: heads of keys and values, each shared by n_head / n_kv_head query heads; None: n_head.
-        causal: whether a token attends to itself and earlier tokens alone.
-        layer: which of the cache's layers is this one's.
-        implementation: "fused", one kernel, or "explicit", ``softmax(QK^T)V`` step by step, which returns the weights.
+        causal: whether a token attends only to itself and earlier tokens.
+        layer: index of this layer in the cache.
+        implementation: "fused", one kernel, or "explicit", ``softmax(QK^T)V`` step by step, which also returns the weights.
         dropout: probability of dropping an attention weight in training.
         bias: whether the linear layers add a bias.
         backend: a `gptkernels` backend; None leaves the choice to `gptkernels.use_backend`.
@@ -65,29 +65,29 @@ class SelfAttention(nn.Module):
         self.c_attn = Linear(width, (n_head + 2 * self.kv_heads) * self.head_dim, bias=bias, backend=backend)
         self.c_proj = Linear(width, width, bias=bias, backend=backend)
 
-    def forward(self, x: Tensor, given: AttentionArgs | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, args: AttentionArgs | None = None) -> tuple[Tensor, Tensor | None]:
         """``(B, T, C) -> (B, T, C)``, and with explicit attention its weights ``(B, H, T, keys)``."""
-        given = given or AttentionArgs()
+        args = args or AttentionArgs()
         batch, tokens, width = x.shape
         heads = self.c_attn(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, D), a view
-        turned, value = heads.split([self.n_head + self.kv_heads, self.kv_heads], dim=1)
-        if given.rotary is not None:
-            turned = rotary(turned, *given.rotary, backend=self.backend)
-        query, key = turned.split([self.n_head, self.kv_heads], dim=1)
-        if given.cache is not None:
-            key, value = given.cache.append(self.layer, key, value)
+        query_key, value = heads.split([self.n_head + self.kv_heads, self.kv_heads], dim=1)
+        if args.rotary is not None:
+            query_key = rotary(query_key, *args.rotary, backend=self.backend)
+        query, key = query_key.split([self.n_head, self.kv_heads], dim=1)
+        if args.cache is not None:
+            key, value = args.cache.append(self.layer, key, value)
         options: dict[str, Any] = {"dropout_p": self.dropout if self.training else 0.0, "backend": self.backend}
-        if given.documents is not None and not self.explicit:
-            bounds, longest = given.documents.cu_lengths, given.documents.max_length
-            # (B * T, H, D): views where a sequence's tokens lie one behind the other, as they do in the projection.
+        if args.documents is not None and not self.explicit:
+            bounds, longest = args.documents.cu_lengths, args.documents.max_length
+            # (B * T, H, D), views: in the projection a sequence's tokens are contiguous.
             query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
             out = attention_varlen(
                 query, key, value, bounds, bounds, longest, longest, is_causal=self.causal, **options
             )
             return self.c_proj(out.reshape(batch, tokens, width)), None
-        # A causal model is given key_lengths with one query, the last token: it attends to every key that counts.
-        options |= {"is_causal": self.causal and given.key_lengths is None}
-        options |= {"key_mask": given.key_mask, "key_lengths": given.key_lengths}
+        # A causal model passes key_lengths with one query only, the last token, which attends to every key.
+        options |= {"is_causal": self.causal and args.key_lengths is None}
+        options |= {"key_mask": args.key_mask, "key_lengths": args.key_lengths}
         out, weights = _attend(self.explicit, query, key, value, **options)
         merged = out.transpose(1, 2).reshape(batch, tokens, width)  # a view: out lies (B, T, H, D) in memory
         return self.c_proj(merged), weights

@@ -1,4 +1,4 @@
-"""Which kernels a model runs on: a field of every model's configuration."""
+"""The choice of kernels, a field of every model's configuration."""
 
 from __future__ import annotations
 
