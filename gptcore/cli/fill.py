@@ -19,9 +19,9 @@ class Fill(Loading):
     """
 
     text: Positional[str]
-    """With one [MASK] or more."""
+    """Text with one [MASK] or more."""
     count: int = 5
-    """Words to show for each."""
+    """Words to show for each [MASK]."""
 
     def run(self) -> int:
         from gptcore.generate.fill import fill

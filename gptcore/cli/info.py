@@ -12,7 +12,7 @@ from tyro.conf import Positional
 class Info:
     """Show versions, devices and kernels, or describe a model.
 
-    For a model it shows the sizes, the memory and operations it needs, and the kernels that run.
+    A model's description has its sizes, the memory and operations it needs, and the kernels that run.
 
     For example:
       gptcore info
@@ -21,7 +21,7 @@ class Info:
     """
 
     model: Positional[str | None] = None
-    """A preset's name, or whatever gptcore generate takes as a model."""
+    """A preset, or anything that gptcore generate --model takes."""
 
     def run(self) -> int:
         from importlib import metadata
@@ -35,7 +35,7 @@ class Info:
 
         if self.model is not None:
             kinds = [kind for kind in MODELS.values() if self.model in kind.config_class.presets()]
-            for kind in kinds:  # "tiny" is a size of every model
+            for kind in kinds:  # several models have a preset "tiny"
                 with torch.device("meta"):
                     model = kind(kind.config_class.preset(self.model))
                 if len(kinds) > 1:
