@@ -109,9 +109,8 @@ def kernels_that_run(kernels: Kernels, device: torch.device) -> str:
     if kernels == "auto":
         taken = {row.auto for row in report.rows if torch.device(row.device).type == device.type}
         backend = next((name for name in ("triton", "native") if name in taken), "reference")
-    return {"triton": "triton", "native": f"native (C++, {report.native_level})", "reference": "reference (PyTorch)"}[
-        backend
-    ]
+    names = {"native": f"native (C++, {report.native_level})", "reference": "reference (PyTorch)"}
+    return names.get(backend, backend)
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:

@@ -122,7 +122,7 @@ def test_what_one_process_meets_stops_all(runs: Path):
         assert f"{rank}: stopped 3" in said  # the signal came to the second alone
         assert any(line.startswith(f"{rank}: step 3: the loss is nan") for line in said)
         assert f"{rank}: done" in said
-        held = (f"{runs}/held is in use by process ", f"the first process cannot have {runs}/held")[rank]
+        held = (f"{runs}/held is in use by process ", f"the first process could not lock {runs}/held")[rank]
         assert any(line.startswith(f"{rank}: out: {held}") for line in said)
         full = [line for line in said if line.startswith(f"{rank}: the checkpoint of step 4 could not be written")]
         assert len(full) == 1
