@@ -1,4 +1,4 @@
-"""GPTs on fused kernels: the model, its tokenizers, its training.
+"""Language models on fused kernels: models, tokenizers, training, generation.
 
 >>> import gptcore
 >>> model = gptcore.GPT(gptcore.GPTConfig.preset("tiny", vocab_size=512))

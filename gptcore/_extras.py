@@ -1,4 +1,4 @@
-"""Packages that only some uses need: the one place that says what to install when one is missing."""
+"""Optional packages: imports them, and says what to install if one is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRAS = {
 
 
 class MissingPackageError(ImportError):
-    """A package is needed that plain ``pip install gptcore`` does not bring."""
+    """An optional package is missing, which plain ``pip install gptcore`` does not install."""
 
 
 def load(package: str, what: str) -> Any:
@@ -25,10 +25,10 @@ def load(package: str, what: str) -> Any:
 
     Args:
         package: a key of :data:`EXTRAS`, or a module in such a package.
-        what: what needs it, for the error: ``f"{path}"``, ``"--tensorboard"``.
+        what: for the error: what needs the package, such as ``f"{path}"`` or ``"--tensorboard"``.
 
     Raises:
-        MissingPackageError: it is not installed, or cannot be imported; says what to install.
+        MissingPackageError: the package is not installed or cannot be imported; says what to install.
     """
     try:
         return import_module(package)

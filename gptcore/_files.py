@@ -1,4 +1,4 @@
-"""Writing files so that a crash, an error or Ctrl-C never leaves a half-written one."""
+"""Atomic writing: a crash, an error or Ctrl-C never leaves an incomplete file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A fresh hidden name beside ``path``, on the same file system, so that a rename onto ``path`` is atomic.
+    """Return an unused hidden name beside ``path``, so that a rename to ``path`` stays on one file system and is atomic.
 
     Raises ``FileNotFoundError`` if the folder that should hold ``path`` does not exist.
     """
@@ -23,7 +23,7 @@ def temporary_sibling(path: Path) -> Path:
 
 
 def publish(file: BinaryIO, path: Path) -> None:
-    """Make the finished temporary ``file`` durable, close it, and rename it to ``path``."""
+    """Sync the finished temporary ``file`` to the disk, close it, and rename it to ``path``."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
@@ -32,7 +32,7 @@ def publish(file: BinaryIO, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable, where the system can sync a folder (Windows cannot)."""
+    """Sync renames in ``folder`` to the disk, on systems that can sync a folder (Windows cannot)."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -43,7 +43,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that becomes ``path`` if, and only if, the block ends without an exception."""
+    """Open a temporary file that becomes ``path`` only if the block ends without an exception."""
     temporary = temporary_sibling(path)
     try:
         with temporary.open("xb") as file:
@@ -54,9 +54,9 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Make the finished folder ``temporary`` durable with all that is in it, and rename it to ``path``.
+    """Sync the finished folder ``temporary`` and its files to the disk, and rename it to ``path``.
 
-    A folder that is already there is moved aside first, put back if that fails, and deleted last.
+    An existing folder at ``path`` is moved aside first, moved back if the rename fails, and deleted last.
     """
     for file in sorted(temporary.rglob("*")):
         if file.is_dir():
@@ -81,9 +81,9 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def folder_writer(path: Path) -> Iterator[Path]:
-    """Make a temporary folder that becomes ``path`` if, and only if, the block ends without an exception.
+    """Make a temporary folder that becomes ``path`` only if the block ends without an exception.
 
-    Otherwise nothing is left, nor any of the folders above it that were missing.
+    Otherwise it is deleted, with the parent folders that were made for it.
     """
     missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,14 +101,14 @@ def folder_writer(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder so that a crash leaves all of it or nothing under its name."""
+    """Delete a folder. A crash leaves either all of it or nothing under its name."""
     aside = temporary_sibling(path)
     path.rename(aside)
     shutil.rmtree(aside)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """``target`` becomes the file ``source`` in one step: a hard link where the file system has them, else a copy."""
+    """Put the file ``source`` at ``target`` atomically: as a hard link if the file system has them, else as a copy."""
     temporary = temporary_sibling(target)
     try:
         try:
@@ -124,7 +124,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Draws a matplotlib figure into a PNG file, which appears whole or not at all."""
+    """Write a matplotlib figure to a PNG file, atomically."""
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
     with atomic_writer(path) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from io import TextIOWrapper
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -20,40 +21,53 @@ from gptcore.cli.prepare import Prepare
 from gptcore.cli.train import Train
 from gptcore.train.guard import drop_unwritten
 
+VERBS: dict[str, type[Any]] = {
+    "info": Info,
+    "fetch": Fetch,
+    "prepare": Prepare,
+    "train": Train,
+    "generate": Generate,
+    "chat": Chat,
+    "fill": Fill,
+    "embed": Embed,
+    "export": Export,
+    "attention-map": AttentionMap,
+}
+
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; an error that the user can mend is one line and exit status 2, Ctrl-C one line and 130."""
+    """Runs the command line. An expected error prints one line and exits with status 2, Ctrl-C one line and 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    verbs = {
-        "info": Info,
-        "fetch": Fetch,
-        "prepare": Prepare,
-        "train": Train,
-        "generate": Generate,
-        "chat": Chat,
-        "fill": Fill,
-        "embed": Embed,
-        "export": Export,
-        "attention-map": AttentionMap,
-    }
-    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is a question mark there, and no error
+    for stream in (sys.stdout, sys.stderr):  # prints "?" for characters that the encoding lacks
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        if arguments[:1] == ["train"]:
-            command = Train.parse(arguments[1:])
-        else:
-            command = tyro.extras.subcommand_cli_from_dict(
-                verbs, prog="gptcore", description="Build a GPT from scratch, on fused kernels.", args=arguments
-            )
+        command = _parse(arguments)
         status = command.run()
-    except BrokenPipeError:  # whoever read the output has gone, as `| head` does: what is left of it goes nowhere
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         drop_unwritten()
-        status = 141  # as shells have it for a command that such a pipe ended
+        status = 141  # 128 + SIGPIPE, as shells report it
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, MissingPackageError) as error:
         print(f"gptcore: error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("gptcore: interrupted", file=sys.stderr)
-        status = 130  # as shells have it for a command that Ctrl-C ended
+        status = 130  # 128 + SIGINT, as shells report it
     sys.exit(status)
+
+
+def _parse(arguments: list[str]) -> Any:
+    """Returns the verb that `arguments` name, with its options. Help and errors end the process."""
+    verb, rest = arguments[:1], arguments[1:]
+    if verb == ["train"]:
+        return Train.parse(rest)
+    if verb and verb[0] in VERBS:
+        return tyro.cli(VERBS[verb[0]], prog=f"gptcore {verb[0]}", args=rest)
+    # `gptcore --help` lists the first line of each verb's docstring; `gptcore VERB --help` shows all of it.
+    listed = []
+    for name, kind in VERBS.items():
+        first_line = (kind.__doc__ or "").partition("\n")[0]
+        listed.append(Annotated[Any, tyro.conf.subcommand(name, constructor=kind, description=first_line)])
+    kinds: Any = Union[tuple(listed)]  # noqa: UP007 (made from a list)
+    description = "Build language models from scratch, on fused kernels."
+    return tyro.cli(kinds, prog="gptcore", description=description, args=arguments)

@@ -1,4 +1,4 @@
-"""Options that several verbs share: which model is loaded and how, and how tokens are sampled."""
+"""Options that several verbs share: loading a model, and sampling."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ M = TypeVar("M", bound="Model")
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """What every verb that runs a trained model is told."""
+    """Options of every verb that runs a trained model."""
 
     model: str
-    """Folder of a run or of Hugging Face weights (GPT-2, Llama, BERT), a .gguf file, a name that gptcore fetch brought, or the
-    hub's."""
+    """Folder of a run or of Hugging Face weights (GPT-2, Llama, BERT), a .gguf file, or a name of gptcore fetch or the hub."""
     tokenizer: str | None = None
-    """gpt2 or a saved tokenizer's path; the model's own if left out."""
+    """gpt2, or the path of a saved tokenizer; the model's own if left out."""
     kernels: Kernels = "auto"
-    """Which kernels run."""
+    """The kernels that run; auto takes the fastest available."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the weights. auto takes bf16, half the bytes to read for each token; on a CPU with kernels reference fp32."""
+    """Of the weights. auto takes bf16, which halves the bytes to read for each token; on a CPU with kernels reference, fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto takes a GPU where there is one."""
+    """Where the model runs; auto takes a GPU if there is one."""
     tune_allocator: bool = True
     """Keep freed memory in the process (see gptkernels.tune_allocator)."""
 
     def load(self, kind: type[M], **changes: Any) -> tuple[M, Tokenizer | PretrainedTokenizer]:
-        """The model, which must be of this kind, on its device, and its tokenizer; `changes` to its configuration."""
+        """Loads the model, which must be of this kind, and its tokenizer; `changes` are fields of its configuration."""
         import gptkernels
         import torch
 
@@ -45,14 +44,14 @@ class Loading:
 
         if self.tune_allocator:
             gptkernels.tune_allocator()
-        check_kernels(self.kernels)  # those that cannot run are an error before anything is loaded
+        check_kernels(self.kernels)  # an error comes before anything is loaded
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         wide = self.dtype == "fp32" or (self.dtype == "auto" and (device, self.kernels) == ("cpu", "reference"))
         dtype = torch.float32 if wide else torch.bfloat16
         place = locate(self.model)
-        tokenizer = get_tokenizer(self.tokenizer or place)  # first: one that cannot be had is an error at once
+        tokenizer = get_tokenizer(self.tokenizer or place)  # before the model: an error comes at once
         model = kind.from_pretrained(place, dtype=dtype, kernels=self.kernels, **changes).to(device).eval()
-        if tokenizer.base_size > model.config.vocab_size:  # tokens that were added later may lack rows: they never come
+        if tokenizer.base_size > model.config.vocab_size:  # added tokens may lack rows: the model never makes them
             raise ValueError(
                 f"tokenizer: has {tokenizer.base_size} tokens; accepted are at most the model's {model.config.vocab_size}"
             )
@@ -62,7 +61,7 @@ class Loading:
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(Sampling):
     temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token each time."""
+    """Divides the logits; 0 always takes the likeliest token."""
 
     def options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}

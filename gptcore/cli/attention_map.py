@@ -12,24 +12,23 @@ from gptcore.cli._options import Loading
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMap(Loading):
-    """Draw which tokens of a text look at which: a heatmap for each layer and head, as a PNG.
+    """Draw which tokens of a text attend to which.
+
+    The picture, a PNG, has a heatmap for each layer and head.
 
     For example:
-
-    gptcore attention-map --model runs/demo "The function returns a list"
-
-    gptcore attention-map --model smollm2-135m-instruct --layers 5 --heads 3 "The cat sat because it was tired"
+      gptcore attention-map --model runs/demo "The function returns a list"
+      gptcore attention-map --model smollm2-135m-instruct --layers 5 --heads 3 "The cat sat because it was tired"
     """
 
     text: Positional[str]
-    """What the model reads; up to 512 tokens, as many as a picture can show."""
+    """Text that the model reads; up to 512 tokens, the most that the picture can show."""
     out: Path = Path("attention.png")
-    """The picture."""
+    """File of the picture."""
     layers: UseAppendAction[tuple[int, ...]] = ()
-    """Layer to draw, counted from 0; may be given several times; all if left out."""
+    """Layer to draw, counted from 0; repeat it for several; all if left out."""
     heads: UseAppendAction[tuple[int, ...]] = ()
-    """Head to draw, counted from 0; may be given several times; all if left out. One layer and one head show the tokens
-    along the sides."""
+    """Head to draw, counted from 0; repeat it for several; all if left out. With one layer and head the tokens are shown."""
 
     def run(self) -> int:
         from gptcore.evaluate.attention_map import draw_attention

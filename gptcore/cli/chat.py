@@ -11,21 +11,20 @@ from gptcore.cli._options import Loading, SamplingOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(SamplingOptions, Loading):
-    """Talk with a model that was trained to converse; /reset begins anew, /quit or Ctrl-D ends, Ctrl-C ends a reply.
+    """Talk with a model that was trained to converse.
+
+    /reset begins anew, /quit or Ctrl-D ends the conversation, Ctrl-C ends a reply.
 
     For example:
-
-    gptcore fetch smollm2-135m-instruct && gptcore chat --model smollm2-135m-instruct
-
-    gptcore chat --model runs/tuned --system "You answer in one sentence." --temperature 0.2
-
-    echo "What is a kernel?" | gptcore chat --model smollm2-135m-instruct --temperature 0
+      gptcore fetch smollm2-135m-instruct && gptcore chat --model smollm2-135m-instruct
+      gptcore chat --model runs/tuned --system "You answer in one sentence." --temperature 0.2
+      echo "What is a kernel?" | gptcore chat --model smollm2-135m-instruct --temperature 0
     """
 
     system: str | None = None
-    """What the model is told before the first turn; the template's own if left out."""
+    """System prompt, before the first turn; the chat template's own if left out."""
     max_new_tokens: int = 256
-    """Longest reply, in tokens."""
+    """The most tokens in a reply."""
 
     def run(self) -> int:
         from gptcore.generate.chat import Chat as Conversation
@@ -44,7 +43,7 @@ class Chat(SamplingOptions, Loading):
             try:
                 return input(prompt)
             except (EOFError, KeyboardInterrupt):
-                print("\n" if prompt else "", end="", flush=True)  # after the prompt's own line
+                print("\n" if prompt else "", end="", flush=True)  # ends the line of the prompt
                 raise
 
         converse(chat, ask, lambda text: print(text, end="", flush=True))

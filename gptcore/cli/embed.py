@@ -12,19 +12,19 @@ from gptcore.cli._options import Loading
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(Loading):
-    """Turn texts into vectors with a BERT, and show how alike they are: the cosine of each pair.
+    """Turn texts into vectors with a BERT and compare them.
+
+    The table shows the cosine of each pair of vectors.
 
     For example:
-
-    gptcore fetch minilm-l6 && gptcore embed --model minilm-l6 "A cat sleeps." "A kitten is asleep." "Shares fell today."
-
-    gptcore embed --model minilm-l6 --out vectors.safetensors "one text" "another"
+      gptcore fetch minilm-l6 && gptcore embed --model minilm-l6 "A cat sleeps." "A kitten is asleep." "Shares fell today."
+      gptcore embed --model minilm-l6 --out vectors.safetensors "one text" "another"
     """
 
     texts: Positional[tuple[str, ...]]
-    """One or more."""
+    """One text or more."""
     out: Path | None = None
-    """File for the vectors: safetensors, `vectors` (texts, width) float32."""
+    """Safetensors file to write the vectors to: `vectors` (texts, width) float32."""
 
     def run(self) -> int:
         from safetensors.torch import save

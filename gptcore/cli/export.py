@@ -9,21 +9,21 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a model as a folder that Hugging Face transformers loads: weights, configuration and tokenizer.
+    """Write a model as a folder for Hugging Face transformers.
+
+    The folder holds weights, configuration and tokenizer.
 
     For example:
-
-    gptcore export --model runs/demo --out exported/demo
-
-    gptcore export --model smollm2-135m-instruct --out exported/smollm2 --dtype bf16
+      gptcore export --model runs/demo --out exported/demo
+      gptcore export --model smollm2-135m-instruct --out exported/smollm2 --dtype bf16
     """
 
     model: str
-    """Folder of a run or of weights, a .gguf file, a name that gptcore fetch brought, or the hub's."""
+    """Folder of a run or of weights, a .gguf file, or a name of gptcore fetch or the hub."""
     out: Path
-    """Folder to make; must not hold anything."""
+    """Folder to write; must be new or empty."""
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
-    """Of the weights in it; keep leaves the model's (fp32 from a GGUF file)."""
+    """Of the weights in the folder; keep takes the model's (fp32 for a GGUF file)."""
 
     def run(self) -> int:
         import torch

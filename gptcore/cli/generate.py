@@ -14,26 +14,20 @@ class Generate(SamplingOptions, Loading):
     """Continue a text with a trained model.
 
     For example:
-
-    gptcore generate --model runs/demo "The function returns"
-
-    gptcore generate --model runs/demo --temperature 0 --max-new-tokens 50 "Return the"
-
-    gptcore fetch smollm2-135m-instruct && gptcore generate --model smollm2-135m-instruct "The capital of France is"
-
-    gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --repetition-penalty 1.2 "Once upon a time"
-
-    gptcore generate --model runs/demo --temperature 0 "The function returns" "The class has"
-
-    gptcore generate --model runs/demo --stop . --stop ";" "The function returns"
+      gptcore generate --model runs/demo "The function returns"
+      gptcore generate --model runs/demo --temperature 0 --max-new-tokens 50 "Return the"
+      gptcore fetch smollm2-135m-instruct && gptcore generate --model smollm2-135m-instruct "The capital of France is"
+      gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --repetition-penalty 1.2 "Once upon a time"
+      gptcore generate --model runs/demo --temperature 0 "The function returns" "The class has"
+      gptcore generate --model runs/demo --stop . --stop ";" "The function returns"
     """
 
     prompts: Positional[tuple[str, ...]]
-    """Text to continue; several are continued as one batch, and shown when all are done."""
+    """Text to continue. Several are continued as one batch, and printed when all are done."""
     max_new_tokens: int = 100
-    """Tokens to add at most."""
+    """The most tokens to add."""
     stop: UseAppendAction[tuple[str, ...]] = ()
-    """End before this string. May be given several times; --stop=--- for one that begins with a dash."""
+    """Stop before this string. Repeat it for several; write --stop=--- if it begins with a dash."""
 
     def run(self) -> int:
         from gptcore.generate import generate_text, stream_text
@@ -53,6 +47,6 @@ class Generate(SamplingOptions, Loading):
         try:
             for piece in pieces:
                 print(piece, end="", flush=True)
-        finally:  # after Ctrl-C or an error, too, the next line is a new one
+        finally:  # also after Ctrl-C or an error, what follows begins on a new line
             print(flush=True)
         return 0

@@ -10,19 +10,18 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True)
 class Info:
-    """Show versions, devices and which kernels run where; of a model what it is made of, what it costs and what it runs on.
+    """Show versions, devices and kernels, or describe a model.
+
+    A model's description has its sizes, the memory and operations it needs, and the kernels that run.
 
     For example:
-
-    gptcore info
-
-    gptcore info smollm2-135m-instruct
-
-    gptcore info gpt2-124m
+      gptcore info
+      gptcore info smollm2-135m-instruct
+      gptcore info gpt2-124m
     """
 
     model: Positional[str | None] = None
-    """A preset's name, or whatever gptcore generate takes as a model."""
+    """A preset, or anything that gptcore generate --model takes."""
 
     def run(self) -> int:
         from importlib import metadata
@@ -36,7 +35,7 @@ class Info:
 
         if self.model is not None:
             kinds = [kind for kind in MODELS.values() if self.model in kind.config_class.presets()]
-            for kind in kinds:  # "tiny" is a size of every model
+            for kind in kinds:  # several models have a preset "tiny"
                 with torch.device("meta"):
                     model = kind(kind.config_class.preset(self.model))
                 if len(kinds) > 1:

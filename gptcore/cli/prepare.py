@@ -12,39 +12,35 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True)
 class Prepare:
-    """Turn text into token files for training and validation.
+    """Turn text into token files for training.
+
+    A file is one document. In .jsonl, .ndjson, .parquet and arrays in .json each record is one; .gz files are unpacked.
+    python-docs is the documentation that comes with Python.
 
     For example:
-
-    gptcore prepare python-docs --out data/python-docs
-
-    gptcore prepare books/ 'notes/*.md' --out data/mine --vocab-size 8192
-
-    gptcore prepare books/ --out data/books --tokenizer gpt2
-
-    gptcore prepare 'crawl/*.jsonl.gz' --field content --out data/crawl
-
-    gptcore prepare hf:roneneldan/TinyStories --out data/stories
+      gptcore prepare python-docs --out data/python-docs
+      gptcore prepare books/ 'notes/*.md' --out data/mine --vocab-size 8192
+      gptcore prepare books/ --out data/books --tokenizer gpt2
+      gptcore prepare 'crawl/*.jsonl.gz' --field content --out data/crawl
+      gptcore prepare hf:roneneldan/TinyStories --out data/stories
     """
 
     sources: Positional[tuple[str, ...]]
-    """Files (.jsonl, .ndjson, .parquet and arrays in .json hold a document per record; .gz is unpacked), folders, globs,
-    the names of fetched texts, hf:NAME[:CONFIG[:SPLIT]] for a Hugging Face dataset, or python-docs: the documentation
-    that comes with Python."""
+    """Files, folders, globs, names of fetched texts, hf:NAME[:CONFIG[:SPLIT]] (a Hugging Face dataset), or python-docs."""
     out: Path
-    """Folder to make."""
+    """Folder to write."""
     field: str = "text"
-    """Field of a record that holds its text."""
+    """The field of a record that holds its text."""
     tokenizer: str = "bpe"
-    """bpe, or wordpiece (BERT's kind): trained on the corpus; gpt2; or a saved tokenizer's path."""
+    """bpe or wordpiece (for BERT), trained on the text; gpt2; or the path of a saved tokenizer."""
     vocab_size: int = 4096
-    """Tokens of a trained tokenizer."""
+    """Tokens of a tokenizer that is trained."""
     val_fraction: float = 0.1
-    """Share of the text's bytes kept for validation: whole documents or, where there are few, the end of the largest."""
+    """Share of the bytes kept for validation: whole documents or, if there are few, the end of the largest."""
     shard_tokens: int = 100_000_000
-    """Tokens in each token file, of 2 bytes if the vocabulary has at most 65,536 tokens, otherwise of 4."""
+    """Tokens in each token file; each takes 2 bytes if the vocabulary has at most 65,536 tokens, otherwise 4."""
     overwrite: bool = False
-    """Replace what was prepared there with other settings."""
+    """Replace a folder that was prepared with other settings."""
 
     def run(self) -> int:
         from gptcore.data.prepare import prepare

@@ -20,19 +20,19 @@ class Train(TrainConfig):
     __doc__ = TrainConfig.__doc__
 
     config: Path | None = None
-    """YAML file with values of these options (a run leaves its own, config.yaml); options given here come first."""
+    """YAML file with values of these options, such as a run's config.yaml; options on the command line override it."""
     find_lr: bool = False
-    """Do not train: try learning rates on a model that is thrown away, suggest one, and draw out/lr.png."""
+    """Do not train: try learning rates on a temporary model, suggest one, and draw out/lr.png."""
     task: Annotated[TaskOptions, OmitArgPrefixes] = field(default_factory=LanguageModelOptions)
-    """What is learnt: next words, the options of which are below; another model's task has others (--model bert --help)."""
+    """Options of the model's task. Other models have others: see `gptcore train --model bert --help`."""
     tune_allocator: bool = True
     """Keep freed memory in the process: faster steps on a CPU (see gptkernels.tune_allocator)."""
 
     @classmethod
     def parse(cls, arguments: list[str]) -> Train:
-        """The options in `arguments`, on top of those in the file that ``--config`` names.
+        """Parses `arguments`, which override the file that ``--config`` names.
 
-        Which options a task has depends on the model, which is therefore looked for first.
+        The model decides which options the task has, so ``--model`` and ``--config`` are parsed first.
         """
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)

@@ -16,7 +16,7 @@ MODELS: dict[str, type[Model]] = {model.config_class.model_type: model for model
 
 
 def from_pretrained(path_or_name: str | Path, *, dtype: torch.dtype | None = None, **changes: Any) -> Model:
-    """The model at `path_or_name`, whichever it is; arguments and errors as `Model.from_pretrained`."""
+    """Loads the model at `path_or_name`, of any type; arguments and errors as `Model.from_pretrained`."""
     found = weights.load(path_or_name)
     if found.model_type not in MODELS:
         raise weights.WeightsError(

@@ -44,17 +44,17 @@ class BERTConfig(ModelConfig):
     mlp_width: int | None = None
     """Width of the MLP's hidden layer; None: four times width."""
     token_types: int = 2
-    """Kinds of token: in a pair of texts those of the first and of the second."""
+    """Number of token types (segments): BERT gives the two texts of a pair different types."""
     masked_words: bool = True
-    """Whether the model has the head that guesses masked words; encoders for embeddings have none."""
+    """Whether the model has the head for masked words; encoders for embeddings have none."""
     eps: float = 1e-12
     """Added to the variance in every norm."""
     dropout: float = 0.0
     """Probability of dropping an element of the embeddings, the attention weights and each block's two outputs, in training."""
     kernels: Kernels = "auto"
-    """Which kernels compute all but the matrix products; auto takes the fastest that can run."""
+    """The kernels that run; auto takes the fastest available."""
     attention_impl: AttentionImpl = "fused"
-    """fused: one kernel, memory linear in the tokens; explicit: softmax(QK^T)V step by step, whose weights can be read."""
+    """fused: one kernel, memory linear in the tokens; explicit: softmax(QK^T)V step by step, which returns the weights."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "context", "n_layer", "n_head", "width", "mlp_width", "token_types")
@@ -86,16 +86,16 @@ class Block(nn.Module):
         self.ln_2 = Norm(config.width, eps=config.eps, backend=backend)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, given: AttentionArgs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, args: AttentionArgs) -> tuple[Tensor, Tensor | None]:
         """``(B, T, C) -> (B, T, C)``, and with explicit attention its weights ``(B, H, T, T)``."""
-        attended, weights = self.attn(x, given)
+        attended, weights = self.attn(x, args)
         x, _ = self.ln_1(x, self.dropout(attended))
         x, _ = self.ln_2(x, self.dropout(self.mlp(x)))
         return x, weights
 
 
 class MaskedWordsHead(nn.Module):
-    """From a token's features to those that are compared with the token embedding: linear, GELU, norm."""
+    """Linear, GELU, norm: its output times the token embedding's weights gives the logits."""
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()
@@ -111,14 +111,14 @@ class MaskedWordsHead(nn.Module):
 
 
 class BERT(Model):
-    """Token, position and type embeddings, post-norm blocks of bidirectional attention and an MLP, and the masked words' head.
+    """Token, position and type embeddings, post-norm blocks of bidirectional attention and MLP, and a head for masked words.
 
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", arXiv
-    1810.04805. There is no next-sentence head: RoBERTa (Liu et al., arXiv 1907.11692) found it to be of no use.
+    1810.04805. The next-sentence head is left out: RoBERTa (Liu et al., arXiv 1907.11692) found that it does not help.
     """
 
     config_class = BERTConfig
-    forward_methods = ("features", "logits")
+    forward_methods = ("features", "attention_weights")
     config: BERTConfig
 
     def __init__(self, config: BERTConfig) -> None:
@@ -159,14 +159,14 @@ class BERT(Model):
         targets: Tensor | None = None,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> Tensor:
-        """Logits of which word stands at each position; with `targets` the loss instead.
+        """Returns the logits of the word at each position; with `targets` the loss instead.
 
         Args:
             tokens, lengths, token_types: see `features`.
-            positions: ``(K,)`` int64 indices into the flattened ``(B * T)`` tokens, of which alone logits or losses are wanted;
+            positions: ``(K,)`` int64 indices into the flattened ``(B * T)`` tokens: compute logits or losses for these only;
                 None for all.
-            targets: ``(K,)``, or ``(B, T)`` without `positions`: the ids that should stand there; -100 counts for nothing.
-            reduction: "mean" or "sum" of the loss, over the targets that count.
+            targets: ``(K,)``, or ``(B, T)`` without `positions`: the right ids; -100 is ignored.
+            reduction: "mean" or "sum" of the loss, over the targets that are not ignored.
 
         Returns:
             ``(K, vocab_size)`` or ``(B, T, vocab_size)``; with `targets` a scalar, in nats.
@@ -176,7 +176,7 @@ class BERT(Model):
         """
         if self.head is None:
             raise ValueError("masked_words: got False; accepted is a model with the head that guesses masked words")
-        x = self.features(tokens, lengths=lengths, token_types=token_types)
+        x, _ = self._encode(tokens, lengths, token_types)
         if positions is not None:
             x = x.flatten(0, 1)[positions]  # (K, C)
         x = self.head(x)
@@ -187,21 +187,21 @@ class BERT(Model):
         )
 
     def features(self, tokens: Tensor, *, lengths: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
-        """What the last block makes of each token, ``(B, T, C)``.
+        """Returns the last block's output for each token, ``(B, T, C)``.
 
         Args:
             tokens: ``(B, T)`` integer ids below vocab_size.
-            lengths: ``(B,)`` how many of a row's tokens are no padding, which is on the right; None: all.
-            token_types: ``(B, T)`` int64 kinds; None for 0.
+            lengths: ``(B,)`` the number of tokens of each row before its padding, which is on the right; None: all.
+            token_types: ``(B, T)`` int64; None for 0.
 
         Raises:
             TypeError: tokens that are not integers.
-            ValueError: another rank than 2, more tokens than the context, an id outside the vocabulary (checked on the CPU).
+            ValueError: a rank other than 2, more tokens than the context, an id outside the vocabulary (checked on the CPU).
         """
         return self._encode(tokens, lengths, token_types)[0]
 
     def attention_weights(self, tokens: Tensor, *, lengths: Tensor | None = None) -> list[Tensor]:
-        """The attention weights of each layer, ``(B, H, T, T)``; needs ``attention_impl="explicit"``.
+        """Returns each layer's attention weights, ``(B, H, T, T)``; needs ``attention_impl="explicit"``.
 
         Raises:
             ValueError: fused attention, which never holds the weights.
@@ -211,14 +211,14 @@ class BERT(Model):
         return self._encode(tokens, lengths, None)[1]
 
     def embed(self, tokens: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """One vector for each row, ``(B, C)`` float32 of length 1: the mean of its tokens' features.
+        """Returns a vector of length 1 for each row, ``(B, C)`` float32: the direction of the mean of its tokens' features.
 
         Source: Reimers and Gurevych, "Sentence-BERT", arXiv 1908.10084. Arguments and errors as `features`.
         """
         x = self.features(tokens, lengths=lengths).float()
         if lengths is not None:
-            inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T)
-            x = x * inside[..., None]
+            is_token = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T), False on padding
+            x = x * is_token[..., None]
         return nn.functional.normalize(x.sum(1), dim=-1)
 
     def summary(self) -> str:
@@ -230,9 +230,9 @@ class BERT(Model):
         )
 
     def flops(self, batch_shape: tuple[int, int]) -> int:
-        """Floating-point operations of a training step on ``(B, T)`` tokens, as if every token's word were guessed.
+        """Returns the floating-point operations of a training step on ``(B, T)`` tokens, as if each were masked.
 
-        Six a token for each parameter in a matrix product, and attention's ``12 * n_layer * width * T``.
+        For each token: six for each parameter in a matrix product, and attention's ``12 * n_layer * width * T``.
         """
         batch, tokens = batch_shape
         looked_up = self.wpe.weight.numel() + self.wtype.weight.numel()
@@ -250,9 +250,9 @@ class BERT(Model):
         x = self.wte(tokens) + self.wpe.weight[:length]  # (B, T, C)
         x = x + (self.wtype.weight[0] if token_types is None else self.wtype(token_types))
         x = self.dropout(self.ln_emb(x)[0])
-        given = AttentionArgs(key_lengths=lengths)
+        args = AttentionArgs(key_lengths=lengths)
         collected = []
         for block in self.h:
-            x, weights = block(x, given)
+            x, weights = block(x, args)
             collected.append(weights)
         return x, collected

@@ -1,4 +1,4 @@
-"""GPT: a decoder-only transformer on gptkernels, GPT-2's or Llama's by its configuration."""
+"""GPT: a decoder-only transformer on gptkernels. Its configuration makes it a GPT-2 or a Llama."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptcore.nn import MLP, AttentionArgs, Documents, KeyValueCache, Norm, SelfA
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP. What it adds last is left to the next norm to add."""
+    """Pre-norm residual block: attention, then MLP. The MLP's output is added in the kernel of the next block's norm."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, stream: Tensor, branch: Tensor | None, given: AttentionArgs
+        self, stream: Tensor, branch: Tensor | None, args: AttentionArgs
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(stream, branch)``, each ``(B, T, C)``, to the same after this block, and with explicit attention its weights.
+        """Maps ``(stream, branch)``, each ``(B, T, C)``, whose sum is the residual stream, to the same after this block.
 
-        The residual stream is the sum of the two.
+        The third result is the attention weights with explicit attention, otherwise None.
         """
         normed, stream = self.ln_1(stream, branch)
-        attended, weights = self.attn(normed, given)  # weights: (B, H, T, keys)
+        attended, weights = self.attn(normed, args)  # weights: (B, H, T, keys)
         normed, stream = self.ln_2(stream, self.dropout(attended))
         return stream, self.dropout(self.mlp(normed)), weights
 
@@ -50,8 +50,8 @@ def _norm(config: GPTConfig) -> Norm:
 class GPT(Model):
     """Token embedding, pre-norm residual blocks of causal attention and an MLP, a last norm, and the output layer.
 
-    By default GPT-2: learned positions, layer norms, GELU, biases, output weights tied to the embedding. `GPTConfig` has
-    the choices that make it a Llama: rotary positions, RMS norms, SwiGLU, shared key/value heads, no biases.
+    The default is GPT-2: learned positions, layer norms, GELU, biases, output weights tied to the embedding. Options of
+    `GPTConfig` make it a Llama: rotary positions, RMS norms, SwiGLU, shared key/value heads, no biases.
     Parameters carry the names of Hugging Face's GPT-2 (without its ``transformer.`` prefix); initialisation is GPT-2's.
 
     Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; Touvron et al., "LLaMA: Open and
@@ -96,7 +96,7 @@ class GPT(Model):
         if isinstance(module, nn.Linear | Norm) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Block):
-            # Each block adds twice to the residual stream: scaled so that the sum's variance does not grow with depth.
+            # Each block adds twice to the residual stream: the scale keeps the sum's variance from growing with depth.
             for projection in (module.attn.c_proj, module.mlp.c_proj):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
@@ -110,13 +110,13 @@ class GPT(Model):
         reduction: Literal["mean", "sum"] = "mean",
         return_attention: bool = False,
     ) -> Any:
-        """Next-token logits at every position; with `targets` the loss instead.
+        """Returns the next-token logits at every position; with `targets` the loss instead.
 
-        Wrappers that know of forward alone (DistributedDataParallel, `torch.func.functional_call`) reach the loss this way.
+        The loss is here for wrappers that only call forward (DistributedDataParallel, `torch.func.functional_call`).
 
         Args:
             tokens: ``(B, T)`` integer ids below vocab_size.
-            cache: holds the keys and values of earlier tokens, and takes these ones'; positions go on from it.
+            cache: keys and values of earlier tokens, to which those of `tokens` are appended; positions continue from it.
             targets, documents, reduction: see `loss`.
             return_attention: also return the attention weights (needs ``attention_impl="explicit"``).
 
@@ -126,13 +126,13 @@ class GPT(Model):
 
         Raises:
             TypeError: tokens that are not integers.
-            ValueError: another rank than 2, more tokens than the context holds, an id outside the vocabulary (checked
-                on the CPU; on a GPU that would wait for the device at every step), `return_attention` with fused attention,
-                `targets` beside a cache or `return_attention`, `documents` without targets or with explicit attention.
+            ValueError: a rank other than 2, more tokens than the context, an id outside the vocabulary (checked on the
+                CPU only: on a GPU that would wait for the device at every step), `return_attention` with fused attention,
+                `targets` with a cache or `return_attention`, `documents` without targets or with explicit attention.
         """
         if targets is not None:
             if cache is not None or return_attention:
-                raise ValueError("targets: got them beside a cache or return_attention; accepted are targets alone")
+                raise ValueError("targets: got them with a cache or return_attention; accepted are targets alone")
             if documents is not None and self.config.attention_impl == "explicit":
                 raise ValueError('documents: got them with explicit attention; accepted is attention_impl="fused"')
             return self._loss(tokens, targets, documents, reduction)
@@ -148,7 +148,7 @@ class GPT(Model):
         return (logits, weights) if return_attention else logits
 
     def next_logits(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits ``(B, vocab_size)`` after the last of `tokens` ``(B, T)`` alone: what generation needs."""
+        """Returns only the logits ``(B, vocab_size)`` after the last of `tokens` ``(B, T)``, for generation."""
         x, _ = self._features(tokens, cache)
         return linear(x[:, -1], self.output_weight, backend=self.backend)
 
@@ -159,31 +159,31 @@ class GPT(Model):
         documents: Documents | None = None,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> Tensor:
-        """Cross-entropy in nats, computed in float32; the fused kernels never hold all logits.
+        """Returns the cross-entropy in nats, computed in float32; the fused kernels never hold all logits.
 
         Args:
             tokens: ``(B, T)`` integer ids.
-            targets: ``(B, T)`` the ids that should follow; -100 counts for nothing.
-            documents: keeps attention within each document, and counts positions from its beginning, as if each were a
-                sequence by itself; None: attention over the whole row.
-            reduction: "mean" or "sum", over the targets that count.
+            targets: ``(B, T)`` the ids that follow; -100 is ignored.
+            documents: treat each document as a sequence of its own: attention stays within it, positions start at 0; None:
+                each row is one sequence.
+            reduction: "mean" or "sum", over the targets that are not ignored.
 
         Raises:
             TypeError, ValueError: as `forward`, for both arguments.
         """
-        # Through __call__, so that forward hooks run: FSDP gathers the weights in one.
+        # Through __call__, which runs the forward hooks: FSDP gathers the weights in one.
         return self(tokens, targets=targets, documents=documents, reduction=reduction)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """Continues `tokens` ``(B, T)``: see `gptcore.generate.generate` for the options and what is returned."""
+        """Continues `tokens` ``(B, T)``; options and result are those of `gptcore.generate.generate`."""
         return generate(self, tokens, max_new_tokens, **options)
 
     def new_cache(self, capacity: int | None = None, padding: Tensor | None = None) -> KeyValueCache:
-        """An empty key/value cache for this model.
+        """Returns an empty key/value cache for this model.
 
         Args:
-            capacity: tokens it can hold at most; None for the context, which is also the most.
-            padding: ``(B,)`` int64, how many of each sequence's first tokens are padding that nobody looks at.
+            capacity: the most tokens it can hold; None, or more than the context, for the context.
+            padding: ``(B,)`` int64, how many of each sequence's first tokens are padding, which no token attends to.
         """
         context = self.config.context
         return KeyValueCache(self.config.n_layer, context if capacity is None else min(capacity, context), padding)
@@ -198,11 +198,10 @@ class GPT(Model):
         )
 
     def flops(self, batch_shape: tuple[int, int]) -> int:
-        """Floating-point operations of a training step on ``(B, T)`` tokens.
+        """Returns the floating-point operations of a training step on ``(B, T)`` tokens.
 
-        Six a token for each parameter in a matrix product (two forward, four backward; norms and biases are counted as if
-        they were in one, embeddings that are only looked up are not), and causal attention's ``6 * n_layer * width * T``
-        (half the square counted; nothing recomputed counted).
+        For each token: six for each parameter (two forward, four backward), embeddings that are only looked up left out, and
+        causal attention's ``6 * n_layer * width * T``, half of the full square. Recomputation does not count.
         """
         batch, tokens = batch_shape
         looked_up = 0 if self.wpe is None else self.wpe.weight.numel()
@@ -227,11 +226,11 @@ class GPT(Model):
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.config.context:
-            held = f" after {start} in the cache" if start else ""
+            cached = f" after {start} in the cache" if start else ""
             raise ValueError(
-                f"tokens: got {tokens.shape[1]}{held}; accepted is up to the context, {self.config.context}"
+                f"tokens: got {tokens.shape[1]}{cached}; accepted is up to the context, {self.config.context}"
             )
-        positions, given = self._attention_args(tokens, start, end, cache, documents)
+        positions, args = self._attention_args(tokens, start, end, cache, documents)
         x = self.wte(tokens)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(positions)
@@ -239,7 +238,7 @@ class GPT(Model):
         branch = None
         collected = []
         for block in self.h:
-            x, branch, weights = block(x, branch, given)
+            x, branch, weights = block(x, branch, args)
             collected.append(weights)
         if cache is not None and cache.at is None:
             cache.length = end
@@ -248,7 +247,7 @@ class GPT(Model):
     def _attention_args(
         self, tokens: Tensor, start: int, end: int, cache: KeyValueCache | None, documents: Documents | None
     ) -> tuple[Tensor, AttentionArgs]:
-        """The positions of `tokens`, ``(T,)`` or ``(B, T)``, and what every layer's attention is to know."""
+        """Returns the positions of `tokens`, ``(T,)`` or ``(B, T)``, and the arguments of every layer's attention."""
         key_mask = key_lengths = None
         if documents is not None:
             positions = documents.positions

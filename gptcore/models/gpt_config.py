@@ -37,13 +37,13 @@ class GPTConfig(ModelConfig):
     mlp_width: int | None = None
     """Width of the MLP's hidden layer; None: four times width."""
     norm: NormKind = "layer_norm"
-    """layer_norm, or rms_norm: no mean is subtracted and nothing added (Llama)."""
+    """layer_norm, or rms_norm, which subtracts no mean and has no bias (Llama)."""
     positions: Positions = "learned"
-    """learned: a vector for each position; rotary: queries and keys are turned by angles that grow with it (Llama)."""
+    """learned: a vector for each position; rotary: queries and keys are rotated by angles that grow with it (Llama)."""
     rotary_base: float = 10000.0
-    """The slowest rotation takes nearly 2 pi times this many tokens."""
+    """Base of the rotary frequencies: the slowest rotation takes nearly 2 pi times this many tokens."""
     rotary_scaling: RotaryScaling | None = None
-    """Llama 3.1's stretching of the rotations; None: none."""
+    """Llama 3.1's scaling of the rotary frequencies; None: none."""
     activation: GPTActivation = "gelu"
     """gelu (tanh form), or swiglu: SiLU of one hidden layer times another (Llama)."""
     bias: bool = True
@@ -55,9 +55,9 @@ class GPTConfig(ModelConfig):
     eps: float = 1e-5
     """Added to the variance, or the mean square, in every norm."""
     kernels: Kernels = "auto"
-    """Which kernels compute all but the matrix products; auto takes the fastest that can run."""
+    """The kernels that run; auto takes the fastest available."""
     attention_impl: AttentionImpl = "fused"
-    """fused: one kernel, memory linear in the tokens; explicit: softmax(QK^T)V step by step, whose weights can be read."""
+    """fused: one kernel, memory linear in the tokens; explicit: softmax(QK^T)V step by step, which returns the weights."""
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "context", "n_layer", "n_head", "width", "n_kv_head", "mlp_width")
@@ -100,7 +100,7 @@ class GPTConfig(ModelConfig):
 _LLAMA = {"norm": "rms_norm", "positions": "rotary", "activation": "swiglu", "bias": False}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Tests: runs in Triton's interpreter.
+    # For tests: small enough for Triton's interpreter.
     "tiny": {"context": 64, "n_layer": 2, "n_head": 2, "width": 64},
     # A few million parameters: minutes on two CPU cores.
     "mini": {"context": 128, "n_layer": 4, "n_head": 4, "width": 256},

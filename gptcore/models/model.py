@@ -1,4 +1,4 @@
-"""What the trainer, generation and the files know of a model: `Model` and `ModelConfig`."""
+"""The protocol of every model, `Model` and `ModelConfig`: all that training, generation and file formats use of one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ C = TypeVar("C", bound="ModelConfig")
 M = TypeVar("M", bound="Model")
 
 MAX_HEAD_DIM = 256
-"""Of gptkernels' attention."""
+"""The most that gptkernels' attention takes."""
 _HOW_IT_RUNS = frozenset({"kernels", "attention_impl", "dropout"})
-"""Fields of a configuration that change how a model runs and not what it is: they are not written to config.json."""
+"""Fields that change how a model runs, not what it is; config.json does not hold them."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class ModelConfig(ABC):
     @classmethod
     @abstractmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
-        """Sizes by name: the fields that differ from the defaults."""
+        """Returns named sizes: for each, the fields that differ from the defaults."""
 
     @classmethod
     def preset(cls: type[C], name: str, **changes: Any) -> C:
-        """A named size, with `changes` to its fields: ``GPTConfig.preset("gpt2-124m", dropout=0.1)``.
+        """Returns a named size, with `changes` to its fields: ``GPTConfig.preset("gpt2-124m", dropout=0.1)``.
 
         Raises:
             ValueError: there is no such preset, or no such field.
@@ -52,10 +52,10 @@ class ModelConfig(ABC):
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-        """The configuration with these fields; those left out take their defaults.
+        """Returns the configuration with these fields, and defaults for the others.
 
         Raises:
-            ValueError: a field that there is not, or a value that is not accepted.
+            ValueError: an unknown field, or a value that is not accepted.
         """
         accepted = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(accepted)):
@@ -63,18 +63,18 @@ class ModelConfig(ABC):
         return cls(**values)
 
     def description(self) -> dict[str, Any]:
-        """The fields that say what the model is, as ``config.json`` holds them; nothing of how it runs."""
+        """Returns the fields for ``config.json``: those that say what the model is, not how it runs."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _HOW_IT_RUNS}
 
     @classmethod
     def from_description(cls: type[C], values: dict[str, Any], changes: dict[str, Any] | None = None) -> C:
-        """The configuration that a ``config.json`` describes, with `changes`; how it ran where it was written is ignored."""
+        """Returns the configuration that a ``config.json`` describes, with `changes`; fields of how it ran are ignored."""
         described = {name: value for name, value in values.items() if name not in _HOW_IT_RUNS}
         return cls.from_dict(described | (changes or {}))
 
 
 def check_sizes(config: ModelConfig, *names: str) -> None:
-    """Raises ValueError unless these fields are positive integers, or None where that is a field's default."""
+    """Raises ValueError unless these fields are positive integers, or None where None is the default."""
     optional = {field.name for field in dataclasses.fields(config) if field.default is None}
     for name in names:
         value = getattr(config, name)
@@ -85,7 +85,7 @@ def check_sizes(config: ModelConfig, *names: str) -> None:
 
 
 def check_transformer(config: Any) -> None:
-    """Raises ValueError unless heads divide the width and attention can have them, and `dropout` and `eps` are in range."""
+    """Raises ValueError unless n_head divides width, heads are not too large, and `dropout` and `eps` are in range."""
     if config.width % config.n_head:
         raise ValueError(f"n_head: got {config.n_head}; accepted are divisors of width, {config.width}")
     if (head_dim := config.width // config.n_head) > MAX_HEAD_DIM:
@@ -99,42 +99,42 @@ def check_transformer(config: Any) -> None:
 
 
 def check_choices(config: ModelConfig) -> None:
-    """Raises ValueError unless every field of a Literal type holds one of its values."""
+    """Raises ValueError unless every field of a Literal type has one of its values."""
     for name, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal and (value := getattr(config, name)) not in get_args(hint):
             raise ValueError(f"{name}: got {value!r}; accepted are {', '.join(map(repr, get_args(hint)))}")
 
 
 class Model(nn.Module, ABC):
-    """A model that can be trained, saved and loaded. `forward` is its own.
+    """A model that can be trained, saved and loaded.
 
-    A subclass has `config_class`, `blocks`, `flops` and `init_weights`.
+    A subclass defines `config_class`, `blocks`, `flops`, `summary`, `init_weights` and a `forward` with arguments of its own.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     forward_methods: ClassVar[tuple[str, ...]] = ()
-    """Methods beside `forward` that compute with the weights and are called from outside: FSDP gathers the weights for them."""
+    """Public methods other than `forward` that compute with the weights: FSDP gathers the weights around them."""
     config: Any
 
     @property
     @abstractmethod
     def blocks(self) -> nn.ModuleList:
-        """The layers one after the other: what FSDP shards, activation checkpointing wraps and ``--compile`` compiles."""
+        """The layers, in order: FSDP shards them, activation checkpointing wraps them, ``--compile`` compiles them."""
 
     @abstractmethod
     def flops(self, batch_shape: tuple[int, int]) -> int:
-        """Floating-point operations of a training step on a batch of this shape ``(B, T)``, forward and backward."""
+        """Returns the floating-point operations of forward and backward on a batch of this shape ``(B, T)``."""
 
     @abstractmethod
     def summary(self) -> str:
-        """The sizes and choices in a line, for people to read."""
+        """Returns a line for people that names sizes and choices."""
 
     @abstractmethod
     def init_weights(self) -> None:
-        """Draws the initial weights in place; what a model made on the meta device needs after ``to_empty``."""
+        """Draws the initial weights in place. A model that was made on the meta device needs this after ``to_empty``."""
 
     def num_parameters(self) -> int:
-        """Number of trained values; weights that two layers share count once."""
+        """Returns the number of weights; those that two layers share count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @classmethod
@@ -146,17 +146,17 @@ class Model(nn.Module, ABC):
         Args:
             path_or_name: a folder with ``config.json`` and ``model.safetensors`` (or its shards), a ``.gguf`` file or a
                 folder with one, a name that ``gptcore fetch`` brought, or a model of the Hugging Face hub such as ``"gpt2"``.
-            dtype: of the parameters; None leaves that of the file (float32 from GGUF).
+            dtype: of the parameters; None keeps the file's (float32 from GGUF).
             changes: fields of the configuration to change, e.g. ``kernels="reference"``.
 
         Raises:
-            WeightsError: a file that is missing, damaged, or does not describe this model; names the file and what is wrong.
+            WeightsError: a file is missing, damaged, or describes another model; names the file and what is wrong.
         """
         return cls.from_files(weights.load(path_or_name), dtype=dtype, **changes)
 
     @classmethod
     def from_files(cls: type[M], found: weights.Pretrained, *, dtype: torch.dtype | None = None, **changes: Any) -> M:
-        """The model that `weights.load` found; arguments and errors as `from_pretrained`."""
+        """Builds the model from what `weights.load` returned; arguments and errors as `from_pretrained`."""
         model_type = cls.config_class.model_type
         if found.model_type != model_type:
             raise WeightsError(f"{found.described}: describes a {found.model_type}; accepted is a {model_type}")
@@ -172,14 +172,14 @@ class Model(nn.Module, ABC):
         return model if dtype is None else model.to(dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` into `folder`; each file appears whole or not at all."""
+        """Writes ``config.json`` and ``model.safetensors`` into `folder`, each of them atomically."""
         weights.save_folder(folder, self.config, self.state_dict())
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
     """Raises unless `ids` is ``(batch, tokens)`` of integers below `vocab_size`, or `ignored`.
 
-    Values are checked on the CPU alone: elsewhere the check would wait for the device at every step.
+    Values are checked on the CPU only: on a GPU the check would wait for the device at every step.
 
     Raises:
         TypeError: another dtype than int64 or int32.
@@ -189,7 +189,7 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = Non
         raise TypeError(f"{name}: got dtype {ids.dtype}; accepted are int64 and int32")
     if ids.dim() != 2:
         raise ValueError(f"{name}: got shape {tuple(ids.shape)}; accepted is (batch, tokens)")
-    # Nothing to look at where there are no values: on other devices, under the compiler and torch.func.
+    # The compiler, torch.func and tensor subclasses have no values to check.
     valueless = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(ids)  # type: ignore[attr-defined]
     if valueless or type(ids) is not Tensor or ids.device.type != "cpu" or ids.numel() == 0:
         return

@@ -1,7 +1,7 @@
-"""What models are made of, built from sizes: attention, norms, MLP, positions, the key/value cache."""
+"""The building blocks of models: attention, norms, MLP, positions, the key/value cache. Built from sizes, not from a config."""
 
-from gptcore.nn.attention import AttentionArgs, AttentionImpl, SelfAttention
-from gptcore.nn.backend import Kernels, backend_of, check_kernels
+from gptcore.nn.attention import AttentionArgs, AttentionImpl, CrossAttention, SelfAttention
+from gptcore.nn.backend import Kernels, backend_of, check_kernels, load_kernels
 from gptcore.nn.cache import KeyValueCache
 from gptcore.nn.documents import Documents
 from gptcore.nn.linear import Linear
@@ -14,6 +14,7 @@ __all__ = [
     "Activation",
     "AttentionArgs",
     "AttentionImpl",
+    "CrossAttention",
     "Documents",
     "Kernels",
     "KeyValueCache",
@@ -24,5 +25,6 @@ __all__ = [
     "SelfAttention",
     "backend_of",
     "check_kernels",
+    "load_kernels",
     "rotary_tables",
 ]

@@ -1,4 +1,4 @@
-"""Which tokens of a packed batch belong to one document."""
+"""Documents in a batch of packed sequences."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Documents(NamedTuple):
-    """Which tokens of a batch of packed sequences belong together: attention stays within a document."""
+    """Where the documents of a batch of packed sequences begin and end: attention stays within a document."""
 
     cu_lengths: Tensor
-    """``(documents + 1,)`` int32: where each begins in the flattened batch (B * T), and its end. None reaches over a row."""
+    """``(documents + 1,)`` int32: the start of each in the flattened batch (B * T), then B * T. No document spans two rows."""
     max_length: int
-    """Tokens of the longest."""
+    """Tokens of the longest document."""
     positions: Tensor
     """``(B, T)`` int64: each token's position in its document."""
 

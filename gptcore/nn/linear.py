@@ -20,5 +20,5 @@ class Linear(nn.Linear):
         self.backend = backend
 
     def forward(self, input: Tensor, add_bias: bool = True) -> Tensor:
-        """``(..., inputs) -> (..., outputs)``; without `add_bias` the product alone, whose bias the caller adds."""
+        """``(..., inputs) -> (..., outputs)``; without `add_bias` only the product, for a caller that adds the bias itself."""
         return linear(input, self.weight, self.bias if add_bias else None, backend=self.backend)

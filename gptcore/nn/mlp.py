@@ -13,7 +13,7 @@ Activation = Literal["gelu", "gelu_exact", "swiglu"]
 
 
 class MLP(nn.Module):
-    """Linear, activation, linear. GELU adds the first layer's bias in its own pass; SwiGLU's two halves are one product.
+    """Linear, activation, linear. The GELU kernel adds the first layer's bias; SwiGLU's two inputs are one matrix product.
 
     Args:
         width: features of a row before and after.

@@ -1,4 +1,4 @@
-"""The norm of every model, with the residual sum before it."""
+"""The norm of every model, fused with the residual sum before it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Norm(nn.Module):
         self.backend = backend
 
     def forward(self, stream: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(norm of the sum, the sum)``, both ``(B, T, C)``; the norm in the branch's dtype, the sum in the stream's."""
+        """Returns ``(norm of the sum, the sum)``, both ``(B, T, C)``: the norm in the branch's dtype, the sum in the stream's."""
         if self.bias is None:
             if branch is None:
                 return rms_norm(stream, self.weight, self.eps, backend=self.backend), stream

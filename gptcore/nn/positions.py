@@ -1,4 +1,4 @@
-"""Rotary positions: the angles that queries and keys are turned by."""
+"""Rotary position embedding: the angles by which queries and keys are rotated."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """Llama 3.1's stretching of rotary positions beyond the context that a model was trained on first."""
+    """Llama 3.1's scaling of rotary frequencies, for contexts longer than the one the model was first trained on."""
 
     factor: float
-    """How many times longer the slow rotations become."""
+    """The low frequencies are divided by this."""
     low_freq_factor: float
-    """Rotations with fewer turns than this in `original_context` are stretched whole."""
+    """Frequencies with fewer turns than this in `original_context` tokens are low."""
     high_freq_factor: float
-    """Those with more turns than this stay; between the two the stretching fades."""
+    """Frequencies with more turns than this stay; between the two bounds the division fades out linearly."""
     original_context: int
-    """Tokens of the first training's sequences."""
+    """Context of the first training, tokens."""
 
 
 def rotary_tables(
@@ -28,7 +28,7 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """``cos, sin`` of ``position * base^(-2i / D)``, each ``(*positions.shape, D / 2)`` float32, with D the `head_dim`.
 
-    Source: Su et al., "RoFormer", arXiv 2104.09864; the stretching: Grattafiori et al., "The Llama 3 Herd of Models",
+    Source: Su et al., "RoFormer", arXiv 2104.09864; the scaling: Grattafiori et al., "The Llama 3 Herd of Models",
     arXiv 2407.21783, as its released configuration defines it.
     """
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
@@ -36,7 +36,7 @@ def rotary_tables(
     if scaling is not None:
         turns = scaling.original_context * frequencies / (2 * math.pi)
         span = scaling.high_freq_factor - scaling.low_freq_factor
-        keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)  # 1: as it is, 0: stretched
+        keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)  # 1: unchanged, 0: divided
         frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()

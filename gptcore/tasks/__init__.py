@@ -1,4 +1,4 @@
-"""The tasks: what is learnt from which data. The trainer knows them as `Task` alone."""
+"""The tasks: what a model learns from which data. The trainer uses only the protocol, `Task`."""
 
 from gptcore.tasks.language_model import LanguageModel, LanguageModelOptions
 from gptcore.tasks.masked_lm import MaskedLM, MaskedLMOptions
@@ -8,9 +8,9 @@ TASKS: dict[str, tuple[type[TaskOptions], type[Task]]] = {
     options.name: (options, task)
     for options, task in ((LanguageModelOptions, LanguageModel), (MaskedLMOptions, MaskedLM))
 }
-"""By name, a task's options and the task."""
+"""The options and the class of each task, by name."""
 
 TASK_OF_MODEL = {"gpt": LanguageModelOptions.name, "bert": MaskedLMOptions.name}
-"""The task that each model is trained on unless another is named."""
+"""The default task of each model."""
 
 __all__ = ["TASKS", "TASK_OF_MODEL", "Batch", "LanguageModel", "LanguageModelOptions", "Task", "TaskOptions"]

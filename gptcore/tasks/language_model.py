@@ -1,4 +1,4 @@
-"""Next-word prediction: each token of a text is learnt from those before it."""
+"""Language modelling: the model learns to predict each token of a text from the tokens before it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from gptcore.text.tokenizer import TOKENIZER
 
 @dataclass(frozen=True)
 class LanguageModelOptions(TaskOptions):
-    """Options of next-word prediction."""
+    """Options of language modelling."""
 
     name: ClassVar[str] = "language_model"
     models: ClassVar[tuple[str, ...]] = ("gpt",)
-    free: ClassVar[frozenset[str]] = frozenset({"sample_prompt", "sample_tokens"})
+    changeable: ClassVar[frozenset[str]] = frozenset({"sample_prompt", "sample_tokens"})
 
     document_mask: bool = False
-    """Keep attention within each document, and count positions from its beginning."""
+    """Keep attention within each document, and start its positions at 0."""
     sample_prompt: str = "The function returns"
-    """What the sample at each evaluation continues; its end, where it is longer than the context."""
+    """Text that the sample at each evaluation continues; only its end, if it is longer than the context."""
     sample_tokens: int = 40
-    """Length of that sample; 0 for none."""
+    """Tokens of that sample; 0 for no sample."""
 
     def __post_init__(self) -> None:
         if self.sample_tokens < 0:
@@ -39,18 +39,20 @@ class LanguageModelOptions(TaskOptions):
     def check_model(self, config: Any) -> None:
         super().check_model(config)
         if self.document_mask and config.attention_impl == "explicit":
-            raise ValueError("document_mask: got True with attention_impl 'explicit'; accepted is it with 'fused'")
+            raise ValueError(
+                "document_mask: got True with attention_impl 'explicit'; accepted is attention_impl 'fused'"
+            )
 
 
 class LanguageModelBatch(NamedTuple):
-    """Rows of text, and for each token the one that follows."""
+    """Rows of text, and for each token the next one."""
 
     tokens: Tensor
     """``(B, T)`` int64 ids."""
     targets: Tensor
-    """``(B, T)`` int64: the ids that follow."""
+    """``(B, T)`` int64: the id after each token."""
     documents: Documents | None
-    """Which tokens belong together; None: a row is one text."""
+    """The documents in the rows; None: each row is one sequence."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,13 +61,13 @@ class LanguageModelBatch(NamedTuple):
         return batch, length
 
     def to(self, device: torch.device) -> LanguageModelBatch:
-        """The same with its tensors on `device`."""
+        """Returns the batch with its tensors on `device`."""
         documents = self.documents and self.documents.to(device)
         return LanguageModelBatch(self.tokens.to(device), self.targets.to(device), documents)
 
 
 class LanguageModel(Task):
-    """Next-word prediction on a folder that `gptcore prepare` made: the text is its own label."""
+    """Language modelling on a folder that `gptcore prepare` made."""
 
     def __init__(self, options: LanguageModelOptions, data: Path, context: int, seed: int = 0) -> None:
         self.options, self.context, self.seed = options, context, seed

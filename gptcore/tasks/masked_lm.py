@@ -1,4 +1,4 @@
-"""Masked words: some tokens of a text are hidden, and learnt from all the others."""
+"""Masked language modelling: some tokens of a text are hidden, and the model learns to predict them from the others."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gptcore.text.tokenizer import TOKENIZER
 
 @dataclass(frozen=True)
 class MaskedLMOptions(TaskOptions):
-    """Options of learning masked words."""
+    """Options of masked language modelling."""
 
     name: ClassVar[str] = "masked_lm"
     models: ClassVar[tuple[str, ...]] = ("bert",)
-    free: ClassVar[frozenset[str]] = frozenset({"sample_text"})
+    changeable: ClassVar[frozenset[str]] = frozenset({"sample_text"})
 
     mask_fraction: float = 0.15
-    """Share of a row's tokens that are to be guessed."""
+    """Share of a row's tokens that the model has to predict."""
     sample_text: str = "The function returns a [MASK]."
     """Text whose [MASK]s the sample at each evaluation fills; empty for no sample."""
 
@@ -36,14 +36,14 @@ class MaskedLMOptions(TaskOptions):
 
 
 class MaskedBatch(NamedTuple):
-    """Rows of text in which some tokens are hidden, and what stood there."""
+    """Rows of text in which some tokens are hidden, and the ids of those tokens."""
 
     tokens: Tensor
-    """``(B, T)`` int64 ids, the hidden ones replaced."""
+    """``(B, T)`` int64 ids, with the hidden tokens replaced."""
     positions: Tensor
-    """``(K,)`` int64: where tokens are hidden, in the flattened ``(B * T)``."""
+    """``(K,)`` int64: indices of the hidden tokens in the flattened ``(B * T)``."""
     targets: Tensor
-    """``(K,)`` int64: the ids that stood there; -100 where nothing is to be guessed."""
+    """``(K,)`` int64: the ids of the hidden tokens; -100 is ignored."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,22 +52,22 @@ class MaskedBatch(NamedTuple):
         return batch, length
 
     def to(self, device: torch.device) -> MaskedBatch:
-        """The same with its tensors on `device`."""
+        """Returns the batch with its tensors on `device`."""
         return MaskedBatch(*(part.to(device) for part in self))
 
 
 class MaskedLM(Task):
-    """Masked words on a folder that ``gptcore prepare --tokenizer wordpiece`` made.
+    """Masked language modelling on a folder that ``gptcore prepare --tokenizer wordpiece`` made.
 
-    Of a row's tokens `mask_fraction` are drawn, afresh each time. Of these 80 % are replaced by ``[MASK]``, 10 % by a random
-    token, and 10 % stay. A row is ``[CLS]``, text, ``[SEP]``.
+    A row is ``[CLS]``, text, ``[SEP]``. Each time a row is drawn, `mask_fraction` of its tokens are chosen at random: 80 % of
+    them are replaced by ``[MASK]``, 10 % by a random token, and 10 % stay.
 
     Source: Devlin et al., "BERT", arXiv 1810.04805, section 3.1.
     """
 
     def __init__(self, options: MaskedLMOptions, data: Path, context: int, seed: int = 0) -> None:
         self.options, self.seed = options, seed
-        self.length = context - 2  # of a row's text
+        self.length = context - 2  # tokens of text in a row
         if self.length < 1:
             raise ValueError(f"context: got {context}; accepted are 3 and more")
         self.text = PreparedText(data, self.length)
@@ -86,7 +86,7 @@ class MaskedLM(Task):
         return {"vocab_size": self.tokenizer.vocab_size}
 
     def batch(self, size: int, generator: torch.Generator, rows: slice) -> MaskedBatch:
-        # All rows are read and masked, whichever are returned: processes that share a batch draw alike.
+        # Every process reads and masks all rows, then takes its own: their generators stay equal.
         text, _ = self.text.train.batch(size, self.length, generator)
         return self._masked(text, generator, rows)
 
@@ -109,26 +109,26 @@ class MaskedLM(Task):
         shutil.copyfile(self.text.folder / TOKENIZER, folder / TOKENIZER)
 
     def _masked(self, text: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> MaskedBatch:
-        """`rows` of text ``(B, T - 2)`` as a batch."""
+        """Masks text ``(B, T - 2)`` and returns `rows` of it as a batch."""
         size, length = text.shape
         count = max(1, round(self.options.mask_fraction * length))
         chance = torch.rand(size, length, generator=generator)
-        # The marks between documents are nothing to guess: they come last.
-        at = chance.masked_fill(text == self.sep, -1.0).topk(count, dim=1).indices  # (B, count)
-        how = torch.rand(size, count, generator=generator)
+        # [SEP] between documents is chosen last, and its target ignored.
+        columns = chance.masked_fill(text == self.sep, -1.0).topk(count, dim=1).indices  # (B, count)
+        fate = torch.rand(size, count, generator=generator)
         others = torch.randint(self.tokenizer.vocab_size, (size, count), generator=generator)
-        text, at, how, others = text[rows], at[rows], how[rows], others[rows]
-        there = text.gather(1, at)
-        put = torch.where(how < 0.8, torch.full_like(there, self.mask), torch.where(how < 0.9, others, there))
-        put = torch.where(there == self.sep, there, put)
+        text, columns, fate, others = text[rows], columns[rows], fate[rows], others[rows]
+        hidden = text.gather(1, columns)
+        replaced = torch.where(fate < 0.8, torch.full_like(hidden, self.mask), torch.where(fate < 0.9, others, hidden))
+        replaced = torch.where(hidden == self.sep, hidden, replaced)
         tokens = torch.cat(
             [
                 torch.full((len(text), 1), self.cls),
-                text.scatter(1, at, put),
+                text.scatter(1, columns, replaced),
                 torch.full((len(text), 1), self.sep),
             ],
             dim=1,
         )
-        positions = at + 1 + torch.arange(len(text))[:, None] * tokens.shape[1]
-        targets = there.masked_fill(there == self.sep, -100)
+        positions = columns + 1 + torch.arange(len(text))[:, None] * tokens.shape[1]
+        targets = hidden.masked_fill(hidden == self.sep, -100)
         return MaskedBatch(tokens, positions.flatten(), targets.flatten())

@@ -1,4 +1,4 @@
-"""The text of a folder that `gptcore prepare` made, for the tasks that learn from text."""
+"""Text that `gptcore prepare` made, for the tasks that learn from text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PreparedText:
     """Token files, tokenizer and report of a prepared folder.
 
     Args:
-        folder: what ``gptcore prepare --out`` made.
+        folder: the folder that ``gptcore prepare --out`` made.
         context: tokens of a row.
 
     Raises:
@@ -41,11 +41,11 @@ class PreparedText:
 
     @property
     def baseline(self) -> tuple[str, float]:
-        """The loss of a model that knows only how often each token comes, nats per token."""
+        """The loss of a model that only knows the frequency of each token, nats per token."""
         return "unigram entropy", self.report.unigram_entropy
 
     def _open(self, split: Literal["train", "val"], context: int) -> TokenFile:
-        """The tokens of a split, which must be the tokenizer's and enough for one row."""
+        """Opens the token files of a split. They must come from the tokenizer and hold enough for one row."""
         tokens = open_split(self.folder, split)
         if tokens.fingerprint != self.tokenizer.fingerprint:
             raise ValueError(f"data: {tokens.path} was made with another tokenizer than {self.folder / TOKENIZER}")

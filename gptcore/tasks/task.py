@@ -1,4 +1,4 @@
-"""What the trainer knows of a task: `Task`, its options, and the batches that it makes."""
+"""The protocol of every task: `Task`, its options and its batches."""
 
 from __future__ import annotations
 
@@ -15,87 +15,86 @@ B = TypeVar("B", bound="Batch")
 
 
 class Batch(Protocol):
-    """Rows of examples, whatever they are made of."""
+    """A batch of examples, one a row."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(B, T)``: rows, and tokens of each, padding included."""
+        """``(B, T)``: the number of rows, and of tokens in each, padding included."""
         ...
 
     def to(self: B, device: torch.device) -> B:
-        """The same with its tensors on `device`."""
+        """Returns the batch with its tensors on `device`."""
         ...
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """The options of a task; each task has a frozen dataclass of its own, derived from this one."""
+    """Base of every task's options, which are a frozen dataclass."""
 
     name: ClassVar[str]
     """The task's name in `gptcore.tasks.TASKS`."""
-    free: ClassVar[frozenset[str]] = frozenset()
-    """Fields that may differ between a run and its continuation: they do not change what is learnt."""
-
+    changeable: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a resumed run may change, because they do not affect training."""
     models: ClassVar[tuple[str, ...]]
-    """The `model_type` of the models that it can train."""
+    """The `model_type` of each model that the task can train."""
 
     def check_model(self, config: Any) -> None:
-        """Raises ValueError where the task cannot train a model of this configuration."""
+        """Raises ValueError if the task cannot train a model of this configuration."""
         if config.model_type not in self.models:
             raise ValueError(
-                f"task: got {self.name} for a {config.model_type}; accepted for it are {', '.join(self.models)}"
+                f"task: got {self.name} for a {config.model_type}; it accepts the models {', '.join(self.models)}"
             )
 
 
 class Task(ABC):
-    """What is learnt from which data. The trainer adds up the losses of a step's batches, over all of its batches and
-    processes, and divides by the number of their targets.
+    """What a model learns from which data. The trainer sums the losses of a step over its micro-batches and processes, and
+    divides the sum by the number of targets.
 
     Args:
-        options: the task's own.
-        data: the folder that the data is in.
-        context: tokens of a row, at most.
-        seed: of what the task draws besides the order of the data, and of its samples.
+        options: the task's options.
+        data: folder of the data.
+        context: the most tokens in a row.
+        seed: for whatever the task draws at random other than the order of the data, and for its samples.
 
     Raises:
-        ValueError: the data does not fit the task; names what is wrong. Nothing has been built or written then.
+        ValueError: the data does not fit the task; says why. Raised before anything is built or written.
     """
 
     digest: str
     """Changes with the data."""
     fingerprint: str
-    """Changes with the tokenizer, or whatever else decides what the data's numbers mean."""
+    """Changes with the tokenizer, or with whatever else gives the data's numbers their meaning."""
     baseline: tuple[str, float]
-    """What a model reaches that learns nothing of the order of things: its name, and its loss."""
+    """Name and loss of a trivial model to compare with, such as one that ignores the context."""
 
     @abstractmethod
     def model_changes(self) -> dict[str, Any]:
-        """Fields of the model's configuration that the data decides, such as `vocab_size`."""
+        """Returns the fields of the model's configuration that the data decides, such as `vocab_size`."""
 
     @abstractmethod
     def batch(self, size: int, generator: torch.Generator, rows: slice) -> Batch:
-        """Draws a batch of `size` rows, on the CPU, and returns `rows` of them.
+        """Draws a batch of `size` rows on the CPU and returns `rows` of it.
 
-        Processes that share a batch draw alike, with equal generators, and take their rows.
+        Processes that share a batch all draw the same one, with equal generators, and each takes its own rows.
         """
 
     @abstractmethod
     def evaluation(self, size: int, limit: int | None) -> Iterator[Batch]:
-        """Batches of `size` rows of the validation data on the CPU, the same each time: `limit` rows, or all with None."""
+        """Yields the validation data on the CPU in batches of `size` rows, the same each time: `limit` rows, or all for None."""
 
     @abstractmethod
     def loss(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        """The sum of the targets' losses, and how many targets there are; both scalars on the batch's device.
+        """Returns the sum of the losses of all targets and the number of targets, both scalars on the batch's device.
 
         Args:
-            model: called for the forward; the model itself or a wrapper around it.
-            batch: what `batch` or `evaluation` made.
+            model: the model or a wrapper around it; its call is the forward.
+            batch: from `batch` or `evaluation`.
         """
 
     def sample(self, model: Any) -> str:
-        """What the model makes of an example, for people to read; "" for nothing."""
+        """Returns the model's output for an example, for people to read; "" for none."""
         return ""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes what is needed beside the weights to use the model: the tokenizer's file."""
+        """Writes the files that using the model needs besides its weights, such as the tokenizer's."""

@@ -1,4 +1,4 @@
-"""Training: one configuration, one loop, checkpoints that resume, any number of processes."""
+"""Training: configuration, loop, checkpoints that resume, one or several processes."""
 
 from gptcore.train.config import TrainConfig
 from gptcore.train.loop import TrainResult, train

@@ -1,17 +1,17 @@
-"""Checkpoints: folders from which training goes on as if it had never stopped, and from which the model loads anywhere.
+"""Checkpoints: folders from which training resumes exactly, and from which the model loads.
 
 ``out/checkpoints/step-00000300/`` holds
 
-| file | what it holds |
+| file | contents |
 | --- | --- |
 | ``model.safetensors``, ``config.json``, ``tokenizer.json`` | the model; `gptcore.models.from_pretrained` loads the folder |
-| ``optimizer.safetensors`` | ``KEY.NAME``: what the optimizer keeps for each trained parameter (AdamW: ``exp_avg``, ...) |
-| ``optimizer/`` | the same in a shard of each process, instead, where the model was sharded |
-| ``random.safetensors`` | ``data``: the generator of the batches; ``cpu.RANK`` and ``cuda.RANK``: PyTorch's of each process |
-| ``state.json`` | step, tokens, losses, configuration, which tokenizer and data, and the size of each other file |
+| ``optimizer.safetensors`` | ``KEY.NAME``: the optimizer's tensors for each trained parameter (AdamW: ``exp_avg``, ...) |
+| ``optimizer/`` | the same in shards, one of each process, if the model was sharded |
+| ``random.safetensors`` | random states: ``data`` of the batches; ``cpu.RANK`` and ``cuda.RANK`` of PyTorch in each process |
+| ``state.json`` | step, tokens, losses, configuration, digests of tokenizer and data, and the size of each other file |
 
-Such a folder is written under a temporary name, made durable, and then renamed: what has the name is whole. An
-evaluation comes after it, and is added to its ``state.json``: whatever ends it, the step is saved.
+The folder is written under a temporary name, synced to the disk, and then renamed: a folder with the final name is complete.
+The evaluation of the step comes later and is added to ``state.json``: an interrupted evaluation does not lose the step.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from gptcore._files import atomic_writer, link_or_copy, publish_folder, remove_f
 from gptcore.text.tokenizer import TOKENIZER
 from gptcore.train.config import TrainConfig
 from gptcore.train.optimizers import initialise_state
-from gptcore.train.parallel import whole
+from gptcore.train.parallel import shard_like, whole
 from gptcore.train.state import Progress, TrainState
 from gptcore.weights import CONFIG, WEIGHTS, WeightsError, check_state, description, read_tensors
 
 FOLDER = "checkpoints"
 STATE, OPTIMIZER, SHARDS, RANDOM = "state.json", "optimizer.safetensors", "optimizer", "random.safetensors"
 _FORMAT = 2
-_OLD_FORMAT = 1  # knows no data, and measured its losses on other windows
-# Fields that may differ between a run and its continuation: where and how it computes, not what.
+_OLD_FORMAT = 1  # has no digest of the data, and its losses were measured on other rows
+# Options that a resumed run may change: they decide where and how it computes, not what.
 _CHANGEABLE = {
     "data",
     "out",
@@ -54,29 +54,29 @@ _CHANGEABLE = {
     "tensorboard",
 }
 _CHANGEABLE |= {"steps", "eval_interval", "keep", "keep_best"}
-_CHANGEABLE |= {"accumulate", "tokens_per_step"}  # what they come to is compared
-# What runs of an earlier version, which knew one model and one task, do not say.
-_BEFORE = {"model": "gpt", "task": "language_model", "optimizer": "adamw", "schedule": "cosine"}
-_BEFORE |= {"muon_lr": 0.02, "momentum": 0.95}
+_CHANGEABLE |= {"accumulate", "tokens_per_step"}  # the number of micro-batches that follows from them may not change
+# Options that runs of earlier versions did not have, with the values that they had in effect.
+_EARLIER_DEFAULTS = {"model": "gpt", "task": "language_model", "optimizer": "adamw", "schedule": "cosine"}
+_EARLIER_DEFAULTS |= {"muon_lr": 0.02, "momentum": 0.95}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose files are all there, each of the size it was written with."""
+    """A checkpoint whose files all exist and have the right sizes."""
 
     folder: Path
     progress: Progress
     config: dict[str, Any]
     fingerprint: str
     data_digest: str | None
-    """Of the token files; None: not known."""
+    """Digest of the token files; None: not known."""
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
-        """Looks at sizes and headers, not yet at the tensors.
+        """Reads ``state.json`` and checks the other files' sizes and headers; reads no tensors.
 
         Raises:
-            WeightsError: a file that is missing, damaged or a pickle; names it.
+            WeightsError: a file is missing, damaged or a pickle; names it.
         """
         path = folder / STATE
         try:
@@ -107,29 +107,29 @@ class Checkpoint:
         return cls(folder, progress, config, fingerprint, data_digest)
 
     def check(self, config: TrainConfig, fingerprint: str, data_digest: str) -> None:
-        """Refuses to continue as another run.
+        """Checks that this run can continue with `config`.
 
         Raises:
-            ValueError: a configuration, a tokenizer or data that differs; names the field and both values.
+            ValueError: the configuration, tokenizer or data differs; names the field and both values.
         """
         for name, value in _fixed(config).items():
-            if (saved := (_BEFORE | self.config).get(name)) != value:
+            if (saved := (_EARLIER_DEFAULTS | self.config).get(name)) != value:
                 raise ValueError(f"{name}: got {value!r}; accepted when resuming is the run's, {saved!r}")
         if self.fingerprint != fingerprint:
             raise ValueError(f"data: {config.data} was made with another tokenizer than the run in {config.out}")
         if self.data_digest not in (None, data_digest):
             raise ValueError(
-                f"data: the tokens in {config.data} ({data_digest}) are not those that the run in {config.out} learnt "
-                f"from, in {self.config.get('data')} ({self.data_digest}); accepted when resuming are the same, in any folder"
+                f"data: the tokens in {config.data} ({data_digest}) differ from those that the run in {config.out} was trained "
+                f"on, in {self.config.get('data')} ({self.data_digest}); accepted when resuming are the same, in any folder"
             )
 
     def restore(self, state: TrainState) -> None:
-        """Puts weights, the optimizer's tensors and random states into `state`. Nothing is changed if the model's do not fit.
+        """Loads weights, the optimizer's tensors and random states into `state`; changes nothing if they do not fit the model.
 
-        The random states of processes that the checkpoint does not know are left as they are.
+        Processes that the checkpoint has no random state for keep their own.
 
         Raises:
-            WeightsError: a file that is damaged, or tensors that are missing, too many or of another shape.
+            WeightsError: a file is damaged, or a tensor is missing, unknown or of another shape.
         """
         model, source = state.model, self.folder / WEIGHTS
         check_state(_shapes(source), model.state_dict(), source, type(model).__name__)
@@ -161,17 +161,17 @@ class Checkpoint:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The folders of a run's checkpoints, the newest first."""
+    """Returns the folders of a run's checkpoints, the newest first."""
     return sorted((p for p in (out / FOLDER).glob("step-*") if p.is_dir()), reverse=True)
 
 
 def newest(out: Path, fall_back: bool, warn: Any = print) -> Checkpoint | None:
-    """The newest checkpoint of a run; None if there is none.
+    """Returns the newest checkpoint of a run; None if there is none.
 
-    With `fall_back` a damaged one is passed over for the one before it, and `warn` is called with the reason.
+    With `fall_back` it skips damaged checkpoints and calls `warn` with the reason.
 
     Raises:
-        WeightsError: the newest checkpoint is damaged, or with `fall_back` each of them; says which file of it.
+        WeightsError: the newest checkpoint is damaged, or with `fall_back` all of them; names the file.
     """
     first: WeightsError | None = None
     for folder in checkpoints(out):
@@ -188,10 +188,10 @@ def newest(out: Path, fall_back: bool, warn: Any = print) -> Checkpoint | None:
 
 
 def save_checkpoint(state: TrainState, progress: Progress) -> Path:
-    """Writes a checkpoint, makes `out` hold its model, and only then deletes those that are not to be kept.
+    """Writes a checkpoint, publishes its model in `out`, and then deletes checkpoints that are no longer kept.
 
     Raises:
-        OSError: it could not be written (a full disk); what was there before is as it was.
+        OSError: the checkpoint could not be written (a full disk); the earlier ones stay.
     """
     config, out = state.config, state.config.out
     folder = out / FOLDER / _name(progress.step)
@@ -220,10 +220,10 @@ def save_checkpoint(state: TrainState, progress: Progress) -> Path:
 
 
 def record_evaluation(out: Path, progress: Progress, config: TrainConfig) -> None:
-    """Adds the evaluation of `progress` to the checkpoint of its step, and deletes those that are no longer to be kept.
+    """Adds the evaluation in `progress` to the checkpoint of its step, and deletes checkpoints that are no longer kept.
 
     Raises:
-        OSError: it could not be written; the checkpoint is as it was, and its evaluation is made when the run goes on.
+        OSError: it could not be written; the checkpoint is unchanged, and a resumed run evaluates it.
     """
     path = out / FOLDER / _name(progress.step) / STATE
     try:
@@ -236,18 +236,18 @@ def record_evaluation(out: Path, progress: Progress, config: TrainConfig) -> Non
 
 
 def publish_model(folder: Path, out: Path) -> None:
-    """Makes `out` itself a folder with a checkpoint's model. Within a run only the weights change: one rename."""
+    """Puts a checkpoint's model into `out`. Each file appears by a rename; within a run only the weights change."""
     for name in (TOKENIZER, CONFIG, WEIGHTS):
         link_or_copy(folder / name, out / name)
 
 
 def _fixed(config: TrainConfig) -> dict[str, Any]:
-    values = {name: value for name, value in config.plain().items() if name not in _CHANGEABLE | config.task.free}
+    values = {name: value for name, value in config.plain().items() if name not in _CHANGEABLE | config.task.changeable}
     return values | {"batches of a step": config.batches()}
 
 
 def _write(state: TrainState, folder: Path) -> None:
-    """This process's part of the tensors."""
+    """Writes this process's part of the tensors."""
     main = state.world.is_main
     weights = {name: whole(tensor).detach().cpu() for name, tensor in state.model.state_dict().items()}
     if main:
@@ -261,7 +261,7 @@ def _write(state: TrainState, folder: Path) -> None:
 
         try:
             save(kept, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
-        except CheckpointException as error:  # no Exception, and it comes to every process
+        except CheckpointException as error:  # a BaseException, raised in every process
             raise OSError(
                 "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
             ) from error
@@ -277,7 +277,7 @@ def _write(state: TrainState, folder: Path) -> None:
 
 
 def _describe(state: TrainState, progress: Progress, folder: Path) -> None:
-    """The files of JSON, the last of which knows all others."""
+    """Writes the other files; the last one, ``state.json``, lists all of them."""
     (folder / CONFIG).write_text(json.dumps(description(state.model.config), indent=2))
     state.task.save(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -294,7 +294,7 @@ def _describe(state: TrainState, progress: Progress, folder: Path) -> None:
 
 
 def _prune(out: Path, progress: Progress, keep: int, keep_best: bool) -> None:
-    """Deletes all but the last `keep` checkpoints, the best one, and none of a run that went another way."""
+    """Keeps the last `keep` checkpoints and the best one; deletes the others, and those of later steps, of an earlier run."""
     done = [folder for folder in checkpoints(out) if _step(folder) <= progress.step]
     kept = {_step(folder) for folder in done[:keep]} | ({progress.best_step} if keep_best else set())
     for folder in checkpoints(out):
@@ -311,7 +311,7 @@ def _step(folder: Path) -> int:
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    """What the optimizer keeps for each trained parameter, as ``KEY.NAME``; the tensors themselves."""
+    """Returns the optimizer's tensors for each trained parameter, by ``KEY.NAME``; not copies."""
     return {
         f"{key}.{name}": value.detach()
         for name, parameter in state.model.named_parameters()
@@ -321,13 +321,13 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 def _refuse_pickle(path: Path) -> None:
     with path.open("rb") as file:
-        start = file.read(9)  # of a safetensors file: the length of its header, and the brace that opens it
+        start = file.read(9)  # safetensors: the length of the header, then its opening brace
     if start[8:] != b"{" and (start[:1] == b"\x80" or start[:2] == b"PK"):
         raise WeightsError(f"{path}: is a pickle, which can run code when it is read; accepted is a safetensors file")
 
 
 def _shapes(*paths: Path) -> dict[str, Tensor]:
-    """The tensors of safetensors files, without their values."""
+    """Returns the tensors in safetensors files without their values, on the meta device."""
     found = {}
     for path in paths:
         try:
@@ -340,9 +340,8 @@ def _shapes(*paths: Path) -> dict[str, Tensor]:
 
 
 def _load(tensors: dict[str, Tensor], source: Path) -> None:
-    """Fills `tensors`, whole or sharded, from a safetensors file, or from a folder of shards of any number of processes."""
+    """Fills `tensors`, whole or sharded, from a safetensors file or from a folder of shards, of any number of processes."""
     from torch.distributed import is_initialized
-    from torch.distributed.tensor import DTensor, distribute_tensor
 
     if source.is_dir():
         from torch.distributed.checkpoint.api import CheckpointException
@@ -353,14 +352,10 @@ def _load(tensors: dict[str, Tensor], source: Path) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads alone
             try:
                 load(tensors, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=not is_initialized())
-            except CheckpointException as error:  # no Exception, and it comes to every process
+            except CheckpointException as error:  # a BaseException, raised in every process
                 reason = next(iter(error.failures.values()))[0]
                 raise WeightsError(f"{source}: is damaged or of another model ({reason})") from error
         return
     with torch.no_grad(), safe_open(source, framework="pt") as file:
         for name, tensor in tensors.items():
-            value = file.get_tensor(name)
-            if isinstance(tensor, DTensor):  # each process reads for itself and keeps its part
-                value = value.to(tensor.device)
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-            tensor.copy_(value)
+            tensor.copy_(shard_like(file.get_tensor(name), tensor))  # each process reads the whole and keeps its shard

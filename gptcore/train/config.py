@@ -1,4 +1,4 @@
-"""Everything that decides a training run; the command line and the YAML file are made from it."""
+"""The options of a training run: the command line and the YAML file are made from them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gptcore.tasks import TASK_OF_MODEL, TASKS, LanguageModelOptions, TaskOption
 
 Resume = Literal["never", "auto", "always"]
 Parallel = Literal["auto", "ddp", "fsdp"]
-_OF_ONE_START = {"resume", "overwrite"}
-"""How one process was started: not written to the run's config.yaml."""
+_NOT_SAVED = {"resume", "overwrite"}
+"""Options of how one process starts, which the run's config.yaml does not hold."""
 
 
 @dataclass(frozen=True)
@@ -25,28 +25,21 @@ class TrainConfig:
     """Train a model on a folder that `gptcore prepare` made.
 
     For example:
-
-    gptcore train --data data/python-docs --out runs/demo
-
-    gptcore train --data data/python-docs --out runs/demo --resume auto --steps 1200
-
-    gptcore train --data data/books --out runs/small --preset small --batch-size 32 --tokens-per-step 65536
-
-    gptcore train --config runs/small/config.yaml --out runs/other --seed 2
-
-    gptcore train --data data/books --out runs/small --preset small --find-lr
-
-    gptcore train --model bert --data data/wordpiece --out runs/bert
-
-    torchrun --nproc-per-node 2 -m gptcore train --data data/books --out runs/two --parallel fsdp
+      gptcore train --data data/python-docs --out runs/demo
+      gptcore train --data data/python-docs --out runs/demo --resume auto --steps 1200
+      gptcore train --data data/books --out runs/small --preset small --batch-size 32 --tokens-per-step 65536
+      gptcore train --config runs/small/config.yaml --out runs/other --seed 2
+      gptcore train --data data/books --out runs/small --preset small --find-lr
+      gptcore train --model bert --data data/wordpiece --out runs/bert
+      torchrun --nproc-per-node 2 -m gptcore train --data data/books --out runs/two --parallel fsdp
     """
 
     data: Path
     """Folder with the token files and tokenizer.json."""
     out: Path
-    """Folder for checkpoints, metrics.jsonl and loss.png; must not hold another run."""
+    """Folder of the run, for checkpoints, metrics.jsonl and loss.png; must not hold another run."""
     model: str = "gpt"
-    """Which model: gpt, or bert (learns masked words; data prepared with --tokenizer wordpiece)."""
+    """The model: gpt, or bert (learns masked words, from data prepared with --tokenizer wordpiece)."""
     preset: str = "mini"
     """Its size: tiny, mini, small, gpt2-124m, -medium, -large, -xl; llama-tiny, -mini, -small; smollm2-135m; bert-base."""
     context: int | None = None
@@ -54,71 +47,71 @@ class TrainConfig:
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
     kernels: Kernels = "auto"
-    """Which kernels run; auto takes the fastest that can, anything else must be able to run here."""
+    """The kernels that run; auto takes the fastest available, any other choice is an error if it cannot run."""
     attention_impl: AttentionImpl = "fused"
-    """fused, or explicit: softmax(QK^T)V step by step."""
+    """fused: attention in one kernel; explicit: softmax(QK^T)V step by step."""
     batch_size: int = 8
-    """Sequences in one forward and backward, those of all processes together."""
+    """Sequences in a micro-batch, which is one forward and backward; all processes share them."""
     accumulate: int = 1
-    """Batches whose gradients are added up for one optimizer step."""
+    """Micro-batches of an optimizer step (gradient accumulation)."""
     tokens_per_step: int | None = None
-    """Tokens of one optimizer step, instead of accumulate: a multiple of batch_size times context."""
+    """Tokens of an optimizer step, instead of accumulate: a multiple of batch_size times context."""
     steps: int = 900
-    """Optimizer steps; the learning rate's schedule ends here."""
+    """Optimizer steps of the run, and of the learning rate's schedule."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon: for the blocks' matrices steps whose singular values are all about 1, for the rest adamw."""
+    """adamw; or muon for the matrices in the blocks, with adamw for all other weights."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-4
     """Learning rate at the last step."""
     schedule: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls: along a cosine from the warmup on, or in a line over the last half of the run."""
+    """How the learning rate falls: along a cosine after the warmup, or linearly over the last half of the run."""
     warmup: int = 40
     """Steps over which the learning rate rises."""
     muon_lr: float = 0.02
-    """Peak learning rate of muon's matrices; it rises and falls as lr does."""
+    """Peak learning rate of muon; it follows the same schedule as lr."""
     momentum: float = 0.95
-    """Muon's decay of the mean gradient."""
+    """Muon's momentum."""
     weight_decay: float = 0.1
-    """Decay of matrices and embeddings; vectors (biases, norms) are not decayed."""
+    """Weight decay of matrices and embeddings; vectors (biases, norms) have none."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
+    """AdamW's decay rate of the mean gradient."""
     beta2: float = 0.95
-    """AdamW's decay of the mean squared gradient."""
+    """AdamW's decay rate of the mean squared gradient."""
     clip: float = 1.0
-    """Largest norm of all gradients together; 0 for no limit."""
+    """Gradient clipping: the largest norm of all gradients together; 0 for no limit."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: autocast; auto takes it where the hardware multiplies bfloat16."""
+    """bf16 is autocast to bfloat16; auto takes it if the hardware multiplies bfloat16, else fp32."""
     eval_interval: int = 300
     """Steps between evaluations, samples and checkpoints."""
     eval_windows: int = 64
-    """Sequences that an evaluation takes, spread evenly over the validation text; after the last step all are, too."""
+    """Sequences of an evaluation, spread evenly over the validation data; the end of a run evaluates all of it as well."""
     keep: int = 2
-    """How many of the latest checkpoints to keep."""
+    """Number of the latest checkpoints to keep."""
     keep_best: bool = True
     """Keep the checkpoint with the lowest validation loss as well."""
     compile: bool = False
     """Run the model through torch.compile."""
     checkpoint_activations: bool = False
-    """Keep only the inputs of each block and compute the rest again in the backward: less memory, a third more work."""
+    """Save only the inputs of each block and recompute the rest in the backward: less memory, a third more work."""
     parallel: Parallel = "auto"
-    """Under torchrun: ddp, a whole model in each process; fsdp, the model in shards over all; auto takes ddp."""
+    """Under torchrun: ddp, each process has the whole model; fsdp, the model is sharded over the processes; auto is ddp."""
     device: str = "auto"
-    """cuda, cpu, ...; auto takes a GPU where there is one."""
+    """cuda, cpu, ...; auto takes a GPU if there is one."""
     seed: int = 1337
-    """Of the initial weights and the order of the data."""
+    """Seed of the initial weights and the order of the data."""
     tensorboard: bool = False
-    """Write the curves for TensorBoard as well, into out/tensorboard."""
+    """Also write the curves for TensorBoard, to out/tensorboard."""
     resume: Resume = "never"
-    """always: go on from the newest checkpoint in out; auto: the same if there is one, else start."""
+    """always: continue from the newest checkpoint in out; auto: the same if there is one; otherwise start."""
     overwrite: bool = False
     """Replace the run in out."""
     task: TaskOptions = field(default_factory=LanguageModelOptions)
-    """What is learnt, and the options of that."""
+    """The task and its options."""
 
     def __post_init__(self) -> None:
         for name in ("data", "out"):
-            if isinstance(path := getattr(self, name), Path):  # tyro's sign for what is still missing is none
+            if isinstance(path := getattr(self, name), Path):  # not where tyro still has its mark for a missing value
                 object.__setattr__(self, name, path.expanduser())
         for name in ("batch_size", "accumulate", "steps", "eval_interval", "eval_windows", "keep"):
             if getattr(self, name) < 1:
@@ -133,17 +126,17 @@ class TrainConfig:
             raise ValueError(f"lr: got {self.lr}; accepted are positive numbers not under min_lr, {self.min_lr}")
         if not 0 < self.muon_lr < math.inf:
             raise ValueError(f"muon_lr: got {self.muon_lr}; accepted are positive numbers")
-        if not abs(self.seed) < 2**63:  # that of each process comes on top, and PyTorch takes less than 2**64
+        if not abs(self.seed) < 2**63:  # each process adds its rank, and PyTorch takes less than 2**64
             raise ValueError(f"seed: got {self.seed}; accepted are integers between -2**63 and 2**63")
         if self.resume != "never" and self.overwrite:
-            raise ValueError(f"overwrite: got True with resume {self.resume}; accepted is one of them")
+            raise ValueError(f"overwrite: got True with resume {self.resume}; accepted is one of the two")
         if self.model not in MODELS:
             raise ValueError(f"model: got {self.model!r}; accepted are {', '.join(MODELS)}")
         self.task.check_model(self.model_config())
         self.batches()
 
     def model_config(self, **changes: Any) -> ModelConfig:
-        """The model's configuration, with `changes` that the data decides."""
+        """Returns the model's configuration, with `changes` that the data decides."""
         if self.context is not None:
             changes["context"] = self.context
         return MODELS[self.model].config_class.preset(
@@ -151,12 +144,14 @@ class TrainConfig:
         )
 
     def batches(self) -> int:
-        """How many batches make one optimizer step."""
+        """Returns the number of micro-batches of an optimizer step."""
         batch = self.batch_size * self.model_config().context
         if self.tokens_per_step is None:
             return self.accumulate
         if self.accumulate != 1:
-            raise ValueError(f"tokens_per_step: got it with accumulate {self.accumulate}; accepted is one of them")
+            raise ValueError(
+                f"tokens_per_step: got {self.tokens_per_step} with accumulate {self.accumulate}; accepted is one of the two"
+            )
         if self.tokens_per_step < 1 or self.tokens_per_step % batch:
             raise ValueError(
                 f"tokens_per_step: got {self.tokens_per_step}; accepted are multiples of a batch's {batch} tokens "
@@ -165,7 +160,7 @@ class TrainConfig:
         return self.tokens_per_step // batch
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of `step` (from 0): linear warmup, then as `schedule` says down to `min_lr` at the last step."""
+        """Returns the learning rate of `step` (from 0): linear warmup, then `schedule`, down to `min_lr` at the last step."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "linear":
@@ -176,24 +171,21 @@ class TrainConfig:
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def plain(self) -> dict[str, Any]:
-        """The options of the run and of its task, as JSON and YAML hold them."""
-        names = [
-            option.name for option in dataclasses.fields(TrainConfig) if option.name not in (*_OF_ONE_START, "task")
-        ]
+        """Returns the options of the run and of its task as plain values, for JSON and YAML."""
+        names = [option.name for option in dataclasses.fields(TrainConfig) if option.name not in (*_NOT_SAVED, "task")]
         values = {name: getattr(self, name) for name in names} | {"task": self.task.name}
         values |= {option.name: getattr(self.task, option.name) for option in dataclasses.fields(self.task)}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
     def of(cls, **values: Any) -> TrainConfig:
-        """A configuration from the names that `plain`, and the command line, have for its options and its task's.
+        """Builds a configuration from options of the run and of its task, named as on the command line.
 
-        ``TrainConfig.of(data=folder, out=run, steps=100, sample_tokens=0)``. The task is the model's unless `task` names
-        another.
+        ``TrainConfig.of(data=folder, out=run, steps=100, sample_tokens=0)``. `task` is a name; the default is the model's task.
 
         Raises:
-            ValueError: no such task.
-            TypeError: no such option.
+            ValueError: an unknown task.
+            TypeError: an unknown option.
         """
         return cls(**split_options(values))
 
@@ -206,10 +198,10 @@ class TrainConfig:
 
 
 def split_options(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `TrainConfig` for options of a run and of its task that stand side by side.
+    """Converts options of a run and of its task, given side by side, to fields of `TrainConfig`.
 
     Raises:
-        ValueError: no such task.
+        ValueError: an unknown task.
     """
     task = values.get("task") or TASK_OF_MODEL.get(values.get("model", "gpt"), LanguageModelOptions.name)
     if isinstance(task, TaskOptions):
@@ -223,11 +215,11 @@ def split_options(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The fields of `TrainConfig` that a YAML file gives, converted to their types.
+    """Reads fields of `TrainConfig` from a YAML file, converted to their types.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no YAML mapping, a key that is no field, or a value of another type; names file and key.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a YAML mapping, or has an unknown key or a value of another type; names file and key.
     """
     import yaml
 
@@ -237,7 +229,7 @@ def read_values(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path} is no YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"config: {path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ValueError(f"config: {path} holds {values!r}; accepted are lines of the form 'steps: 900'")
     task = values.get("task") or TASK_OF_MODEL.get(values.get("model", "gpt"), LanguageModelOptions.name)
@@ -245,7 +237,7 @@ def read_values(path: Path) -> dict[str, Any]:
     hints = get_type_hints(TrainConfig) | get_type_hints(options) | {"task": Literal[tuple(TASKS)]}
     hints = {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
     if unknown := [str(name) for name in values if name not in hints]:
-        raise ValueError(f"config: {path}: {unknown[0]} is no option; accepted are {', '.join(hints)}")
+        raise ValueError(f"config: {path}: {unknown[0]} is not an option; accepted are {', '.join(hints)}")
     return split_options({name: _converted(path, name, value, hints[name]) for name, value in values.items()})
 
 
@@ -260,7 +252,7 @@ def _converted(path: Path, name: str, value: Any, hint: Any) -> Any:
             return Path(value)
         if kind is float and type(value) in (int, str):
             try:
-                return float(value)  # YAML 1.1 takes 1e-3, without a point, for text
+                return float(value)  # YAML 1.1 reads 1e-3, without a point, as text
             except ValueError:
                 continue
         if type(value) is kind:

@@ -1,4 +1,4 @@
-"""What a run shows: a live view in a terminal, plain lines anywhere else."""
+"""The display of a run: a live view in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from gptcore.train.guard import Guard, GuardedStream
 
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of a braille character, by row and column
 
 
 def chart(values: Sequence[float], width: int, height: int) -> list[str]:
-    """A curve as `height` lines of text of `width` characters, in braille dots, with its extremes at the left."""
+    """Returns a curve as `height` lines of `width` characters, in braille dots, with its highest and lowest value at the left."""
     values = [value for value in values if math.isfinite(value)]
     labels = [f"{edge:8.3f} " for edge in (max(values, default=0.0), min(values, default=0.0))]
     columns = max(2 * (width - len(labels[0])), 2)
@@ -32,14 +32,14 @@ def chart(values: Sequence[float], width: int, height: int) -> list[str]:
 
 
 class Display:
-    """Progress, curve, speed and the latest sample. Use it in a ``with`` block. An error in printing ends nothing.
+    """Shows progress, curve, speed and the latest sample. Use it in a ``with`` block. Errors in printing end nothing.
 
     Args:
-        shown: nothing at all is printed if False.
-        steps: of the whole run.
-        done: how many of them were done before.
-        guard: says, once, what could not be shown.
-        console: where to; a `rich.console.Console` on the standard output if left out.
+        shown: whether to print anything.
+        steps: steps of the whole run.
+        done: steps done before.
+        guard: reports what could not be shown, once.
+        console: a `rich.console.Console`; None for one on the standard output.
     """
 
     def __init__(self, shown: bool, steps: int, done: int = 0, guard: Guard | None = None, console: Any = None) -> None:
@@ -59,7 +59,8 @@ class Display:
         self._task = self._bar.add_task("training", total=steps, completed=done)
         live = shown and self.console.is_terminal
         self._live = Live(self, console=self.console, refresh_per_second=4, transient=True) if live else None
-        self._seconds, self._timed = 0.0, 0  # of the steps shown so far
+        # For the time left: the steps since `done`, and the seconds of all but the first, which also compiles and allocates.
+        self._steps, self._seconds = 0, 0.0
 
     def __enter__(self) -> Display:
         if self._live:
@@ -80,22 +81,25 @@ class Display:
         return Group(*map(Text, lines), Text(self.status), self._bar, *sample)
 
     def say(self, text: str) -> None:
-        """Prints text that stays, above the live view, as it is: without markup and emoji codes."""
+        """Prints text above the live view, where it stays. Markup and emoji codes in it are not interpreted."""
         from rich.text import Text
 
         self.console.print(Text(text), soft_wrap=True)
 
     def step(self, done: int, loss: float, seconds: float, tokens_per_second: float, mfu: float) -> None:
-        """Shows that a step has been done."""
+        """Shows a finished step."""
         self.done = done
         self.losses.append(loss)
-        self._seconds += seconds
-        self._timed += 1
+        self._steps += 1
+        self._seconds += seconds if self._steps > 1 else 0.0
         self.status = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, MFU {mfu:.0%}"
         self._bar.update(self._task, completed=done)
         if self._live is None and done % max(self.steps // 20, 1) == 0:
-            left = round(self._seconds / self._timed * (self.steps - done))
-            self.say(f"step {done}/{self.steps}: {self.status}, {left // 60}:{left % 60:02d} left")
+            left = ""
+            if self._steps > 1:
+                seconds = round(self._seconds / (self._steps - 1) * (self.steps - done))
+                left = f", {seconds // 60}:{seconds % 60:02d} left"
+            self.say(f"step {done}/{self.steps}: {self.status}{left}")
 
     def sweep(self, done: int, lr: float, loss: float) -> None:
         """Shows a step of the search for a learning rate."""
@@ -108,7 +112,7 @@ class Display:
         self.say(f"step {step}: validation loss {val_loss:.3f}")
 
     def sampled(self, sample: str) -> None:
-        """Shows what the model makes of the prompt."""
+        """Shows the model's sample."""
         self.sample = "  " + sample.replace("\n", "\n  ") if sample else ""
         if self.sample and self._live is None:
             self.say(self.sample)

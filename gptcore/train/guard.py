@@ -1,4 +1,4 @@
-"""What is only shown never ends a run: a guard for what prints, draws, samples and tells TensorBoard."""
+"""Guards that keep errors in printing, drawing, sampling and TensorBoard from ending a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class Guard:
-    """Lets the block of ``with guard("the picture"):`` fail, and says so once for each name."""
+    """``with guard("the picture"):`` turns an exception in its block into a warning, once for each name."""
 
     def __init__(self) -> None:
         self._failed: set[str] = set()
@@ -27,7 +27,7 @@ class Guard:
 
 
 class GuardedStream:
-    """A text stream for a console: a character that its encoding lacks comes as "?", and an error ends nothing."""
+    """A text stream that writes "?" for characters that its encoding lacks, and turns errors into a warning."""
 
     def __init__(self, stream: TextIO, guard: Guard) -> None:
         self._stream, self._guard = stream, guard
@@ -45,12 +45,12 @@ class GuardedStream:
         with self._guard("printing"):
             self._stream.flush()
 
-    def __getattr__(self, name: str) -> Any:  # what a console asks: isatty, encoding, fileno
+    def __getattr__(self, name: str) -> Any:  # rich asks for isatty, encoding, fileno
         return getattr(self._stream, name)
 
 
 def drop_unwritten() -> None:
-    """Gives up what the standard streams could not write: left in them, it makes the interpreter end with status 120."""
+    """Discards what the standard streams cannot write: otherwise the interpreter exits with status 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -64,7 +64,7 @@ def drop_unwritten() -> None:
 
 
 def _warn(text: str) -> None:
-    """A line on the first standard stream that still takes one."""
+    """Prints a line on the first standard stream that still works."""
     for stream in (sys.stderr, sys.stdout):
         with suppress(Exception):
             print(text, file=stream, flush=True)

@@ -1,4 +1,4 @@
-"""What the machine can do: devices, memory, and the share of its peak that a run reaches."""
+"""The machine: devices, memory, peak speed, and the share of it that a run reaches (MFU)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 
 import torch
 
-# Dense peaks of the makers' data sheets, TFLOP/s: bfloat16 matrix products, float32 outside the matrix units.
-# The first name that the device's name holds counts.
+# Dense peaks from data sheets, TFLOP/s: bfloat16 matrix products, float32 outside the matrix units. The first name that is
+# part of the device's name is taken.
 _PEAKS = {
     "B200": (2250.0, 75.0),
     "GH200": (989.4, 66.9),
@@ -29,10 +29,10 @@ _PEAKS = {
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; auto is a GPU where there is one.
+    """Returns the device of that name; auto is a GPU if there is one.
 
     Raises:
-        ValueError: a device that is not usable here; says why.
+        ValueError: the device is not usable here; says why.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +44,7 @@ def find_device(name: str) -> torch.device:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware has bfloat16 products: without them autocast only costs."""
+    """Returns whether the hardware multiplies bfloat16; without that autocast is only slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -52,7 +52,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has taken at most: of the GPU's memory there, of the machine's on a CPU (0: not known)."""
+    """Returns the peak memory of this process in bytes: of the GPU's tensors, or of the whole process on a CPU; 0: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -64,14 +64,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def listed_peak(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s that the maker states for the GPU called `name`, dense; None for one that is not in the table."""
+    """Returns the dense FLOP/s in the data sheet of the GPU called `name`; None for a GPU that is not in the table."""
     peaks = next((peaks for part, peaks in _PEAKS.items() if part in name), None)
     return peaks and 1e12 * peaks[0 if dtype == torch.bfloat16 else 1]
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of a product of two square matrices: the best of six, for other processes take their share of some."""
-    own = torch.Generator(device).manual_seed(0)  # the run's random numbers stay where they are
+    """Measures the FLOP/s of a product of two square matrices: the best of six runs, as other processes slow some down."""
+    own = torch.Generator(device).manual_seed(0)  # leaves the run's random state unchanged
     a, b = torch.randn(2, size, size, device=device, generator=own).to(dtype)
     seconds = []
     torch.mm(a[:256], b)  # starts threads and libraries
@@ -84,7 +84,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) ->
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that one device can reach at most in `dtype`, and where the figure is from, for people to read."""
+    """Returns the peak FLOP/s of one device in `dtype`, and a text for people that says where the figure is from."""
     name = "bf16" if dtype == torch.bfloat16 else "fp32"
     if device.type == "cuda":
         gpu = torch.cuda.get_device_name(device)
@@ -95,10 +95,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def model_flops_utilization(flops_per_second: float, peak: float) -> float:
-    """MFU: the share of the peak that the model's own operations take, whatever else is computed.
+    """Returns ``flops_per_second / peak``: the model's operations (`Model.flops`) a second over the peak of all devices.
 
-    ``flops_per_second / peak``, with `peak` the FLOP/s of all devices together and the model's operations as `Model.flops`
-    counts them.
+    Operations beyond the model's, such as recomputation, do not count.
 
     Source: Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", arXiv 2204.02311, appendix B.
     """

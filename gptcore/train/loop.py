@@ -17,6 +17,7 @@ import gptkernels
 import torch
 
 from gptcore import _extras
+from gptcore.nn import Kernels
 from gptcore.train import step as training_step
 from gptcore.train.checkpoint import Checkpoint, newest, publish_model, record_evaluation, save_checkpoint
 from gptcore.train.config import TrainConfig
@@ -32,31 +33,31 @@ from gptcore.weights import WeightsError
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended."""
+    """The result of a run."""
 
     steps: int
-    """Optimizer steps done, over all its parts."""
+    """Optimizer steps done, those before a resume included."""
     val_loss: float
-    """Nats per target on the rows of every evaluation, `TrainConfig.eval_windows`; NaN when interrupted."""
+    """Nats per target on the `TrainConfig.eval_windows` rows of each evaluation; NaN if the run was interrupted."""
     val_loss_full: float
-    """Nats per target on all validation data; NaN when interrupted."""
+    """Nats per target on all validation data; NaN if the run was interrupted."""
     baseline: float
-    """What a model without context would score; of text, one that only knows how often each token comes."""
+    """Loss of a trivial model; for text, one that only knows the frequency of each token."""
     tokens_per_second: float
-    """Median over the steps of this part, of all processes together; 0 if it had none."""
+    """Median over the steps since the start or resume, all processes together; 0 if there were none."""
     mfu: float
     """Model FLOPs utilization at that speed; see `gptcore.train.hardware.model_flops_utilization`."""
     peak_memory: int
-    """Bytes: on a GPU the most that tensors took, on a CPU the most that the process has taken so far."""
+    """Bytes: on a GPU of tensors, on a CPU of the whole process."""
     interrupted: bool
 
 
 @contextmanager
 def _stops_at_signals() -> Iterator[threading.Event]:
-    """The first Ctrl-C, SIGTERM or SIGHUP sets the event, so that a step is finished and saved; a later one acts as usual.
+    """Makes the first Ctrl-C, SIGTERM or SIGHUP set the event, so that the step is finished and saved; a later one acts as usual.
 
-    Those that follow within a second are the first one again: a terminal that closes sends SIGHUP twice, and torchrun
-    hands on what its processes have got already. A SIGHUP that is ignored, by ``nohup``, stays so.
+    Signals within a second of the first count as the same one: a closing terminal sends SIGHUP twice, and torchrun forwards
+    signals that its processes have received already. A SIGHUP that ``nohup`` ignores stays ignored.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -90,49 +91,59 @@ def _stops_at_signals() -> Iterator[threading.Event]:
 
 
 def banner(state: TrainState, peak: str) -> str:
-    """What is about to run, where, and why the other kernels do not."""
+    """Returns three lines for people: the model, the device, and the kernels that run."""
     config, device, world = state.config, state.device, state.world
-    report = gptkernels.report()
-    rows = [row for row in report.rows if torch.device(row.device).type == device.type]
-    chosen = config.kernels if config.kernels != "auto" else f"auto -> {', '.join(dict.fromkeys(r.auto for r in rows))}"
     several = f", {world.size} processes, {'fsdp' if state.replica.sharded else 'ddp'}" if world.size > 1 else ""
     size = f"{state.parameters / 1e6:.1f} M parameters, context {state.model.config.context}"
-    lines = [
-        f"model    {config.model} {config.preset}, {size}",
-        f"device   {device}, {'bf16 autocast' if state.bf16 else 'fp32'}{several}; peak {peak}",
-        f"kernels  {chosen}",
-    ]
-    if config.kernels == "auto" and rows:
-        lines += [f"         {name} not used: {reason}" for name, reason in rows[0].unavailable.items()]
-    return "\n".join(lines)
+    return (
+        f"model    {config.model} {config.preset}, {size}\n"
+        f"device   {device}, {'bf16 autocast' if state.bf16 else 'fp32'}{several}; peak {peak}\n"
+        f"kernels  {kernels_that_run(config.kernels, device)}"
+    )
+
+
+def kernels_that_run(kernels: Kernels, device: torch.device) -> str:
+    """Returns the name of the kernels that run on `device` with this choice, such as ``native (C++, avx512_bf16)``."""
+    report = gptkernels.report()
+    backend = kernels
+    if kernels == "auto":
+        taken = {row.auto for row in report.rows if torch.device(row.device).type == device.type}
+        backend = next((name for name in ("triton", "native") if name in taken), "reference")
+    names = {"native": f"native (C++, {report.native_level})", "reference": "reference (PyTorch)"}
+    return names.get(backend, backend)
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
-    """Trains a model as `config` says and leaves it, with its curves and checkpoints, in ``config.out``.
+    """Trains a model and leaves it, with its curves and checkpoints, in ``config.out``.
 
-    Writes ``model.safetensors`` with ``config.json`` and ``tokenizer.json`` (`gptcore.models.from_pretrained` loads the folder),
-    ``checkpoints/`` (see `gptcore.train.checkpoint`), ``metrics.jsonl`` (a line a step: loss in nats per target, learning
-    rate, gradient norm, tokens so far; and one for each evaluation: ``val_loss`` on the same `eval_windows` rows each time,
-    after the last step also ``val_loss_full`` on all validation data), ``timings.jsonl`` (seconds, tokens per
-    second, MFU, peak memory), ``loss.png`` and ``config.yaml``. Ctrl-C, SIGTERM and SIGHUP finish the step and save.
+    The folder then holds
 
-    A step is saved before it is evaluated, and evaluated before anything is shown. What is only shown (lines, the live
-    view, samples, ``loss.png``, TensorBoard) never ends a run: what fails is said once, on the standard error.
+    - ``model.safetensors``, ``config.json`` and ``tokenizer.json``: `gptcore.models.from_pretrained` loads the folder
+    - ``checkpoints/``: see `gptcore.train.checkpoint`
+    - ``metrics.jsonl``: a line for each step (loss in nats per target, learning rate, gradient norm, tokens so far) and for
+      each evaluation (``val_loss`` on the same `eval_windows` rows each time; after the last step also ``val_loss_full`` on
+      all validation data)
+    - ``timings.jsonl``: seconds, tokens per second, MFU, peak memory
+    - ``loss.png`` and ``config.yaml``
 
-    Processes that `torchrun` started train together: each takes its rows of every batch, the first one writes.
+    Ctrl-C, SIGTERM and SIGHUP finish the step and save it. A step is saved, then evaluated, then shown. Errors in what is
+    only shown (lines, the live view, samples, ``loss.png``, TensorBoard) never end a run: each is reported once, on the
+    standard error.
+
+    Processes that `torchrun` started train together: each takes its rows of every batch, and the first one writes.
 
     Args:
-        config: the run.
+        config: the options of the run.
         progress: show the banner, a live view or lines, and samples.
 
     Raises:
-        ValueError: data, checkpoint and configuration do not fit each other; names the argument.
-        WeightsError: a checkpoint that is damaged, or none where one must be; names the file.
+        ValueError: data, checkpoint and configuration do not fit; names the argument.
+        WeightsError: a checkpoint is damaged, or there is none to resume from; names the file.
         FileExistsError: ``out`` holds another run.
-        BlockingIOError: another process works in ``out``; says which.
+        BlockingIOError: another process trains in ``out``; says which.
         OSError: a checkpoint or metrics.jsonl could not be written; the earlier checkpoints stay.
-        BackendUnavailableError: kernels that were chosen explicitly and cannot run here.
-        MissingPackageError: TensorBoard, or what the data's tokenizer needs, is not installed; nothing is written then.
+        BackendUnavailableError: an explicit choice of kernels that cannot run here.
+        MissingPackageError: TensorBoard, or a package that the data's tokenizer needs, is not installed; nothing is written.
         FloatingPointError: the loss is not finite; the last checkpoint stays as it was.
     """
     with processes(config.device) as (world, device), locked_folder(config.out, world):
@@ -140,7 +151,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 
 def _find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpoint | None:
-    """What to go on from; None starts anew."""
+    """Returns the checkpoint to resume from; None to start a new run."""
     holds_run = check_folder(config.out)
     if config.resume == "never":
         if holds_run and not config.overwrite:
@@ -158,7 +169,7 @@ def _find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpo
 
 def _train(config: TrainConfig, world: World, device: torch.device, shown: bool) -> TrainResult:
     if config.tensorboard:
-        _extras.load("tensorboard", "tensorboard")  # before anything is read or written
+        _extras.load("tensorboard", "tensorboard")  # an error comes before anything is read or written
     guard = Guard()
     say = Display(shown, config.steps, guard=guard).say
     checkpoint = _find_checkpoint(config, say)
@@ -173,10 +184,10 @@ def _train(config: TrainConfig, world: World, device: torch.device, shown: bool)
                 f"steps: got {config.steps}; the run in {config.out} has done {progress.step}, accepted are more"
             )
         checkpoint.restore(state)
-    world.barrier()  # all have read before anything is written
+    world.barrier()  # every process has read before one writes
     log = None
     if world.is_main:
-        start_folder(config, state.task, goes_on=checkpoint is not None)
+        start_folder(config, state.task, resumed=checkpoint is not None)
         evaluated = not progress.awaits_evaluation(config)
         log = MetricsLog(config.out, progress.step, evaluated, config.tensorboard, guard)
         if checkpoint:
@@ -189,7 +200,7 @@ def _train(config: TrainConfig, world: World, device: torch.device, shown: bool)
 
 
 class _Run:
-    """A run on its way from `progress` to the last step."""
+    """Takes a run from `progress` to the last step."""
 
     def __init__(self, state: TrainState, progress: Progress, log: MetricsLog | None, display: Display) -> None:
         self.state, self.config = state, state.config
@@ -205,7 +216,7 @@ class _Run:
 
     def go(self) -> TrainResult:
         steps = self.config.steps
-        due = self.progress.awaits_evaluation(self.config)  # the run was ended between saving and evaluating
+        due = self.progress.awaits_evaluation(self.config)  # the run had ended between saving and evaluating
         if self.progress.step >= steps and not due:
             self.display.say(f"{self.config.out} has done its {steps} steps: nothing left to do")
         elif self.progress.step:
@@ -228,7 +239,7 @@ class _Run:
         return self._result(interrupted=self.progress.step < steps)
 
     def _step(self, stopped: Callable[[], bool]) -> bool:
-        """One optimizer step; whether it is to be the last for now."""
+        """Does one optimizer step. Returns whether to stop after it."""
         progress = self.progress
         start = time.perf_counter()
         lr = self.config.lr_at(progress.step)
@@ -257,11 +268,11 @@ class _Run:
 
     def _save(self) -> None:
         if self.log:
-            self.log.sync()  # a checkpoint's lines are there whenever it is
+            self.log.sync()  # a checkpoint never exists without its lines
         save_checkpoint(self.state, self.progress)
 
     def _evaluate(self) -> None:
-        """Evaluates a step that is saved, and adds the result to its checkpoint."""
+        """Evaluates a saved step and adds the result to its checkpoint."""
         step, best = self.progress.step, self.progress.best_val_loss
         found = {"val_loss": training_step.evaluate(self.state, self.config.eval_windows)}
         if step == self.config.steps:
@@ -276,7 +287,7 @@ class _Run:
         self.display.evaluated(step, found["val_loss"])
 
     def _show(self, sample: bool) -> None:
-        """What a person looks at: comes last, and may fail."""
+        """Shows a sample and draws the curve; errors in it do not end the run."""
         guard = self.display.guard
         if sample:
             with guard("the sample"):
@@ -298,7 +309,7 @@ class _Run:
             self.display.say(f"interrupted: step {step} is saved; gptcore train --resume auto goes on from it")
         else:
             self.display.say(
-                f"validation loss {full:.3f} nats per target of all validation data, {baseline} {entropy:.3f}; "
-                f"{speed:,.0f} tokens/s, MFU {mfu:.0%}, peak memory {memory / 2**20:,.0f} MiB; {out}/loss.png"
+                f"validation loss {full:.3f} nats per target on all validation data; {baseline} {entropy:.3f}\n"
+                f"{speed:,.0f} tokens/s, MFU {mfu:.0%}, peak memory {memory / 2**20:,.0f} MiB; curve in {out / PLOT}"
             )
         return TrainResult(step, val_loss, full, entropy, speed, mfu, memory, interrupted)

@@ -1,4 +1,4 @@
-"""Which learning rate? A short sweep from far too small to far too large ones."""
+"""Suggests a learning rate, from a short sweep of rates from far too small to far too large."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _SMOOTHING, _DIVERGED = 0.9, 1.5
 
 @dataclass(frozen=True)
 class LrSweep:
-    """What `find_lr` found."""
+    """The result of `find_lr`."""
 
     lrs: tuple[float, ...]
-    """Learning rates, one a step, as far as the loss stayed finite and near its lowest."""
+    """The learning rate of each step, until the loss diverged."""
     losses: tuple[float, ...]
-    """Of the same steps, nats per token, smoothed."""
+    """The smoothed loss of each step, nats per target."""
     suggestion: float
-    """A tenth of the rate at which the smoothed loss was lowest."""
+    """A tenth of the learning rate with the lowest smoothed loss."""
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Running means with weights that decay by 0.9 a step, without the pull of their start."""
+    """Returns exponential moving averages with a decay of 0.9, corrected for their start at 0."""
     mean, means = 0.0, []
     for count, loss in enumerate(losses, start=1):
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
@@ -41,16 +41,16 @@ def smoothed(losses: list[float]) -> list[float]:
 def find_lr(
     config: TrainConfig, *, low: float = 1e-6, high: float = 1.0, steps: int = 100, progress: bool = True
 ) -> LrSweep:
-    """Trains a throw-away model with learning rates that grow from `low` to `high` by a constant factor a step.
+    """Trains a temporary model with learning rates that grow from `low` to `high` by a constant factor a step.
 
-    It ends early where the loss leaves its lowest value behind. Only ``lr.png`` is left, in ``config.out``.
+    It ends early if the loss rises far above its lowest value. The only output is ``lr.png`` in ``config.out``.
 
-    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, section 3.3; that a tenth of
-    the rate of the lowest loss is a good one to start from is a rule of thumb.
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, section 3.3. A
+    tenth of the rate of the lowest loss is a rule of thumb.
 
     Raises:
-        ValueError: as `train` does; several processes; a range that is none.
-        BlockingIOError: another process works in ``out``.
+        ValueError: as `train`; more than one process; an empty range.
+        BlockingIOError: another process trains in ``out``.
     """
     if not 0 < low < high < math.inf or steps < 2:
         raise ValueError(
@@ -93,7 +93,7 @@ def _plot(sweep: LrSweep, config: TrainConfig) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="learning rate", ylabel="smoothed loss, nats per token", xscale="log")
+    axes = figure.add_subplot(xlabel="learning rate", ylabel="smoothed loss, nats per target", xscale="log")
     axes.plot(sweep.lrs, sweep.losses)
     axes.axvline(sweep.suggestion, color="grey", linestyle="--", label=f"suggestion {sweep.suggestion:.1e}")
     axes.legend()

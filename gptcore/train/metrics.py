@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, timings.jsonl, loss.png, and TensorBoard's files if asked for."""
+"""The records of a run: metrics.jsonl, timings.jsonl, loss.png, and optionally TensorBoard's files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ METRICS, TIMINGS, PLOT, TENSORBOARD = "metrics.jsonl", "timings.jsonl", "loss.pn
 
 
 class MetricsLog:
-    """Lines of JSON, one for each step and each evaluation.
+    """Writes a line of JSON for each step and each evaluation.
 
-    ``metrics.jsonl`` holds what the configuration decides and nothing that a clock does, so that a run that was
-    killed and resumed leaves the same file, byte for byte; ``timings.jsonl`` holds the rest. A line that the disk has no
-    room for is kept, and is an error only when `sync` still finds no room.
+    ``metrics.jsonl`` holds values that only depend on the configuration, so that a run that was killed and resumed leaves the
+    same file, byte for byte; ``timings.jsonl`` holds measured times. Lines that do not fit on a full disk are kept in memory;
+    they are an error only if `sync` still cannot write them.
 
     Args:
-        out: the run's folder.
-        step: lines after this step are dropped: a run killed after its checkpoint wrote some that come again.
-        evaluated: whether this step's evaluation stays; otherwise that comes again, too.
-        tensorboard: write both for TensorBoard as well.
-        guard: around what is only shown.
+        out: folder of the run.
+        step: drop lines after this step: a run that was killed after its checkpoint repeats those steps.
+        evaluated: keep this step's evaluation; False drops it, because it is repeated.
+        tensorboard: also write for TensorBoard.
+        guard: handles errors of TensorBoard.
 
     Raises:
-        MissingPackageError: TensorBoard is asked for and not installed.
+        MissingPackageError: TensorBoard is not installed.
     """
 
     def __init__(self, out: Path, step: int, evaluated: bool, tensorboard: bool, guard: Guard) -> None:
@@ -60,20 +60,20 @@ class MetricsLog:
                     self._board.add_scalar(key, value, step)
 
     def sync(self) -> None:
-        """Makes all lines so far durable.
+        """Writes all lines so far to the disk.
 
         Raises:
-            OSError: they cannot be written; names the file.
+            OSError: a file cannot be written; names it.
         """
         for file in self._files.values():
             file.sync()
 
     def plot(self, baseline: tuple[str, float]) -> None:
-        """Draws ``loss.png`` anew; `baseline` is what a model without context reaches, with its name."""
+        """Draws ``loss.png``; `baseline` is the name and the loss of a trivial model."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per target")
         records = read_records(self.out / METRICS)
         loss, val_loss = ([(r["step"], r[key]) for r in records if key in r] for key in ("loss", "val_loss"))
         if loss:
@@ -94,15 +94,15 @@ class MetricsLog:
 
 
 class _Lines:
-    """A file that lines are added to at once; what a full disk does not take waits for the next line, or for `sync`."""
+    """Appends lines to a file without a buffer. What a full disk refuses is written with the next line, or by `sync`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("ab", buffering=0)
-        self._left = bytearray()
+        self._unwritten = bytearray()
 
     def add(self, line: str) -> None:
-        self._left += line.encode() + b"\n"
+        self._unwritten += line.encode() + b"\n"
         with suppress(OSError):
             self._write()
 
@@ -119,12 +119,12 @@ class _Lines:
         self._file.close()
 
     def _write(self) -> None:
-        while self._left:
-            del self._left[: self._file.write(self._left)]
+        while self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON, without a last one that a kill has torn."""
+    """Reads a file of JSON lines, without an incomplete last line, which a killed process may leave."""
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:

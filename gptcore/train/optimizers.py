@@ -1,4 +1,4 @@
-"""The optimizers, by the names that ``--optimizer`` has for them."""
+"""The optimizers of ``--optimizer``: AdamW and Muon."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from gptcore.models import Model
 from gptcore.train.config import TrainConfig
 from gptcore.train.hardware import multiplies_bf16
+from gptcore.train.parallel import shard_like, whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the polynomial ``a x + b x^3 + c x^5`` whose iteration takes singular values to about 1."""
+"""Coefficients of the polynomial ``a x + b x^3 + c x^5``, whose iteration brings singular values to about 1."""
 _ITERATIONS = 5
 
 
 def make_optimizer(model: Model, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, with decay on matrices only; frozen parameters are left out."""
+    """Returns the optimizer that `config` names, with weight decay on matrices only; it skips frozen parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     betas = config.beta1, config.beta2
@@ -39,14 +40,14 @@ def make_optimizer(model: Model, config: TrainConfig, device: torch.device) -> t
         dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
         return Muon(groups, lr=config.lr, momentum=config.momentum, betas=betas, dtype=dtype)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    # Fused where PyTorch has it for the device.
+    # Fused on the devices for which PyTorch has a fused AdamW.
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
 def initialise_state(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the tensors that the optimizer keeps for each parameter, as its first step would, and changes no weight.
+    """Creates the tensors that the optimizer keeps for each parameter, by a step with zero gradients and learning rate.
 
-    The step has gradients of zero and a learning rate of zero. What is made is sharded as the parameters are.
+    The step changes no weight. The tensors are sharded like the parameters.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -62,16 +63,17 @@ def initialise_state(optimizer: torch.optim.Optimizer) -> None:
 class Muon(torch.optim.Optimizer):
     """Muon for the groups with ``"muon": True``, whose parameters are matrices, and AdamW for the others.
 
-    A matrix's step is its momentum with all singular values brought to about 1. The results are those of `torch.optim.Muon`
-    within rounding; that one iterates in bfloat16 on any machine, this one in the `dtype` that the machine multiplies fast.
-    Of matrices that FSDP shards, every process gathers the momentum, computes the whole step and keeps its part.
+    The step of a matrix is its momentum with all singular values brought to about 1. Results equal those of
+    `torch.optim.Muon` within rounding; that one always iterates in bfloat16, this one in a `dtype` that the machine
+    multiplies fast. For matrices that FSDP shards, every process gathers the momentum, computes the whole step and keeps its
+    shard.
 
     Args:
-        groups: with ``params``, ``weight_decay``, and optionally ``muon``.
+        groups: dicts with ``params``, ``weight_decay``, and optionally ``muon`` and ``lr_scale``.
         lr: learning rate; the trainer multiplies it by a group's ``lr_scale``.
-        momentum: decay of the mean gradient of a matrix; Nesterov's form.
-        betas: AdamW's, of the other parameters.
-        eps: AdamW's.
+        momentum: Nesterov momentum of matrices.
+        betas: AdamW's decay rates, for the other parameters.
+        eps: AdamW's eps.
         dtype: of the iteration's matrix products.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, kellerjordan.github.io/posts/muon.
@@ -114,7 +116,7 @@ class Muon(torch.optim.Optimizer):
         step = gradient.lerp(mean, group["momentum"])
         rows, columns = parameter.shape
         rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-        parameter.sub_(_like(orthogonalised(_whole(step), self.dtype), parameter), alpha=rate)
+        parameter.sub_(shard_like(orthogonalised(whole(step), self.dtype), parameter), alpha=rate)
 
     def _adamw(self, parameter: nn.Parameter, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if not state:
@@ -130,9 +132,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix ``(M, N)`` with singular values between about 0.7 and 1.2, by five Newton-Schulz iterations in `dtype`.
+    """Brings the singular values of ``(M, N)`` to between about 0.7 and 1.2, by five Newton-Schulz iterations in `dtype`.
 
-    A matrix of zeros stays one.
+    A zero matrix stays zero.
     """
     a, b, c = _COEFFICIENTS
     x = matrix.to(dtype)
@@ -143,17 +145,3 @@ def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         gram = x @ x.T  # (M, M) of the shorter side
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.T if tall else x).to(matrix.dtype)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    full = getattr(tensor, "full_tensor", None)
-    return full() if full else tensor
-
-
-def _like(whole: Tensor, sharded: Tensor) -> Tensor:
-    """`whole` shared out as `sharded` is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(sharded, DTensor):
-        return whole
-    return distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Several processes, one model: who they are, how they share a batch, and the model's weights among them."""
+"""Training in several processes: how they share a batch and the model's weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gptcore.train.hardware import find_device
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together; alone unless `torchrun` started more."""
+    """The processes that train together; one unless `torchrun` started more."""
 
     rank: int = 0
     size: int = 1
@@ -34,13 +34,13 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sums `values` over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: Tensor) -> list[Tensor]:
-        """A CPU tensor of each process, by rank; all of one shape."""
+        """Returns the CPU tensors of all processes by rank; all have the same shape."""
         if self.size == 1:
             return [value]
         gathered = [torch.empty_like(value) for _ in range(self.size)]
@@ -52,10 +52,10 @@ class World:
             dist.barrier()
 
     def rows(self, batch_size: int) -> slice:
-        """The rows of a batch that are this process's.
+        """Returns this process's rows of a batch.
 
         Raises:
-            ValueError: a batch that cannot be shared evenly.
+            ValueError: `batch_size` is not a multiple of the number of processes.
         """
         if batch_size % self.size:
             raise ValueError(f"batch_size: got {batch_size}; accepted are multiples of the {self.size} processes")
@@ -68,10 +68,10 @@ ALONE = World()
 
 @contextmanager
 def processes(device: str) -> Iterator[tuple[World, torch.device]]:
-    """The processes that `torchrun` started and this one's device; a process that was started alone is the only one.
+    """Joins the processes that `torchrun` started; gives them and this one's device. Without `torchrun` there is one process.
 
-    A process group that is already there is used and left alone. Without one, `torchrun`'s processes can be joined once
-    in their lives: PyTorch does not find the others a second time.
+    An existing process group is used, and not destroyed. A process can join a new group only once: PyTorch does not find the
+    others a second time.
     """
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not started and not dist.is_initialized():
@@ -92,31 +92,31 @@ def processes(device: str) -> Iterator[tuple[World, torch.device]]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size()), found
-        dist.barrier()  # none leaves while another still talks to it
+        dist.barrier()  # no process leaves while another still communicates with it
     finally:
-        gc.collect()  # what holds the group's threads goes before the group
+        gc.collect()  # frees what holds the group's threads, before the group itself
         dist.destroy_process_group()
 
 
-def _computed_again(forward: Callable[..., Any], *arguments: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], *arguments: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments)
     return checkpoint(forward, *arguments, use_reentrant=False)
 
 
 def checkpoint_activations(model: Model) -> None:
-    """Lets each block keep its inputs alone; its backward computes the rest again, with the same dropout."""
+    """Makes each block save only its inputs; its backward recomputes the rest, with the same dropout."""
     for block in model.blocks:
-        block.forward = partial(_computed_again, block.forward)
+        block.forward = partial(_recomputed, block.forward)
 
 
 class Replica:
-    """A model as this process trains it: whole, a copy beside others, or a share of one.
+    """The model in this process: alone, replicated (DDP) or sharded (FSDP).
 
-    `forward` is what a task's loss calls; its backward averages the gradients over the processes.
+    A task's loss calls `forward`; its backward averages the gradients over the processes.
 
     Raises:
-        ValueError: ``parallel`` asks for processes that were not started.
+        ValueError: ``parallel`` needs processes that `torchrun` did not start.
     """
 
     def __init__(self, model: Model, world: World, device: torch.device, parallel: Parallel, compile: bool) -> None:
@@ -131,7 +131,7 @@ class Replica:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-            # A block returns a view of a product's result, and nothing here changes it in place.
+            # Harmless: a block returns a view of a product, and nothing changes it in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             mesh = init_device_mesh(device.type, (world.size,))
             for block in model.blocks:
@@ -153,7 +153,7 @@ class Replica:
             self.forward = torch.compile(self.forward)
 
     def sums_gradients(self, last: bool) -> AbstractContextManager[object]:
-        """Around a batch's forward and backward: gradients are exchanged after the `last` batch of a step alone."""
+        """Skips gradient synchronisation for a micro-batch, unless it is the `last` one of the step."""
         if self.sharded:
             self._fsdp.set_requires_gradient_sync(last)
             return nullcontext()
@@ -161,6 +161,15 @@ class Replica:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; every process must ask for it."""
+    """Gathers a tensor that may be sharded; every process must call this."""
     full = getattr(tensor, "full_tensor", None)
     return full() if full else tensor
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Returns this process's shard of `tensor`, sharded like `other` and on its device; all of it if `other` is whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)

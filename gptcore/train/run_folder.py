@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what may be done with it."""
+"""The folder of a run: checked, locked, and prepared for the run."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from gptcore.train.parallel import World
 from gptcore.weights import CONFIG, WEIGHTS
 
 RUN = "config.yaml"
-# Written first, so that a folder with any of these is a run's.
+# A folder with any of these holds a run: they are written first.
 _MARKS = {RUN, METRICS, FOLDER}
-# The first is locked by whoever works in the folder, the second says who that is. A process that was killed may leave
-# both, and locks neither.
+# A process that trains in the folder locks the first and names itself in the second. A killed process may leave both files,
+# but not the lock.
 _LOCK, _HOLDER = ".lock", ".lock-holder"
 _NO_RUN = {"lr.png", _LOCK, _HOLDER}
 
 
 def check_folder(out: Path) -> bool:
-    """Whether `out` holds a run.
+    """Returns whether `out` holds a run.
 
     Raises:
-        FileExistsError: it is a file, or holds something else.
+        FileExistsError: `out` is a file, or holds something else.
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: {out} is a file; accepted is a folder")
-    held = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    if held & _MARKS:
+    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if names & _MARKS:
         return True
-    if foreign := sorted(n for n in held - _NO_RUN if not (n.startswith(".") and n.endswith(".tmp"))):
+    if foreign := sorted(n for n in names - _NO_RUN if not (n.startswith(".") and n.endswith(".tmp"))):
         raise FileExistsError(f"out: {out} holds {foreign[0]!r} and no run; accepted is a new or empty folder")
     return False
 
 
 @contextmanager
 def locked_folder(out: Path, world: World) -> Iterator[None]:
-    """Keeps `out` for the processes of `world` until the block ends, or they do, however they end.
+    """Locks `out` for the processes of `world` until the block ends, or until they end in any way.
 
-    A folder that was made for it and in which nothing was written is removed again.
+    If `out` was made here and stays empty, it is removed at the end.
 
     Raises:
-        BlockingIOError: others have it; says who, where and since when.
+        BlockingIOError: another process has the lock; says which, where and since when.
         FileExistsError: as `check_folder`.
     """
     check_folder(out)
@@ -74,16 +74,16 @@ def locked_folder(out: Path, world: World) -> Iterator[None]:
             problem = error
     try:
         if world.sum(torch.tensor([float(problem is not None)])).item():
-            raise problem or BlockingIOError(f"out: the first process cannot have {out}, and says why")
+            raise problem or BlockingIOError(f"out: the first process could not lock {out}; its error says why")
         yield
     finally:
         if lock.is_locked:
             (out / _HOLDER).unlink(missing_ok=True)
-            with suppress(OSError):  # while it is ours; Windows removes it as it is let go
+            with suppress(OSError):  # before the release; Windows removes it at the release
                 (out / _LOCK).unlink(missing_ok=True)
             lock.release()
         for folder in made:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
@@ -93,13 +93,13 @@ def _holder(out: Path) -> str:
     return "another process"
 
 
-def start_folder(config: TrainConfig, task: Task, goes_on: bool) -> None:
-    """Makes the folder of a new run, or readies one that goes on; what a killed process left half-written goes."""
+def start_folder(config: TrainConfig, task: Task, resumed: bool) -> None:
+    """Prepares the folder for a new or a resumed run; deletes files that a killed process left incomplete."""
     out = config.out
     for place in (out, out / FOLDER):
-        for left in place.glob(".*.tmp"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    if not goes_on:
+        for incomplete in place.glob(".*.tmp"):
+            shutil.rmtree(incomplete) if incomplete.is_dir() else incomplete.unlink()
+    if not resumed:
         for name in (FOLDER, TENSORBOARD):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in (METRICS, TIMINGS, PLOT, WEIGHTS, CONFIG):

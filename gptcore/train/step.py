@@ -1,4 +1,4 @@
-"""A training step, forward, backward and update, and an evaluation: sums over batches and processes, divided at the end."""
+"""A training step and an evaluation. Losses are summed over micro-batches and processes, and divided at the end."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from gptcore.train.state import TrainState
 
 
 class StepResult(NamedTuple):
-    """What one step's forward and backward found, the same in every process."""
+    """The result of a step's forward and backward, the same in every process."""
 
     loss: float
     """Nats per target."""
     norm: float
-    """Of all gradients together, before clipping."""
+    """Norm of all gradients together, before clipping."""
     tokens: int
-    """That the step's batches held."""
+    """Tokens in the step's batches."""
     flops: float
-    """Floating-point operations that the model needs for them; see `Model.flops`."""
+    """Floating-point operations of the model on these tokens; see `Model.flops`."""
     stop: bool
     """Whether a process was asked to stop."""
 
 
 def gradients(state: TrainState, stopped: Callable[[], bool] = lambda: False) -> StepResult:
-    """Forward and backward of one step's batches; leaves the clipped gradients in the parameters.
+    """Runs forward and backward of a step's micro-batches; leaves the clipped gradients in the parameters.
 
-    The gradient is that of the summed loss of all batches and processes over the number of all targets, however the rows
-    are shared out among them.
+    The loss is the sum over all micro-batches and processes, divided by the number of all targets. Its gradient does not
+    depend on how the rows are split into micro-batches and among processes.
 
     Raises:
-        ValueError: not one target counts.
+        ValueError: all targets are ignored.
     """
     config, world = state.config, state.world
     sums = torch.zeros(2, device=state.device)  # nats, targets
@@ -44,8 +44,8 @@ def gradients(state: TrainState, stopped: Callable[[], bool] = lambda: False) ->
         rows, length = batch.shape
         tokens += rows * length
         flops += state.model.flops(batch.shape)
-        # How many targets count is known after the last batch. Until then sums are divided by the number of tokens, which
-        # keeps gradients near the size of a mean's.
+        # The number of targets is known only after the last batch. Dividing by the number of tokens until then keeps the
+        # gradients in the range of a mean loss.
         divisor = divisor if index else rows * length * state.batches
         with state.replica.sums_gradients(last=index == state.batches - 1):
             with state.autocast():
@@ -55,20 +55,20 @@ def gradients(state: TrainState, stopped: Callable[[], bool] = lambda: False) ->
     own = torch.cat([sums.cpu().double(), torch.tensor([tokens, flops, stopped()], dtype=torch.float64)])
     nats, targets, tokens, flops, stop = world.sum(own).tolist()
     if not targets:
-        raise ValueError("data: none of the step's targets counts; accepted are batches with one target or more")
-    found = [p.grad for p in state.model.parameters() if p.grad is not None]
-    correction = divisor * world.size / targets  # backward has averaged over the processes
+        raise ValueError("data: all targets of the step are ignored; accepted are batches with one target or more")
+    grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+    correction = divisor * world.size / targets  # DDP and FSDP have averaged over the processes
     if correction != 1.0:
-        for gradient in found:
+        for gradient in grads:
             gradient.mul_(correction)
-    norm = whole(torch.nn.utils.get_total_norm(found))
-    if config.clip and norm > config.clip:  # most steps need no pass over the gradients
+    norm = whole(torch.nn.utils.get_total_norm(grads))
+    if config.clip and norm > config.clip:  # saves a pass over the gradients in most steps
         torch.nn.utils.clip_grads_with_norm_(state.model.parameters(), config.clip, norm)
     return StepResult(nats / targets, float(norm), int(tokens), flops, stop > 0)
 
 
 def update(state: TrainState, lr: float) -> None:
-    """The optimizer's step with the gradients that are there, which it uses up."""
+    """Runs the optimizer's step with the gradients in the parameters, and clears them."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     state.optimizer.step()
@@ -77,9 +77,9 @@ def update(state: TrainState, lr: float) -> None:
 
 @torch.no_grad()
 def evaluate(state: TrainState, limit: int | None) -> float:
-    """Nats per target over `limit` rows spread evenly over the validation data (None, or fewer rows: all of them).
+    """Returns the loss, nats per target, over `limit` rows spread evenly over the validation data; None: over all rows.
 
-    The processes share the batches, and all return the same.
+    The processes share the batches, and all return the same value.
     """
     model, task, world = state.model, state.task, state.world
     was_training = model.training
@@ -88,7 +88,8 @@ def evaluate(state: TrainState, limit: int | None) -> float:
     batches = task.evaluation(state.config.batch_size, limit)
     with state.autocast():
         while group := list(islice(batches, world.size)):
-            # In the last round some may have no batch: they compute another's, for sharded weights are gathered together.
+            # In the last round some processes may have no batch. They compute another's, because gathering sharded weights
+            # needs every process.
             batch = group[min(world.rank, len(group) - 1)]
             loss, count = task.loss(model, batch.to(state.device))
             if world.rank < len(group):

@@ -234,12 +234,15 @@ class Report:
 
     choice: str
     rows: tuple[OpReport, ...]
+    native_level: str
+    """The set of instructions that the native kernels use, or would use."""
 
     def __str__(self) -> str:
         lines = [f"backend choice: {self.choice}"]
         if any(row.auto == "native" for row in self.rows):
-            level, best = _native.loaded(), _native.supported()[0].name
-            lines.append(f"native kernels: {level or best}" + ("" if level else ", made ready at first use"))
+            lines.append(
+                f"native kernels: {self.native_level}" + ("" if _native.loaded() else ", made ready at first use")
+            )
         reasons: dict[str, str] = {}
         for device in dict.fromkeys(row.device for row in self.rows):
             lines.append(f"{device}:")
@@ -260,4 +263,4 @@ def report() -> Report:
             unavailable = {name: reason for name, reason in reasons.items() if reason}
             candidates = [name for name in _PREFERRED.get(device.type, ()) if name not in unavailable]
             rows.append(OpReport(op, str(device), (candidates or ["reference"])[0], unavailable))
-    return Report(_choice, tuple(rows))
+    return Report(_choice, tuple(rows), _native.loaded() or _native.supported()[0].name)

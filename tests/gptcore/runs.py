@@ -39,6 +39,19 @@ def make_corpus(folder: Path) -> Path:
     return out
 
 
+def make_words(folder: Path) -> Path:
+    """The days of the week, over and over: a word follows from its neighbours. With a WordPiece tokenizer of its own."""
+    from gptcore.data.prepare import prepare
+
+    days = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
+    for part in range(6):
+        lines = (" ".join(days[(i + part) % 7] for i in range(k, k + 9 + k % 5)) for k in range(120))
+        (folder / f"{part}.txt").write_text("\n".join(lines))
+    out = folder / "data"
+    prepare([str(folder / "*.txt")], out, tokenizer="wordpiece", vocab_size=60, progress=False)
+    return out
+
+
 def config(corpus: Path, out: Path, **changes) -> TrainConfig:
     small = {
         "preset": "tiny",

@@ -1,6 +1,6 @@
 """What each of two processes does for test_distributed.py.
 
-``torchrun --nproc-per-node 2 -m tests.gptcore.several_trainings CORPUS FOLDER``
+``torchrun --nproc-per-node 2 -m tests.gptcore.several_trainings CORPUS WORDS FOLDER``
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def at_step(number: int, action) -> None:
     step.gradients = instead
 
 
-def main(corpus: Path, folder: Path) -> None:
+def main(corpus: Path, words: Path, folder: Path) -> None:
     torch.set_num_threads(1)
 
-    def run(name: str, **changes):
-        return train(config(corpus, folder / name, **(RUN | changes)), progress=False)
+    def run(name: str, data: Path = corpus, **changes):
+        return train(config(data, folder / name, **(RUN | changes)), progress=False)
 
     with processes("cpu") as (world, _):
         run("ddp")
@@ -59,6 +59,8 @@ def main(corpus: Path, folder: Path) -> None:
         optimizers.multiplies_bf16 = lambda device: False  # in bfloat16, rounding would part the curves
         run("muon-ddp", optimizer="muon")
         run("muon-fsdp", optimizer="muon", parallel="fsdp")
+        run("bert-ddp", words, model="bert")
+        run("bert-fsdp", words, model="bert", parallel="fsdp")
         run("ddp-dropout", dropout=0.2)
         run("fsdp-dropout", dropout=0.2, parallel="fsdp")
         if world.is_main:
@@ -106,4 +108,4 @@ def main(corpus: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -11,7 +11,6 @@ from gptkernels.testing import assert_within_budget
 
 from gptcore import GPT
 from gptcore.assets import fetch, find
-from gptcore.data.prepare import prepare
 from gptcore.evaluate.embed import embed, similarity_table
 from gptcore.generate.fill import fill
 from gptcore.models import BERT, BERTConfig, from_pretrained
@@ -19,7 +18,7 @@ from gptcore.tasks import MaskedLM, MaskedLMOptions
 from gptcore.text import get_tokenizer
 from gptcore.train import train
 from gptcore.weights import WeightsError, locate, save_huggingface
-from tests.gptcore.runs import config, main, records
+from tests.gptcore.runs import config, main, make_words, records
 
 pytest.importorskip("tokenizers", reason="needs the tokenizers package")
 SIZES = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -29,14 +28,7 @@ ROW = slice(None)
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The days of the week, over and over: a word follows from its neighbours. With a WordPiece tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("words")
-    days = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
-    for part in range(6):
-        lines = (" ".join(days[(i + part) % 7] for i in range(k, k + 9 + k % 5)) for k in range(120))
-        (folder / f"{part}.txt").write_text("\n".join(lines))
-    prepare([str(folder / "*.txt")], folder / "data", tokenizer="wordpiece", vocab_size=60, progress=False)
-    return folder / "data"
+    return make_words(tmp_path_factory.mktemp("words"))
 
 
 def bert(corpus: Path, out: Path, **changes):

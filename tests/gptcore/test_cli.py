@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gptcore.runs import main
+from tests.gptcore.runs import cli, main
+
+VERBS = ["info", "fetch", "prepare", "train", "generate", "chat", "fill", "embed", "export", "attention-map"]
 
 
 def gptcore(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -31,7 +33,9 @@ def test_from_text_to_text(capsys, tmp_path: Path):
     common = ("train", "--data", data, "--out", out, *size, "--sample-tokens", 5, "--sample-prompt", "the cat")
     status, shown, _ = gptcore(capsys, *common, "--steps", 60, "--eval-interval", 30)
     assert status == 0
-    assert ("auto -> native" in shown) == (not torch.cuda.is_available())
+    (kernels,) = [line for line in shown.splitlines() if line.startswith("kernels ")]
+    assert ("native (C++, " in kernels) == (not torch.cuda.is_available())
+    assert "not used" not in shown  # `gptcore info` says why the others do not run
     assert "peak memory" in " ".join(shown.split())  # lines are wrapped at the terminal's width
     assert "validation loss" in shown
     assert "unigram entropy" in shown
@@ -56,11 +60,22 @@ def test_info_says_what_runs_where_and_why_not(capsys):
     assert "native kernels: " in shown
 
 
-@pytest.mark.parametrize("verb", ["info", "prepare", "train", "generate"])
-def test_help_has_examples(capsys, verb: str):
+def test_help_is_a_line_for_each_verb(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, shown, _ = gptcore(capsys, "--help")
+    assert status == 0
+    described = [line.split("•")[1].rstrip(" │").split(maxsplit=1) for line in shown.splitlines() if "•" in line]
+    assert [verb for verb, _ in described] == list(cli().VERBS) == VERBS
+    assert all(text.endswith(".") for _, text in described)  # whole: nothing is carried over to a next line
+    assert len(shown.splitlines()) <= 24
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verbs_help_has_examples_to_copy(capsys, verb: str):
     status, shown, _ = gptcore(capsys, verb, "--help")
     assert status == 0
-    assert f"gptcore {verb}" in shown.split("xample", 1)[1]
+    examples = shown.split("For example:\n")[1].split("\n\n")[0].splitlines()
+    assert all(f"gptcore {verb}" in line for line in examples)  # a line each
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from gptcore import GPT
+from gptcore.models import BERT
 from gptcore.train import train
 from gptcore.train.checkpoint import newest
-from tests.gptcore.runs import config, contents, records
+from tests.gptcore.runs import config, contents, make_words, records
 
 pytestmark = pytest.mark.slow
 RUN = {"batch_size": 4, "accumulate": 2}
@@ -30,9 +31,11 @@ def runs(corpus: Path, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gptcore.train.optimizers.multiplies_bf16", lambda device: False)
         train(config(corpus, folder / "muon-one", optimizer="muon", **RUN), progress=False)
+    words = make_words(tmp_path_factory.mktemp("words"))
+    train(config(words, folder / "bert-one", model="bert", **RUN), progress=False)
     shutil.copytree(folder / "one", folder / "one-then-two")
     shutil.rmtree(folder / "one-then-two" / "checkpoints" / STEPS[1])
-    (folder / "said").write_text(torchrun("-m", "tests.gptcore.several_trainings", str(corpus), str(folder)))
+    (folder / "said").write_text(torchrun("-m", "tests.gptcore.several_trainings", *map(str, (corpus, words, folder))))
     return folder
 
 
@@ -64,6 +67,15 @@ def test_two_processes_have_the_curve_of_one(runs: Path, name: str):
 def test_muon_has_the_curve_of_one_process(runs: Path, name: str):
     """Of sharded matrices every process computes the whole step."""
     curves_agree(runs, name, "muon-one")
+
+
+@pytest.mark.parametrize("name", ["bert-ddp", "bert-fsdp"])
+def test_masked_words_have_the_curve_of_one_process(runs: Path, name: str):
+    """Both processes draw the same masks, and each learns from those in its rows; their numbers differ."""
+    curves_agree(runs, name, "bert-one")
+    ours, alone = (BERT.from_pretrained(runs / n).state_dict() for n in (name, "bert-one"))
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, alone[key], rtol=0, atol=2e-3)
 
 
 def test_a_sharded_checkpoint_goes_on_in_one_process(runs: Path, corpus: Path, tmp_path: Path):
@@ -110,7 +122,7 @@ def test_what_one_process_meets_stops_all(runs: Path):
         assert f"{rank}: stopped 3" in said  # the signal came to the second alone
         assert any(line.startswith(f"{rank}: step 3: the loss is nan") for line in said)
         assert f"{rank}: done" in said
-        held = (f"{runs}/held is in use by process ", f"the first process cannot have {runs}/held")[rank]
+        held = (f"{runs}/held is in use by process ", f"the first process could not lock {runs}/held")[rank]
         assert any(line.startswith(f"{rank}: out: {held}") for line in said)
         full = [line for line in said if line.startswith(f"{rank}: the checkpoint of step 4 could not be written")]
         assert len(full) == 1

@@ -127,5 +127,5 @@ def test_gradients_are_clipped_after_they_are_divided():
 
 
 def test_a_step_without_a_target_is_refused():
-    with pytest.raises(ValueError, match="data: none of the step's targets counts"):
+    with pytest.raises(ValueError, match="data: all targets of the step are ignored"):
         step.gradients(state(2, Task(ignored=True), World()))

@@ -13,7 +13,7 @@ from gptkernels import BackendUnavailableError, available_backends
 from gptcore import GPT, GPTConfig
 from gptcore.tasks import LanguageModel
 from gptcore.text.tokenizer import get_tokenizer
-from gptcore.train import train
+from gptcore.train import step, train
 from gptcore.train.optimizers import make_optimizer
 from gptcore.weights import WeightsError
 from tests.gptcore.runs import config, contents, records
@@ -33,6 +33,19 @@ def test_the_same_curve_with_either_kernels(corpus: Path, tmp_path: Path):
     assert float(reference[-1]) < float(reference[0]) - 1  # it did learn: the curves are not equal for being flat
     for kernels in backends:
         torch.testing.assert_close(torch.tensor(records(tmp_path / kernels, "loss")), reference, rtol=1e-4, atol=0)
+
+
+def test_the_kernels_are_loaded_before_the_first_step(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their compilation is no part of a step's time, nor of the time left that is worked out from it."""
+    import gptkernels.backend
+
+    happened: list[str] = []
+    start, gradients = gptkernels.backend._start, step.gradients
+    monkeypatch.setattr(gptkernels.backend, "_start", lambda backend: happened.append(backend) or start(backend))
+    monkeypatch.setattr(step, "gradients", lambda *state: happened.append("step") or gradients(*state))
+    kernels = "triton" if torch.cuda.is_available() else "native"
+    run(corpus, tmp_path / "run", steps=1, kernels="auto")
+    assert happened[:2] == [kernels, "step"]
 
 
 def test_a_run_learns_and_leaves_a_model_that_loads(corpus: Path, tmp_path: Path):
@@ -235,7 +248,11 @@ def test_resuming_what_does_not_fit(corpus: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("error", "match", "changes"),
     [
-        (BackendUnavailableError, "there is no C\\+\\+ compiler", {"kernels": "native"}),
+        (
+            BackendUnavailableError,
+            r"kernels: got 'native', which cannot run here: there is no C\+\+ compiler",
+            {"kernels": "native"},
+        ),
         (ValueError, r"device: got 'tpu'", {"device": "tpu"}),
         (ValueError, r"steps: got 0; accepted are positive", {"steps": 0}),
         (ValueError, r"lr: got 0\.0", {"lr": 0.0, "min_lr": 0.0}),
@@ -285,7 +302,9 @@ def test_only_the_data_that_a_run_began_with_goes_on(corpus: Path, tmp_path: Pat
     shutil.copytree(corpus, tmp_path / "copy")
     run(corpus, tmp_path / "run", steps=4)
     before = contents(tmp_path / "run")
-    with pytest.raises(ValueError, match=rf"data: the tokens in {tmp_path}/other .* not those .* from, in {corpus} \("):
+    with pytest.raises(
+        ValueError, match=rf"data: the tokens in {tmp_path}/other .* differ from .* trained on, in {corpus} \("
+    ):
         run(tmp_path / "other", tmp_path / "run", resume="always")
     assert contents(tmp_path / "run") == before
     assert run(tmp_path / "copy", tmp_path / "run", resume="always").steps == 8
