@@ -40,7 +40,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"gptkernels.integrations.transformers: found transformers {transformers.__version__}; it is tested with 5.17 to "
-        f"5.23 ({error})"
+        f"5.24 ({error})"
     ) from error
 if "q_length" not in inspect.signature(sdpa_mask).parameters:
     raise ImportError(
