@@ -40,7 +40,7 @@ def test_every_command_is_run_by_make_demo():
             assert command.split()[1] in targets
         elif command.startswith("python -m bench."):  # other tests run these
             assert (ROOT / f"{command.split()[2].replace('.', '/')}.py").exists()
-        elif command != "pip install .":
+        elif not command.startswith("pip install "):
             assert f".venv/bin/{command}\n" in demo
 
 

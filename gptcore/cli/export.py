@@ -19,7 +19,7 @@ class Export:
     """
 
     model: str
-    """Folder of a run or of weights, a .gguf file, or a name of gptcore fetch or the hub."""
+    """Folder of a run or of weights, a .gguf file, or a name that gptcore fetch or Hugging Face knows."""
     out: Path
     """Folder to write; must be new or empty."""
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
