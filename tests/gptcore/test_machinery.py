@@ -201,9 +201,9 @@ def test_targets_alone():
     model = make("cpu", "reference")
     x, y = batch("cpu")
     assert torch.equal(model(x, targets=y), model.loss(x, y))
-    with pytest.raises(ValueError, match="targets: got them beside a cache or return_attention"):
+    with pytest.raises(ValueError, match="targets: got them with a cache or return_attention"):
         model(x, model.new_cache(), targets=y)
-    with pytest.raises(ValueError, match="targets: got them beside a cache or return_attention"):
+    with pytest.raises(ValueError, match="targets: got them with a cache or return_attention"):
         make("cpu", "reference", attention_impl="explicit")(x, targets=y, return_attention=True)
 
 

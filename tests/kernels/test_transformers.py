@@ -420,6 +420,6 @@ def test_an_unsupported_version_is_named(monkeypatch: pytest.MonkeyPatch):
             load()
     monkeypatch.setattr("transformers.masking_utils.sdpa_mask", lambda batch_size, cache_position, **rest: None)
     with pytest.raises(
-        ImportError, match=r"masks are made from cache positions; accepted are versions .*5\.17 to 5\.23"
+        ImportError, match=r"masks are made from cache positions; accepted are versions .*5\.17 to 5\.24"
     ):
         load()
