@@ -21,7 +21,8 @@ class Loading:
     """Options of every verb that runs a trained model."""
 
     model: str
-    """Folder of a run or of Hugging Face weights (GPT-2, Llama, BERT), a .gguf file, or a name that gptcore fetch or Hugging Face knows."""
+    """Folder of a run or of Hugging Face weights (GPT-2, Llama, BERT), a .gguf file, or a name that gptcore fetch or Hugging
+    Face knows."""
     tokenizer: str | None = None
     """gpt2, or the path of a saved tokenizer; the model's own if left out."""
     kernels: Kernels = "auto"
