@@ -72,7 +72,7 @@ def test_the_picture_is_made_from_a_saved_result(tmp_path: Path):
     from bench.measure import RESULTS
     from bench.picture import PICTURE, draw, lines, times
 
-    saved = json.loads((RESULTS / "amd-epyc-avx2.json").read_text())
+    saved = json.loads((RESULTS / "amd-epyc-avx512_bf16.json").read_text())
     draw(saved, tmp_path / "again.svg")
     for drawn in (PICTURE.read_text(), (tmp_path / "again.svg").read_text()):
         for name, (theirs, ours) in times(saved).items():
