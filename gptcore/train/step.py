@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from gptcore.nn.mode import evaluation_mode
 from gptcore.train.parallel import whole
 from gptcore.train.state import TrainState
 
@@ -82,11 +83,9 @@ def evaluate(state: TrainState, limit: int | None) -> float:
     The processes share the batches, and all return the same value.
     """
     model, task, world = state.model, state.task, state.world
-    was_training = model.training
-    model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # nats, targets
     batches = task.evaluation(state.config.batch_size, limit)
-    with state.autocast():
+    with evaluation_mode(model), state.autocast():
         while group := list(islice(batches, world.size)):
             # In the last round some processes may have no batch. They compute another's, because gathering sharded weights
             # needs every process.
@@ -94,6 +93,5 @@ def evaluate(state: TrainState, limit: int | None) -> float:
             loss, count = task.loss(model, batch.to(state.device))
             if world.rank < len(group):
                 sums += torch.stack([loss, count]).cpu().double()
-    model.train(was_training)
     nats, count = world.sum(sums).tolist()
     return nats / count
