@@ -96,7 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         description="Draw how fast the native kernels are against PyTorch, from a saved result of bench.cpu.",
         epilog="example: python -m bench.picture bench/results/amd-epyc-avx2.json --out docs/speed.svg",
     )
-    parser.add_argument("result", nargs="?", type=Path, default=RESULTS / "amd-epyc-avx512_bf16.json", help="a saved result")
+    parser.add_argument(
+        "result", nargs="?", type=Path, default=RESULTS / "amd-epyc-avx512_bf16.json", help="a saved result"
+    )
     parser.add_argument("--out", type=Path, default=PICTURE, help="svg or png file (default: docs/speed.svg)")
     options = parser.parse_args(arguments)
     draw(json.loads(options.result.read_text()), options.out)
