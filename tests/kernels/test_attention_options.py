@@ -314,7 +314,6 @@ def test_the_options_are_the_last_arguments_of_the_ops(backend: str, direction: 
     assert tuple(argument.name for argument in schema.arguments)[-len(Options._fields) :] == Options._fields
 
 
-@pytest.mark.skipif("triton" not in FUSED, reason="about Triton's launchers")
 def test_an_architecture_with_kernels_of_its_own_takes_those(device: str, monkeypatch: pytest.MonkeyPatch):
     from gptkernels._triton import hardware
     from gptkernels.attention import triton as launchers
