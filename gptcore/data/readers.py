@@ -68,9 +68,22 @@ def read_records(path: Path, field: str) -> Iterator[tuple[str, str]]:
     """
     if path.name.lower().endswith(".parquet"):
         return _read_parquet(path, field)
-    if _is_json(path):
-        return _read_json_array(path, field)
-    return _read_json_lines(path, field)
+    return ((name, text_of(record, name, field)) for name, record in read_objects(path))
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ``(name, object)`` for each object of a file: one a line, or for ``.json`` the elements of an array.
+
+    The name ends with the number of the line or element, from 1, for errors. Empty lines are left out.
+
+    Raises:
+        ValueError: if the file is damaged, or holds something else than objects.
+        OSError: if the file cannot be read.
+    """
+    for name, record in _read_json_array(path) if _is_json(path) else _read_json_lines(path):
+        if not isinstance(record, dict):
+            raise ValueError(f"{name}: must be a JSON object; got {shown(record)}")
+        yield name, record
 
 
 def read_dataset(source: str, field: str) -> Iterator[tuple[str, str]]:
@@ -98,18 +111,17 @@ def _is_json(path: Path) -> bool:
     return path.name.lower().endswith((".json", ".json.gz"))
 
 
-def _read_json_array(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """Yield the records of one array. The whole array is in memory; a larger corpus should be JSON Lines."""
+def _read_json_array(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the elements of one array. The whole array is in memory; a larger corpus should be JSON Lines."""
     with open_bytes(path) as file:
         records = _parse_json(file.read(), str(path))
     if not isinstance(records, list):
-        raise ValueError(f"{path}: must be a JSON array of objects; got {_shown(records)}")
+        raise ValueError(f"{path}: must be a JSON array of objects; got {shown(records)}")
     for number, record in enumerate(records, 1):
-        name = f"{path}, record {number}"
-        yield name, _record_text(record, name, field)
+        yield f"{path}, record {number}", record
 
 
-def _read_json_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
+def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with open_bytes(path) as file:
         number = 0
         while line := file.readline(MAX_RECORD_BYTES + 1):
@@ -120,7 +132,7 @@ def _read_json_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
             line = line.rstrip(b"\r\n")  # an error at the end of the line has a position in the line, not after it
             if not line.strip():
                 continue
-            yield name, _record_text(_parse_json(line, name), name, field)
+            yield name, _parse_json(line, name)
 
 
 def _parse_json(data: bytes, name: str) -> Any:
@@ -134,9 +146,12 @@ def _parse_json(data: bytes, name: str) -> Any:
         raise ValueError(f"{name}: is not valid JSON: {cause}") from error
 
 
-def _record_text(record: Any, name: str, field: str) -> str:
-    if not isinstance(record, dict):
-        raise ValueError(f"{name}: must be a JSON object; got {_shown(record)}")
+def text_of(record: dict[str, Any], name: str, field: str) -> str:
+    """The text in a field of a record.
+
+    Raises:
+        ValueError: if the field is missing or holds no text; begins with `name`.
+    """
     if field not in record:
         raise ValueError(f"{name}: has no field {field!r}; its fields are {', '.join(record) or 'none'}")
     return _checked_text(record[field], name, field)
@@ -184,7 +199,7 @@ def _load_dataset(source: str) -> Any:
 
 def _checked_text(value: Any, name: str, field: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name}: the field {field!r} must be a string; got {_shown(value)}")
+        raise ValueError(f"{name}: the field {field!r} must be a string; got {shown(value)}")
     try:
         size = len(value) if value.isascii() else len(value.encode())
     except UnicodeEncodeError as error:
@@ -195,7 +210,7 @@ def _checked_text(value: Any, name: str, field: str) -> str:
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The type and the beginning of a value, for an error."""
     if value is None:
         return "null"
