@@ -11,6 +11,8 @@ EXTRAS = {
     "huggingface_hub": "pretrained",
     "pyarrow": "data",
     "datasets": "data",
+    "sklearn": "finetune",
+    "lm_eval": "eval",
     "tensorboard": "monitor",
 }
 """Import name of each optional package -> the extra of gptcore that installs it."""

@@ -124,8 +124,15 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure to a PNG file, atomically."""
+    """Write a matplotlib figure to a file, atomically: as SVG if the name ends in .svg, else as PNG."""
+    from matplotlib import rc_context
+
     drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
+    if path.suffix == ".svg":
+        # Text stays text, and the same figure gives the same file.
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gptcore"}):
+            figure.savefig(drawn, format="svg", metadata={"Date": None})
+    else:
+        figure.savefig(drawn, format="png", dpi=120)
     with atomic_writer(path) as file:
         file.write(drawn.getvalue())

@@ -44,9 +44,9 @@ ARROWS = {
     "data": {"_extras", "_files", "assets", "text"},
     "generate": {"nn", "text"},
     "models": {"nn", "weights", "generate"},
-    "tasks": {"nn", "text", "data", "generate"},
+    "tasks": {"_files", "nn", "assets", "text", "data", "generate", "models"},
     "train": {"_extras", "_files", "nn", "text", "weights", "models", "tasks"},
-    "evaluate": {"_files", "nn", "text", "models", "tasks"},
+    "evaluate": {"_extras", "_files", "nn", "assets", "weights", "text", "data", "generate", "models", "tasks"},
 }
 
 

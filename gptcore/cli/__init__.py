@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 from io import TextIOWrapper
-from typing import Annotated, Any, Union
+from typing import Any
 
 import tyro
 
 from gptcore._extras import MissingPackageError
+from gptcore.cli._listing import choose
 from gptcore.cli.attention_map import AttentionMap
 from gptcore.cli.chat import Chat
 from gptcore.cli.embed import Embed
 from gptcore.cli.export import Export
 from gptcore.cli.fetch import Fetch
 from gptcore.cli.fill import Fill
+from gptcore.cli.finetune import Finetune
 from gptcore.cli.generate import Generate
 from gptcore.cli.info import Info
+from gptcore.cli.nearest import Nearest
 from gptcore.cli.prepare import Prepare
 from gptcore.cli.train import Train
 from gptcore.train.guard import drop_unwritten
@@ -26,10 +29,12 @@ VERBS: dict[str, type[Any]] = {
     "fetch": Fetch,
     "prepare": Prepare,
     "train": Train,
+    "finetune": Finetune,
     "generate": Generate,
     "chat": Chat,
     "fill": Fill,
     "embed": Embed,
+    "nearest": Nearest,
     "export": Export,
     "attention-map": AttentionMap,
 }
@@ -61,13 +66,8 @@ def _parse(arguments: list[str]) -> Any:
     verb, rest = arguments[:1], arguments[1:]
     if verb == ["train"]:
         return Train.parse(rest)
+    if verb == ["finetune"]:
+        return Finetune.parse(rest)
     if verb and verb[0] in VERBS:
         return tyro.cli(VERBS[verb[0]], prog=f"gptcore {verb[0]}", args=rest)
-    # `gptcore --help` lists the first line of each verb's docstring; `gptcore VERB --help` shows all of it.
-    listed = []
-    for name, kind in VERBS.items():
-        first_line = (kind.__doc__ or "").partition("\n")[0]
-        listed.append(Annotated[Any, tyro.conf.subcommand(name, constructor=kind, description=first_line)])
-    kinds: Any = Union[tuple(listed)]  # noqa: UP007 (made from a list)
-    description = "Build language models from scratch, on fused kernels."
-    return tyro.cli(kinds, prog="gptcore", description=description, args=arguments)
+    return choose(VERBS, "gptcore", "Build language models from scratch, on fused kernels.", arguments)

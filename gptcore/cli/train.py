@@ -11,21 +11,21 @@ import tyro
 from tyro.conf import OmitArgPrefixes
 
 from gptcore.tasks import TASK_OF_MODEL, TASKS, LanguageModelOptions, TaskOptions
-from gptcore.train.config import TrainConfig, read_values
+from gptcore.train.config import NOT_SAVED, TrainConfig
 from gptcore.train.guard import drop_unwritten
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train(TrainConfig):
     __doc__ = TrainConfig.__doc__
 
-    config: Path | None = None
+    config: Path | None = field(default=None, metadata=NOT_SAVED)
     """YAML file with values of these options, such as a run's config.yaml; options on the command line override it."""
-    find_lr: bool = False
+    find_lr: bool = field(default=False, metadata=NOT_SAVED)
     """Do not train: try learning rates on a temporary model, suggest one, and draw out/lr.png."""
     task: Annotated[TaskOptions, OmitArgPrefixes] = field(default_factory=LanguageModelOptions)
     """Options of the model's task. Other models have others: see `gptcore train --model bert --help`."""
-    tune_allocator: bool = True
+    tune_allocator: bool = field(default=True, metadata=NOT_SAVED)
     """Keep freed memory in the process: faster steps on a CPU (see gptkernels.tune_allocator)."""
 
     @classmethod
@@ -40,7 +40,7 @@ class Train(TrainConfig):
         first, _ = finder.parse_known_args(arguments)
         values: dict[str, Any] = {"data": tyro.MISSING, "out": tyro.MISSING, "config": first.config}
         if first.config is not None:
-            values |= read_values(first.config)
+            values |= TrainConfig.read(first.config)
         if first.model in TASK_OF_MODEL and first.model != values.get("model", "gpt"):
             options, _ = TASKS[TASK_OF_MODEL[first.model]]
             values |= {"model": first.model, "task": options()}

@@ -133,9 +133,33 @@ class Model(nn.Module, ABC):
     def init_weights(self) -> None:
         """Draws the initial weights in place. A model that was made on the meta device needs this after ``to_empty``."""
 
-    def num_parameters(self) -> int:
-        """Returns the number of weights; those that two layers share count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def num_parameters(self, trained: bool = False) -> int:
+        """Returns the number of weights, or of those that are not frozen; weights that two layers share count once."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad or not trained)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Returns the weights of a head that is added for a task, such as a classifier's; none by default."""
+        return []
+
+    def last_layers(self) -> list[nn.Module]:
+        """Returns the last block, and what comes between it and the output layer."""
+        return [self.blocks[-1]]
+
+    def trained_flops_share(self) -> float:
+        """Returns the share of `flops` that a training step takes if some weights are frozen; 1 if none is.
+
+        A third of the operations is the forward, a third the gradient of each layer's input, which goes back to the first
+        block with a trained weight, and a third the gradient of each weight.
+        """
+        trained = self.num_parameters(trained=True)
+        total = self.num_parameters()
+        if trained == total:
+            return 1.0
+        frozen = [not any(p.requires_grad for p in block.parameters()) for block in self.blocks]
+        first = frozen.index(False) if False in frozen else len(frozen)
+        embedding = any(p.requires_grad for name, p in self.named_parameters() if "wte." in name)
+        backward = 1.0 if embedding else 1 - first / len(frozen)
+        return (1 + backward + trained / total) / 3
 
     @classmethod
     def from_pretrained(

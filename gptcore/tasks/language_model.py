@@ -14,6 +14,7 @@ from torch import Tensor
 from gptcore.nn import Documents
 from gptcore.tasks.prepared import PreparedText
 from gptcore.tasks.task import Task, TaskOptions
+from gptcore.text import PretrainedTokenizer, Tokenizer
 from gptcore.text.tokenizer import TOKENIZER
 
 
@@ -69,9 +70,16 @@ class LanguageModelBatch(NamedTuple):
 class LanguageModel(Task):
     """Language modelling on a folder that `gptcore prepare` made."""
 
-    def __init__(self, options: LanguageModelOptions, data: Path, context: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        options: LanguageModelOptions,
+        data: Path,
+        context: int,
+        seed: int = 0,
+        tokenizer: Tokenizer | PretrainedTokenizer | None = None,
+    ) -> None:
         self.options, self.context, self.seed = options, context, seed
-        self.text = PreparedText(data, context)
+        self.text = PreparedText(data, context, tokenizer)
         self.tokenizer = self.text.tokenizer
         self.digest, self.fingerprint, self.baseline = self.text.digest, self.text.fingerprint, self.text.baseline
         self.prompt = self.tokenizer.encode(options.sample_prompt) if options.sample_tokens else []
@@ -84,7 +92,7 @@ class LanguageModel(Task):
     def model_changes(self) -> dict[str, Any]:
         return {"vocab_size": self.tokenizer.vocab_size}
 
-    def batch(self, size: int, generator: torch.Generator, rows: slice) -> LanguageModelBatch:
+    def batch(self, size: int, generator: torch.Generator, rows: slice, index: int) -> LanguageModelBatch:
         return self._batch(*self.text.train.batch(size, self.context, generator, rows))
 
     def evaluation(self, size: int, limit: int | None) -> Iterator[LanguageModelBatch]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from gptcore.generate.fill import fill
 from gptcore.tasks.prepared import PreparedText
 from gptcore.tasks.task import Task, TaskOptions
+from gptcore.text import PretrainedTokenizer, Tokenizer
 from gptcore.text.tokenizer import TOKENIZER
 
 
@@ -65,12 +66,19 @@ class MaskedLM(Task):
     Source: Devlin et al., "BERT", arXiv 1810.04805, section 3.1.
     """
 
-    def __init__(self, options: MaskedLMOptions, data: Path, context: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        options: MaskedLMOptions,
+        data: Path,
+        context: int,
+        seed: int = 0,
+        tokenizer: Tokenizer | PretrainedTokenizer | None = None,
+    ) -> None:
         self.options, self.seed = options, seed
         self.length = context - 2  # tokens of text in a row
         if self.length < 1:
             raise ValueError(f"context: got {context}; accepted are 3 and more")
-        self.text = PreparedText(data, self.length)
+        self.text = PreparedText(data, self.length, tokenizer)
         self.tokenizer = self.text.tokenizer
         self.digest, self.fingerprint, self.baseline = self.text.digest, self.text.fingerprint, self.text.baseline
         names = ("cls_token", "sep_token", "mask_token")
@@ -85,7 +93,7 @@ class MaskedLM(Task):
     def model_changes(self) -> dict[str, Any]:
         return {"vocab_size": self.tokenizer.vocab_size}
 
-    def batch(self, size: int, generator: torch.Generator, rows: slice) -> MaskedBatch:
+    def batch(self, size: int, generator: torch.Generator, rows: slice, index: int) -> MaskedBatch:
         # Every process reads and masks all rows, then takes its own: their generators stay equal.
         text, _ = self.text.train.batch(size, self.length, generator)
         return self._masked(text, generator, rows)

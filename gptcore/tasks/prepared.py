@@ -8,6 +8,7 @@ from typing import Literal
 from gptcore.data.prepare import open_split
 from gptcore.data.report import read_report
 from gptcore.data.token_file import TokenFile
+from gptcore.text import PretrainedTokenizer, Tokenizer
 from gptcore.text.tokenizer import TOKENIZER, get_tokenizer
 
 
@@ -17,16 +18,22 @@ class PreparedText:
     Args:
         folder: the folder that ``gptcore prepare --out`` made.
         context: tokens of a row.
+        expected: the tokenizer of a base that is fine-tuned, which must be the folder's too; None: any.
 
     Raises:
-        ValueError: a folder whose files do not belong together, or too little text for one row.
+        ValueError: a folder whose files do not belong together, too little text for one row, or another tokenizer.
         FileNotFoundError: a file that is missing.
     """
 
-    def __init__(self, folder: Path, context: int) -> None:
+    def __init__(self, folder: Path, context: int, expected: Tokenizer | PretrainedTokenizer | None = None) -> None:
         self.folder = folder
         self.report = read_report(folder)
         self.tokenizer = get_tokenizer(folder / TOKENIZER)
+        if expected is not None and expected.fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(
+                f"data: {folder} was prepared with the tokenizer {self.tokenizer.name}; accepted is the base's, "
+                f"{expected.name} (gptcore prepare --tokenizer FOLDER_OF_THE_BASE)"
+            )
         self.train, self.val = self._open("train", context), self._open("val", context)
 
     @property

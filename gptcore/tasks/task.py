@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from gptcore.models import Model
+    from gptcore.text import PretrainedTokenizer, Tokenizer
 
 B = TypeVar("B", bound="Batch")
 
@@ -52,9 +56,10 @@ class Task(ABC):
 
     Args:
         options: the task's options.
-        data: folder of the data.
+        data: folder or file of the data.
         context: the most tokens in a row.
         seed: for whatever the task draws at random other than the order of the data, and for its samples.
+        tokenizer: the base's, when a model is fine-tuned; None when a new model is trained.
 
     Raises:
         ValueError: the data does not fit the task; says why. Raised before anything is built or written.
@@ -64,18 +69,49 @@ class Task(ABC):
     """Changes with the data."""
     fingerprint: str
     """Changes with the tokenizer, or with whatever else gives the data's numbers their meaning."""
-    baseline: tuple[str, float]
-    """Name and loss of a trivial model to compare with, such as one that ignores the context."""
+    baseline: tuple[str, float] | None = None
+    """Name and loss of a trivial model to compare with, such as one that ignores the context; None if there is none."""
+    rows: int | None = None
+    """Rows of an epoch; None for a task that draws its rows at random, without end."""
+    remarks: Sequence[str] = ()
+    """What people should know about the data before the first step, such as how many texts were truncated."""
 
     @abstractmethod
+    def __init__(
+        self,
+        options: Any,
+        data: Path,
+        context: int,
+        seed: int = 0,
+        tokenizer: Tokenizer | PretrainedTokenizer | None = None,
+    ) -> None: ...
+
     def model_changes(self) -> dict[str, Any]:
-        """Returns the fields of the model's configuration that the data decides, such as `vocab_size`."""
+        """Returns the fields of a new model's configuration that the data decides, such as `vocab_size`."""
+        return {}
+
+    def build(self, base: Model) -> Model:
+        """Returns the model to train, made from a base that is fine-tuned: the base itself, or one with a new head.
+
+        Raises:
+            ValueError: the base does not fit the task.
+        """
+        return base
+
+    def start(self, model: Model) -> None:  # noqa: B027 - most tasks need nothing
+        """Is called once before training, with the weights of the base; a resumed run restores its own afterwards."""
 
     @abstractmethod
-    def batch(self, size: int, generator: torch.Generator, rows: slice) -> Batch:
+    def batch(self, size: int, generator: torch.Generator, rows: slice, index: int) -> Batch:
         """Draws a batch of `size` rows on the CPU and returns `rows` of it.
 
         Processes that share a batch all draw the same one, with equal generators, and each takes its own rows.
+
+        Args:
+            size: rows of the batch.
+            generator: the source of randomness; checkpoints save its state.
+            rows: the rows that this process takes.
+            index: number of batches that the run has drawn before. See `gptcore.tasks.epochs.Epochs`.
         """
 
     @abstractmethod
@@ -90,6 +126,13 @@ class Task(ABC):
             model: the model or a wrapper around it; its call is the forward.
             batch: from `batch` or `evaluation`.
         """
+
+    def evaluate(self, model: Any, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Returns what an evaluation measures on a batch: for each value its sum and the count to divide by; always ``loss``.
+
+        Arguments as `loss`. The trainer adds sums and counts over all batches and processes.
+        """
+        return {"loss": self.loss(model, batch)}
 
     def sample(self, model: Any) -> str:
         """Returns the model's output for an example, for people to read; "" for none."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gptcore._files import atomic_writer, link_or_copy, publish_folder, remove_folder
 from gptcore.text.tokenizer import TOKENIZER
-from gptcore.train.config import TrainConfig
+from gptcore.train.config import RunConfig
 from gptcore.train.optimizers import initialise_state
 from gptcore.train.parallel import shard_like, whole
 from gptcore.train.state import Progress, TrainState
@@ -54,7 +54,7 @@ _CHANGEABLE = {
     "tensorboard",
 }
 _CHANGEABLE |= {"steps", "eval_interval", "keep", "keep_best"}
-_CHANGEABLE |= {"accumulate", "tokens_per_step"}  # the number of micro-batches that follows from them may not change
+_CHANGEABLE |= {"accumulate"}  # the number of micro-batches that follows from them may not change
 # Options that runs of earlier versions did not have, with the values that they had in effect.
 _EARLIER_DEFAULTS = {"model": "gpt", "task": "language_model", "optimizer": "adamw", "schedule": "cosine"}
 _EARLIER_DEFAULTS |= {"muon_lr": 0.02, "momentum": 0.95}
@@ -70,6 +70,8 @@ class Checkpoint:
     fingerprint: str
     data_digest: str | None
     """Digest of the token files; None: not known."""
+    base_digest: str | None
+    """Digest of the base's weights; None: the run trains a new model."""
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
@@ -87,7 +89,7 @@ class Checkpoint:
             if found == _OLD_FORMAT:
                 progress = Progress(progress.step, progress.tokens)
             config, fingerprint = dict(state["config"]), str(state["fingerprint"])
-            data_digest = state.get("data_digest")
+            data_digest, base_digest = state.get("data_digest"), state.get("base_digest")
         except FileNotFoundError as error:
             raise WeightsError(f"{path}: there is no such file") from error
         except (KeyError, TypeError, ValueError, OSError) as error:
@@ -104,23 +106,29 @@ class Checkpoint:
                 _refuse_pickle(file)
             if (actual := file.stat().st_size) != size:
                 raise WeightsError(f"{file}: is damaged: it has {actual} bytes of {size}")
-        return cls(folder, progress, config, fingerprint, data_digest)
+        return cls(folder, progress, config, fingerprint, data_digest, base_digest)
 
-    def check(self, config: TrainConfig, fingerprint: str, data_digest: str) -> None:
-        """Checks that this run can continue with `config`.
+    def check(self, state: TrainState) -> None:
+        """Checks that the run of `state` can continue.
 
         Raises:
-            ValueError: the configuration, tokenizer or data differs; names the field and both values.
+            ValueError: the configuration, tokenizer, data or base differs; names the field and both values.
         """
+        config, task = state.config, state.task
         for name, value in _fixed(config).items():
             if (saved := (_EARLIER_DEFAULTS | self.config).get(name)) != value:
                 raise ValueError(f"{name}: got {value!r}; accepted when resuming is the run's, {saved!r}")
-        if self.fingerprint != fingerprint:
+        if self.fingerprint != task.fingerprint:
             raise ValueError(f"data: {config.data} was made with another tokenizer than the run in {config.out}")
-        if self.data_digest not in (None, data_digest):
+        if self.data_digest not in (None, task.digest):
             raise ValueError(
-                f"data: the tokens in {config.data} ({data_digest}) differ from those that the run in {config.out} was trained "
-                f"on, in {self.config.get('data')} ({self.data_digest}); accepted when resuming are the same, in any folder"
+                f"data: {config.data} ({task.digest}) differs from what the run in {config.out} was trained on, "
+                f"{self.config.get('data')} ({self.data_digest}); accepted when resuming is the same, in any place"
+            )
+        if self.base_digest != state.base_digest:
+            raise ValueError(
+                f"model: the base ({state.base_digest}) has other weights than the one that the run in {config.out} began with, "
+                f"{self.config.get('model')} ({self.base_digest}); accepted when resuming is the same, in any place"
             )
 
     def restore(self, state: TrainState) -> None:
@@ -219,7 +227,7 @@ def save_checkpoint(state: TrainState, progress: Progress) -> Path:
     return folder
 
 
-def record_evaluation(out: Path, progress: Progress, config: TrainConfig) -> None:
+def record_evaluation(out: Path, progress: Progress, config: RunConfig) -> None:
     """Adds the evaluation in `progress` to the checkpoint of its step, and deletes checkpoints that are no longer kept.
 
     Raises:
@@ -241,8 +249,9 @@ def publish_model(folder: Path, out: Path) -> None:
         link_or_copy(folder / name, out / name)
 
 
-def _fixed(config: TrainConfig) -> dict[str, Any]:
-    values = {name: value for name, value in config.plain().items() if name not in _CHANGEABLE | config.task.changeable}
+def _fixed(config: RunConfig) -> dict[str, Any]:
+    changeable = _CHANGEABLE | config.changeable | config.task.changeable
+    values = {name: value for name, value in config.plain().items() if name not in changeable}
     return values | {"batches of a step": config.batches()}
 
 
@@ -287,6 +296,7 @@ def _describe(state: TrainState, progress: Progress, folder: Path) -> None:
         "config": state.config.plain() | _fixed(state.config),
         "fingerprint": state.task.fingerprint,
         "data_digest": state.task.digest,
+        "base_digest": state.base_digest,
         "processes": state.world.size,
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
     }

@@ -7,43 +7,32 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from gptcore._files import atomic_writer
 from gptcore.models import MODELS, ModelConfig
 from gptcore.nn import AttentionImpl, Kernels
 from gptcore.tasks import TASK_OF_MODEL, TASKS, LanguageModelOptions, TaskOptions
 
+R = TypeVar("R", bound="RunConfig")
+
 Resume = Literal["never", "auto", "always"]
 Parallel = Literal["auto", "ddp", "fsdp"]
-_NOT_SAVED = {"resume", "overwrite"}
-"""Options of how one process starts, which the run's config.yaml does not hold."""
+NOT_SAVED = {"saved": False}
+"""Marks options of how one process starts, which the run's config.yaml does not hold."""
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a model on a folder that `gptcore prepare` made.
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The options of every run; `TrainConfig` and `FinetuneConfig` add the model that it begins with."""
 
-    For example:
-      gptcore train --data data/python-docs --out runs/demo
-      gptcore train --data data/python-docs --out runs/demo --resume auto --steps 1200
-      gptcore train --data data/books --out runs/small --preset small --batch-size 32 --tokens-per-step 65536
-      gptcore train --config runs/small/config.yaml --out runs/other --seed 2
-      gptcore train --data data/books --out runs/small --preset small --find-lr
-      gptcore train --model bert --data data/wordpiece --out runs/bert
-      torchrun --nproc-per-node 2 -m gptcore train --data data/books --out runs/two --parallel fsdp
-    """
+    changeable: ClassVar[frozenset[str]] = frozenset()
+    """Options of a subclass that a resumed run may change."""
 
     data: Path
-    """Folder with the token files and tokenizer.json."""
+    """The data to learn from."""
     out: Path
     """Folder of the run, for checkpoints, metrics.jsonl and loss.png; must not hold another run."""
-    model: str = "gpt"
-    """The model: gpt, or bert (learns masked words, from data prepared with --tokenizer wordpiece)."""
-    preset: str = "mini"
-    """Its size: tiny, mini, small, gpt2-124m, -medium, -large, -xl; llama-tiny, -mini, -small; smollm2-135m; bert-base."""
-    context: int | None = None
-    """Tokens in a sequence; the preset's if left out."""
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
     kernels: Kernels = "auto"
@@ -54,8 +43,6 @@ class TrainConfig:
     """Sequences in a micro-batch, which is one forward and backward; all processes share them."""
     accumulate: int = 1
     """Micro-batches of an optimizer step (gradient accumulation)."""
-    tokens_per_step: int | None = None
-    """Tokens of an optimizer step, instead of accumulate: a multiple of batch_size times context."""
     steps: int = 900
     """Optimizer steps of the run, and of the learning rate's schedule."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -102,9 +89,9 @@ class TrainConfig:
     """Seed of the initial weights and the order of the data."""
     tensorboard: bool = False
     """Also write the curves for TensorBoard, to out/tensorboard."""
-    resume: Resume = "never"
+    resume: Resume = field(default="never", metadata=NOT_SAVED)
     """always: continue from the newest checkpoint in out; auto: the same if there is one; otherwise start."""
-    overwrite: bool = False
+    overwrite: bool = field(default=False, metadata=NOT_SAVED)
     """Replace the run in out."""
     task: TaskOptions = field(default_factory=LanguageModelOptions)
     """The task and its options."""
@@ -113,7 +100,7 @@ class TrainConfig:
         for name in ("data", "out"):
             if isinstance(path := getattr(self, name), Path):  # not where tyro still has its mark for a missing value
                 object.__setattr__(self, name, path.expanduser())
-        for name in ("batch_size", "accumulate", "steps", "eval_interval", "eval_windows", "keep"):
+        for name in ("batch_size", "accumulate", "eval_interval", "eval_windows", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted are positive integers")
         for name in ("warmup", "weight_decay", "clip", "min_lr"):
@@ -130,10 +117,151 @@ class TrainConfig:
             raise ValueError(f"seed: got {self.seed}; accepted are integers between -2**63 and 2**63")
         if self.resume != "never" and self.overwrite:
             raise ValueError(f"overwrite: got True with resume {self.resume}; accepted is one of the two")
+
+    def batches(self) -> int:
+        """Returns the number of micro-batches of an optimizer step."""
+        return self.accumulate
+
+    def title(self) -> str:
+        """Returns the name of the model for people."""
+        raise NotImplementedError
+
+    def lr_at(self, step: int) -> float:
+        """Returns the learning rate of `step` (from 0): linear warmup, then `schedule`, down to `min_lr` at the last step."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "linear":
+            half = max(self.steps // 2, self.warmup)
+            progress = min(max(step - half, 0) / max(self.steps - 1 - half, 1), 1.0)
+            return self.lr + (self.min_lr - self.lr) * progress
+        progress = min((step - self.warmup) / max(self.steps - 1 - self.warmup, 1), 1.0)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the options of the run and of its task as plain values, for JSON and YAML."""
+        saved = [option.name for option in dataclasses.fields(self) if option.metadata.get("saved", True)]
+        values = {name: getattr(self, name) for name in saved if name != "task"} | {"task": self.task.name}
+        values |= {option.name: getattr(self.task, option.name) for option in dataclasses.fields(self.task)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def default_task(cls, values: dict[str, Any]) -> str:
+        """Returns the name of the task of a run with these options, which name none."""
+        return LanguageModelOptions.name
+
+    @classmethod
+    def of(cls: type[R], **values: Any) -> R:
+        """Builds a configuration from options of the run and of its task, named as on the command line.
+
+        ``TrainConfig.of(data=folder, out=run, steps=100, sample_tokens=0)``. `task` is a name; if it is left out, a new model
+        has a default task.
+
+        Raises:
+            ValueError: an unknown task.
+            TypeError: an unknown option.
+        """
+        return cls(**cls.split_options(values))
+
+    @classmethod
+    def split_options(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Converts options of a run and of its task, given side by side, to fields of this class.
+
+        Raises:
+            ValueError: an unknown task.
+        """
+        task = values.get("task") or cls.default_task(values)
+        if isinstance(task, TaskOptions):
+            return values
+        if task not in TASKS:
+            raise ValueError(f"task: got {task!r}; accepted are {', '.join(TASKS)}")
+        options, _ = TASKS[task]
+        own = {option.name for option in dataclasses.fields(options)}
+        rest = {name: value for name, value in values.items() if name not in own and name != "task"}
+        return rest | {"task": options(**{name: value for name, value in values.items() if name in own})}
+
+    def save(self, path: Path) -> None:
+        """Writes the YAML file that `read` reads."""
+        import yaml
+
+        with atomic_writer(path) as file:
+            file.write(yaml.safe_dump(self.plain(), sort_keys=False).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> dict[str, Any]:
+        """Reads fields of this class from a YAML file, converted to their types.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not a YAML mapping, or has an unknown key or a value of another type; names file and key.
+        """
+        import yaml
+
+        path = path.expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"config: there is no file {path}")
+        try:
+            values = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"config: {path} is not YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"config: {path} holds {values!r}; accepted are lines of the form 'steps: 900'")
+        task = values.get("task") or cls.default_task(values)
+        options = TASKS[task][0] if task in TASKS else TaskOptions
+        hints = get_type_hints(cls) | get_type_hints(options) | {"task": Literal[tuple(TASKS)]}
+        hints = {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+        if unknown := [str(name) for name in values if name not in hints]:
+            raise ValueError(f"config: {path}: {unknown[0]} is not an option; accepted are {', '.join(hints)}")
+        return cls.split_options({name: _converted(path, name, value, hints[name]) for name, value in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NewModel:
+    """The options of a new model, in the order of the command line before those of the run."""
+
+    model: str = "gpt"
+    """The model: gpt, or bert (learns masked words, from data prepared with --tokenizer wordpiece)."""
+    preset: str = "mini"
+    """Its size: tiny, mini, small, gpt2-124m, -medium, -large, -xl; llama-tiny, -mini, -small; smollm2-135m; bert-base."""
+    context: int | None = None
+    """Tokens in a sequence; the preset's if left out."""
+    tokens_per_step: int | None = None
+    """Tokens of an optimizer step, instead of accumulate: a multiple of batch_size times context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig, _NewModel):
+    """Train a model on a folder that `gptcore prepare` made.
+
+    For example:
+      gptcore train --data data/python-docs --out runs/demo
+      gptcore train --data data/python-docs --out runs/demo --resume auto --steps 1200
+      gptcore train --data data/books --out runs/small --preset small --batch-size 32 --tokens-per-step 65536
+      gptcore train --config runs/small/config.yaml --out runs/other --seed 2
+      gptcore train --data data/books --out runs/small --preset small --find-lr
+      gptcore train --model bert --data data/wordpiece --out runs/bert
+      torchrun --nproc-per-node 2 -m gptcore train --data data/books --out runs/two --parallel fsdp
+    """
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"tokens_per_step"})
+
+    data: Path
+    """Folder with the token files and tokenizer.json."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps: got {self.steps}; accepted are positive integers")
         if self.model not in MODELS:
             raise ValueError(f"model: got {self.model!r}; accepted are {', '.join(MODELS)}")
         self.task.check_model(self.model_config())
         self.batches()
+
+    def title(self) -> str:
+        return f"{self.model} {self.preset}"
+
+    @classmethod
+    def default_task(cls, values: dict[str, Any]) -> str:
+        return TASK_OF_MODEL.get(values.get("model", "gpt"), LanguageModelOptions.name)
 
     def model_config(self, **changes: Any) -> ModelConfig:
         """Returns the model's configuration, with `changes` that the data decides."""
@@ -158,87 +286,6 @@ class TrainConfig:
                 f"(batch_size {self.batch_size} times context {batch // self.batch_size})"
             )
         return self.tokens_per_step // batch
-
-    def lr_at(self, step: int) -> float:
-        """Returns the learning rate of `step` (from 0): linear warmup, then `schedule`, down to `min_lr` at the last step."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        if self.schedule == "linear":
-            half = max(self.steps // 2, self.warmup)
-            progress = min(max(step - half, 0) / max(self.steps - 1 - half, 1), 1.0)
-            return self.lr + (self.min_lr - self.lr) * progress
-        progress = min((step - self.warmup) / max(self.steps - 1 - self.warmup, 1), 1.0)
-        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    def plain(self) -> dict[str, Any]:
-        """Returns the options of the run and of its task as plain values, for JSON and YAML."""
-        names = [option.name for option in dataclasses.fields(TrainConfig) if option.name not in (*_NOT_SAVED, "task")]
-        values = {name: getattr(self, name) for name in names} | {"task": self.task.name}
-        values |= {option.name: getattr(self.task, option.name) for option in dataclasses.fields(self.task)}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-    @classmethod
-    def of(cls, **values: Any) -> TrainConfig:
-        """Builds a configuration from options of the run and of its task, named as on the command line.
-
-        ``TrainConfig.of(data=folder, out=run, steps=100, sample_tokens=0)``. `task` is a name; the default is the model's task.
-
-        Raises:
-            ValueError: an unknown task.
-            TypeError: an unknown option.
-        """
-        return cls(**split_options(values))
-
-    def save(self, path: Path) -> None:
-        """Writes the YAML file that `read_values` reads."""
-        import yaml
-
-        with atomic_writer(path) as file:
-            file.write(yaml.safe_dump(self.plain(), sort_keys=False).encode())
-
-
-def split_options(values: dict[str, Any]) -> dict[str, Any]:
-    """Converts options of a run and of its task, given side by side, to fields of `TrainConfig`.
-
-    Raises:
-        ValueError: an unknown task.
-    """
-    task = values.get("task") or TASK_OF_MODEL.get(values.get("model", "gpt"), LanguageModelOptions.name)
-    if isinstance(task, TaskOptions):
-        return values
-    if task not in TASKS:
-        raise ValueError(f"task: got {task!r}; accepted are {', '.join(TASKS)}")
-    options, _ = TASKS[task]
-    own = {option.name for option in dataclasses.fields(options)}
-    rest = {name: value for name, value in values.items() if name not in own and name != "task"}
-    return rest | {"task": options(**{name: value for name, value in values.items() if name in own})}
-
-
-def read_values(path: Path) -> dict[str, Any]:
-    """Reads fields of `TrainConfig` from a YAML file, converted to their types.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is not a YAML mapping, or has an unknown key or a value of another type; names file and key.
-    """
-    import yaml
-
-    path = path.expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"config: there is no file {path}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path} is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"config: {path} holds {values!r}; accepted are lines of the form 'steps: 900'")
-    task = values.get("task") or TASK_OF_MODEL.get(values.get("model", "gpt"), LanguageModelOptions.name)
-    options = TASKS[task][0] if task in TASKS else TaskOptions
-    hints = get_type_hints(TrainConfig) | get_type_hints(options) | {"task": Literal[tuple(TASKS)]}
-    hints = {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
-    if unknown := [str(name) for name in values if name not in hints]:
-        raise ValueError(f"config: {path}: {unknown[0]} is not an option; accepted are {', '.join(hints)}")
-    return split_options({name: _converted(path, name, value, hints[name]) for name, value in values.items()})
 
 
 def _converted(path: Path, name: str, value: Any, hint: Any) -> Any:

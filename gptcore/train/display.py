@@ -31,6 +31,12 @@ def chart(values: Sequence[float], width: int, height: int) -> list[str]:
     return [edge + line for edge, line in zip(edges, lines)]
 
 
+def shown(name: str, value: float) -> str:
+    """Returns a measured value for people; accuracies and rates as a percentage."""
+    words = name.replace("_", " ")
+    return f"{words} {value:.1%}" if name.endswith(("accuracy", "rate")) else f"{words} {value:.3f}"
+
+
 class Display:
     """Shows progress, curve, speed and the latest sample. Use it in a ``with`` block. Errors in printing end nothing.
 
@@ -107,9 +113,9 @@ class Display:
         self.status = f"lr {lr:.1e}, loss {loss:.3f}"
         self._bar.update(self._task, completed=done)
 
-    def evaluated(self, step: int, val_loss: float) -> None:
-        """Shows an evaluation's result."""
-        self.say(f"step {step}: validation loss {val_loss:.3f}")
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Shows what an evaluation measured."""
+        self.say(f"step {step}: validation " + ", ".join(shown(name, value) for name, value in values.items()))
 
     def sampled(self, sample: str) -> None:
         """Shows the model's sample."""

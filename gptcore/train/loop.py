@@ -20,8 +20,8 @@ from gptcore import _extras
 from gptcore.nn import Kernels
 from gptcore.train import step as training_step
 from gptcore.train.checkpoint import Checkpoint, newest, publish_model, record_evaluation, save_checkpoint
-from gptcore.train.config import TrainConfig
-from gptcore.train.display import Display
+from gptcore.train.config import RunConfig
+from gptcore.train.display import Display, shown
 from gptcore.train.guard import Guard
 from gptcore.train.hardware import model_flops_utilization, peak_flops, peak_memory
 from gptcore.train.metrics import PLOT, MetricsLog
@@ -38,11 +38,13 @@ class TrainResult:
     steps: int
     """Optimizer steps done, those before a resume included."""
     val_loss: float
-    """Nats per target on the `TrainConfig.eval_windows` rows of each evaluation; NaN if the run was interrupted."""
+    """Nats per target on the `RunConfig.eval_windows` rows of each evaluation; NaN if the run was interrupted."""
     val_loss_full: float
     """Nats per target on all validation data; NaN if the run was interrupted."""
+    values: dict[str, float]
+    """What the last evaluation measured on all validation data: ``loss``, and what else the task does, such as ``accuracy``."""
     baseline: float
-    """Loss of a trivial model; for text, one that only knows the frequency of each token."""
+    """Loss of a trivial model; for text, one that only knows the frequency of each token. NaN if the task has none."""
     tokens_per_second: float
     """Median over the steps since the start or resume, all processes together; 0 if there were none."""
     mfu: float
@@ -95,8 +97,10 @@ def banner(state: TrainState, peak: str) -> str:
     config, device, world = state.config, state.device, state.world
     several = f", {world.size} processes, {'fsdp' if state.replica.sharded else 'ddp'}" if world.size > 1 else ""
     size = f"{state.parameters / 1e6:.1f} M parameters, context {state.model.config.context}"
+    if state.trained != state.parameters:
+        size += f"; {state.trained / 1e6:.2f} M are trained"
     return (
-        f"model    {config.model} {config.preset}, {size}\n"
+        f"model    {config.title()}, {size}\n"
         f"device   {device}, {'bf16 autocast' if state.bf16 else 'fp32'}{several}; peak {peak}\n"
         f"kernels  {kernels_that_run(config.kernels, device)}"
     )
@@ -113,7 +117,7 @@ def kernels_that_run(kernels: Kernels, device: torch.device) -> str:
     return names.get(backend, backend)
 
 
-def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
+def train(config: RunConfig, *, progress: bool = True) -> TrainResult:
     """Trains a model and leaves it, with its curves and checkpoints, in ``config.out``.
 
     The folder then holds
@@ -121,8 +125,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     - ``model.safetensors``, ``config.json`` and ``tokenizer.json``: `gptcore.models.from_pretrained` loads the folder
     - ``checkpoints/``: see `gptcore.train.checkpoint`
     - ``metrics.jsonl``: a line for each step (loss in nats per target, learning rate, gradient norm, tokens so far) and for
-      each evaluation (``val_loss`` on the same `eval_windows` rows each time; after the last step also ``val_loss_full`` on
-      all validation data)
+      each evaluation (``val_loss`` and what else the task measures, on the same `eval_windows` rows each time; after the last
+      step also ``val_loss_full``, ..., on all validation data)
     - ``timings.jsonl``: seconds, tokens per second, MFU, peak memory
     - ``loss.png`` and ``config.yaml``
 
@@ -150,7 +154,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         return _train(config, world, device, progress and world.is_main)
 
 
-def _find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpoint | None:
+def _find_checkpoint(config: RunConfig, say: Callable[[str], None]) -> Checkpoint | None:
     """Returns the checkpoint to resume from; None to start a new run."""
     holds_run = check_folder(config.out)
     if config.resume == "never":
@@ -167,16 +171,16 @@ def _find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpo
     return found
 
 
-def _train(config: TrainConfig, world: World, device: torch.device, shown: bool) -> TrainResult:
+def _train(config: RunConfig, world: World, device: torch.device, shown: bool) -> TrainResult:
     if config.tensorboard:
         _extras.load("tensorboard", "tensorboard")  # an error comes before anything is read or written
     guard = Guard()
     say = Display(shown, config.steps, guard=guard).say
     checkpoint = _find_checkpoint(config, say)
-    state = TrainState(config, world, device)
-    progress = Progress()
+    given, state = config, TrainState(config, world, device)
+    config, progress = state.config, Progress()
     if checkpoint:
-        checkpoint.check(config, state.task.fingerprint, state.task.digest)
+        checkpoint.check(state)
         progress = checkpoint.progress
         finished = progress.step >= config.steps and not progress.awaits_evaluation(config)
         if progress.step > config.steps or (finished and config.resume == "always"):
@@ -187,7 +191,7 @@ def _train(config: TrainConfig, world: World, device: torch.device, shown: bool)
     world.barrier()  # every process has read before one writes
     log = None
     if world.is_main:
-        start_folder(config, state.task, resumed=checkpoint is not None)
+        start_folder(given, state.task, resumed=checkpoint is not None)
         evaluated = not progress.awaits_evaluation(config)
         log = MetricsLog(config.out, progress.step, evaluated, config.tensorboard, guard)
         if checkpoint:
@@ -210,7 +214,8 @@ class _Run:
         dtype = torch.bfloat16 if state.bf16 else torch.float32
         self.peak, peak = peak_flops(state.device, dtype)
         self.peak *= state.world.size
-        self.display.say(banner(state, peak))
+        self.display.say("\n".join([banner(state, peak), *state.task.remarks]))
+        self.values: dict[str, float] = {}
         self.speeds: list[float] = []
         self.utilizations: list[float] = []
 
@@ -244,7 +249,7 @@ class _Run:
         start = time.perf_counter()
         lr = self.config.lr_at(progress.step)
         done = progress.step + 1
-        found = training_step.gradients(self.state, stopped)
+        found = training_step.gradients(self.state, progress.step, stopped)
         loss, norm = found.loss, found.norm
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise FloatingPointError(
@@ -274,17 +279,20 @@ class _Run:
     def _evaluate(self) -> None:
         """Evaluates a saved step and adds the result to its checkpoint."""
         step, best = self.progress.step, self.progress.best_val_loss
-        found = {"val_loss": training_step.evaluate(self.state, self.config.eval_windows)}
+        self.values = training_step.evaluate(self.state, self.config.eval_windows)
+        self.display.evaluated(step, self.values)
+        found = {f"val_{name}": value for name, value in self.values.items()}
         if step == self.config.steps:
-            found["val_loss_full"] = training_step.evaluate(self.state, None)
-        self.progress = dataclasses.replace(self.progress, evaluated=step, **found)
+            self.values = training_step.evaluate(self.state, None)
+            found |= {f"val_{name}_full": value for name, value in self.values.items()}
+        kept = {name: value for name, value in found.items() if name in ("val_loss", "val_loss_full")}
+        self.progress = dataclasses.replace(self.progress, evaluated=step, **kept)
         if best is None or found["val_loss"] < best:
             self.progress = dataclasses.replace(self.progress, best_step=step, best_val_loss=found["val_loss"])
         if self.log:
             self.log.metrics(step, **found)
             self.log.sync()
             record_evaluation(self.config.out, self.progress, self.config)
-        self.display.evaluated(step, found["val_loss"])
 
     def _show(self, sample: bool) -> None:
         """Shows a sample and draws the curve; errors in it do not end the run."""
@@ -301,15 +309,27 @@ class _Run:
         speed = median(self.speeds) if self.speeds else 0.0
         mfu = median(self.utilizations) if self.utilizations else 0.0
         memory = peak_memory(self.state.device)
-        baseline, entropy = self.state.task.baseline
+        baseline = self.state.task.baseline
         val_loss, full = self.progress.val_loss, self.progress.val_loss_full
         if interrupted or val_loss is None or full is None:
             val_loss = full = math.nan
         if interrupted:
-            self.display.say(f"interrupted: step {step} is saved; gptcore train --resume auto goes on from it")
+            self.display.say(f"interrupted: step {step} is saved; the same command with --resume auto goes on from it")
         else:
+            others = "".join(f", {shown(name, value)}" for name, value in self.values.items() if name != "loss")
+            compared = f"; {baseline[0]} {baseline[1]:.3f}" if baseline else ""
             self.display.say(
-                f"validation loss {full:.3f} nats per target on all validation data; {baseline} {entropy:.3f}\n"
+                f"validation loss {full:.3f} nats per target{others} on all validation data{compared}\n"
                 f"{speed:,.0f} tokens/s, MFU {mfu:.0%}, peak memory {memory / 2**20:,.0f} MiB; curve in {out / PLOT}"
             )
-        return TrainResult(step, val_loss, full, entropy, speed, mfu, memory, interrupted)
+        return TrainResult(
+            steps=step,
+            val_loss=val_loss,
+            val_loss_full=full,
+            values={} if interrupted else self.values,
+            baseline=baseline[1] if baseline else math.nan,
+            tokens_per_second=speed,
+            mfu=mfu,
+            peak_memory=memory,
+            interrupted=interrupted,
+        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gptcore._files import save_figure
 from gptcore.train import step as training_step
-from gptcore.train.config import TrainConfig
+from gptcore.train.config import RunConfig
 from gptcore.train.display import Display
 from gptcore.train.parallel import processes
 from gptcore.train.run_folder import locked_folder
@@ -39,7 +39,7 @@ def smoothed(losses: list[float]) -> list[float]:
 
 
 def find_lr(
-    config: TrainConfig, *, low: float = 1e-6, high: float = 1.0, steps: int = 100, progress: bool = True
+    config: RunConfig, *, low: float = 1e-6, high: float = 1.0, steps: int = 100, progress: bool = True
 ) -> LrSweep:
     """Trains a temporary model with learning rates that grow from `low` to `high` by a constant factor a step.
 
@@ -72,7 +72,7 @@ def _sweep(state: TrainState, low: float, high: float, steps: int, progress: boo
     with Display(progress, steps) as display:
         for done in range(steps):
             lr = low * (high / low) ** (done / (steps - 1))
-            found = training_step.gradients(state)
+            found = training_step.gradients(state, done)
             if not math.isfinite(found.loss) or not math.isfinite(found.norm):
                 break
             lrs.append(lr)
@@ -89,7 +89,7 @@ def _sweep(state: TrainState, low: float, high: float, steps: int, progress: boo
     return LrSweep(tuple(lrs), tuple(means), suggestion)
 
 
-def _plot(sweep: LrSweep, config: TrainConfig) -> None:
+def _plot(sweep: LrSweep, config: RunConfig) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

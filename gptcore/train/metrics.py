@@ -68,8 +68,8 @@ class MetricsLog:
         for file in self._files.values():
             file.sync()
 
-    def plot(self, baseline: tuple[str, float]) -> None:
-        """Draws ``loss.png``; `baseline` is the name and the loss of a trivial model."""
+    def plot(self, baseline: tuple[str, float] | None) -> None:
+        """Draws ``loss.png``; `baseline` is the name and the loss of a trivial model, if there is one."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -80,8 +80,9 @@ class MetricsLog:
             axes.plot(*zip(*loss), linewidth=0.8, alpha=0.6, label="training")
         if val_loss:
             axes.plot(*zip(*val_loss), marker="o", markersize=3, label="validation")
-        name, value = baseline
-        axes.axhline(value, color="grey", linestyle="--", label=name)
+        if baseline:
+            name, value = baseline
+            axes.axhline(value, color="grey", linestyle="--", label=name)
         axes.legend()
         save_figure(figure, self.out / PLOT)
 

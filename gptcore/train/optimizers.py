@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gptcore.models import Model
-from gptcore.train.config import TrainConfig
+from gptcore.train.config import RunConfig
 from gptcore.train.hardware import multiplies_bf16
 from gptcore.train.parallel import shard_like, whole
 
@@ -19,7 +19,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
-def make_optimizer(model: Model, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(model: Model, config: RunConfig, device: torch.device) -> torch.optim.Optimizer:
     """Returns the optimizer that `config` names, with weight decay on matrices only; it skips frozen parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]

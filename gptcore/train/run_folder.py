@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from gptcore.tasks import Task
 from gptcore.train.checkpoint import FOLDER
-from gptcore.train.config import TrainConfig
+from gptcore.train.config import RunConfig
 from gptcore.train.metrics import METRICS, PLOT, TENSORBOARD, TIMINGS
 from gptcore.train.parallel import World
 from gptcore.weights import CONFIG, WEIGHTS
@@ -93,7 +93,7 @@ def _holder(out: Path) -> str:
     return "another process"
 
 
-def start_folder(config: TrainConfig, task: Task, resumed: bool) -> None:
+def start_folder(config: RunConfig, task: Task, resumed: bool) -> None:
     """Prepares the folder for a new or a resumed run; deletes files that a killed process left incomplete."""
     out = config.out
     for place in (out, out / FOLDER):

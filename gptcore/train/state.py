@@ -10,7 +10,9 @@ import torch
 from gptcore.models import MODELS, Model
 from gptcore.nn import load_kernels
 from gptcore.tasks import TASKS, Task
-from gptcore.train.config import TrainConfig
+from gptcore.train import finetune
+from gptcore.train.config import RunConfig, TrainConfig
+from gptcore.train.finetune_config import FinetuneConfig
 from gptcore.train.hardware import multiplies_bf16
 from gptcore.train.optimizers import make_optimizer
 from gptcore.train.parallel import Replica, World, checkpoint_activations
@@ -34,7 +36,7 @@ class Progress:
     """Step of the evaluation with the lowest `val_loss`."""
     best_val_loss: float | None = None
 
-    def awaits_evaluation(self, config: TrainConfig) -> bool:
+    def awaits_evaluation(self, config: RunConfig) -> bool:
         """Whether this step is due for evaluation and has not been evaluated; it is saved before."""
         if self.step == config.steps:
             return self.val_loss_full is None
@@ -51,24 +53,41 @@ class TrainState:
 
     model: Model
 
-    def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
-        self.config, self.world, self.device = config, world, device
+    def __init__(self, config: RunConfig, world: World, device: torch.device) -> None:
+        self.world, self.device = world, device
         self.rows = world.rows(config.batch_size)
         self.batches = config.batches()
-        make_task: Any = TASKS[config.task.name][1]
-        self.task: Task = make_task(config.task, config.data, config.model_config().context, config.seed)
-        load_kernels(config.kernels, device)  # here and not in step 1, whose time is measured
         self.bf16 = config.dtype == "bf16" or (config.dtype == "auto" and multiplies_bf16(device))
-        torch.manual_seed(config.seed)
-        self.model = MODELS[config.model](config.model_config(**self.task.model_changes()))
+        self.config: RunConfig = config
+        """The options, with what the data and the base decide filled in."""
+        self.base_digest: str | None = None
+        """Changes with the weights of the base that is fine-tuned."""
+        self.task: Task
+        if isinstance(config, FinetuneConfig):
+            torch.manual_seed(config.seed)
+            self.config, self.task, self.model, self.base_digest = finetune.begin(config, self.bf16)
+        else:
+            assert isinstance(config, TrainConfig)
+            make_task: Any = TASKS[config.task.name][1]
+            self.task = make_task(config.task, config.data, config.model_config().context, config.seed)
+            torch.manual_seed(config.seed)
+            self.model = MODELS[config.model](config.model_config(**self.task.model_changes()))
+        load_kernels(config.kernels, device)  # here and not in step 1, whose time is measured
         self.parameters = self.model.num_parameters()
+        self.trained = self.model.num_parameters(trained=True)
+        self._flops_share = self.model.trained_flops_share()
         if config.checkpoint_activations:
             checkpoint_activations(self.model)
         self.replica = Replica(self.model, world, device, config.parallel, config.compile)
+        self.task.start(self.model)
         self.optimizer = make_optimizer(self.model, config, device)
         self.generator = torch.Generator().manual_seed(config.seed)
         """Draws the batches: the same in every process, which then takes its own rows."""
         torch.manual_seed(config.seed + world.rank)  # dropout differs between processes
+
+    def flops(self, batch_shape: tuple[int, int]) -> float:
+        """Returns the floating-point operations of a training step on a batch; frozen weights take fewer."""
+        return self.model.flops(batch_shape) * self._flops_share
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -28,8 +28,8 @@ class StepResult(NamedTuple):
     """Whether a process was asked to stop."""
 
 
-def gradients(state: TrainState, stopped: Callable[[], bool] = lambda: False) -> StepResult:
-    """Runs forward and backward of a step's micro-batches; leaves the clipped gradients in the parameters.
+def gradients(state: TrainState, step: int = 0, stopped: Callable[[], bool] = lambda: False) -> StepResult:
+    """Runs forward and backward of the micro-batches of `step`, from 0; leaves the clipped gradients in the parameters.
 
     The loss is the sum over all micro-batches and processes, divided by the number of all targets. Its gradient does not
     depend on how the rows are split into micro-batches and among processes.
@@ -41,10 +41,11 @@ def gradients(state: TrainState, stopped: Callable[[], bool] = lambda: False) ->
     sums = torch.zeros(2, device=state.device)  # nats, targets
     tokens, flops, divisor = 0, 0, 1
     for index in range(state.batches):
-        batch = state.task.batch(config.batch_size, state.generator, state.rows)
+        number = step * state.batches + index
+        batch = state.task.batch(config.batch_size, state.generator, state.rows, number)
         rows, length = batch.shape
         tokens += rows * length
-        flops += state.model.flops(batch.shape)
+        flops += state.flops(batch.shape)
         # The number of targets is known only after the last batch. Dividing by the number of tokens until then keeps the
         # gradients in the range of a mean loss.
         divisor = divisor if index else rows * length * state.batches
@@ -77,21 +78,25 @@ def update(state: TrainState, lr: float) -> None:
 
 
 @torch.no_grad()
-def evaluate(state: TrainState, limit: int | None) -> float:
-    """Returns the loss, nats per target, over `limit` rows spread evenly over the validation data; None: over all rows.
+def evaluate(state: TrainState, limit: int | None) -> dict[str, float]:
+    """Returns what the task measures, such as its loss in nats per target, on validation data.
 
-    The processes share the batches, and all return the same value.
+    The processes share the batches, and all return the same values.
+
+    Args:
+        state: the run.
+        limit: number of rows, spread evenly over the validation data; None: all.
     """
     model, task, world = state.model, state.task, state.world
-    sums = torch.zeros(2, dtype=torch.float64)  # nats, targets
+    sums: dict[str, torch.Tensor] = {}  # for each value its sum and count, (2,) float64
     batches = task.evaluation(state.config.batch_size, limit)
     with evaluation_mode(model), state.autocast():
         while group := list(islice(batches, world.size)):
             # In the last round some processes may have no batch. They compute another's, because gathering sharded weights
             # needs every process.
             batch = group[min(world.rank, len(group) - 1)]
-            loss, count = task.loss(model, batch.to(state.device))
-            if world.rank < len(group):
-                sums += torch.stack([loss, count]).cpu().double()
-    nats, count = world.sum(sums).tolist()
-    return nats / count
+            for name, pair in task.evaluate(model, batch.to(state.device)).items():
+                added = torch.stack(pair).cpu().double()
+                sums[name] = sums.get(name, torch.zeros_like(added)) + (added if world.rank < len(group) else 0.0)
+    totals = {name: world.sum(pair).tolist() for name, pair in sums.items()}
+    return {name: total / count for name, (total, count) in totals.items()}

@@ -47,11 +47,9 @@ class Task:
         self.x = torch.randn(ROWS, ROWS, WIDTH, generator=generator)
         self.y = torch.randn(ROWS, ROWS, generator=generator)
         self.counts = (torch.arange(ROWS)[None, :] <= torch.arange(ROWS)[:, None]) & (not ignored)
-        self.at = 0
 
-    def batch(self, size: int, generator: torch.Generator, rows: slice) -> Batch:
-        chosen = slice(self.at, self.at + size)
-        self.at += size
+    def batch(self, size: int, generator: torch.Generator, rows: slice, index: int) -> Batch:
+        chosen = slice(index * size, (index + 1) * size)
         return Batch(self.x[chosen][rows], self.y[chosen].masked_fill(~self.counts[chosen], torch.nan)[rows])
 
     def loss(self, model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,6 +69,7 @@ def state(batches: int, task: Task, world: World, clip: float = 0.0) -> SimpleNa
         device=torch.device("cpu"),
         task=task,
         model=model,
+        flops=model.flops,
         batches=batches,
         rows=world.rows(ROWS // batches),
         generator=torch.Generator(),

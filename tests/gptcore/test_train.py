@@ -302,9 +302,7 @@ def test_only_the_data_that_a_run_began_with_goes_on(corpus: Path, tmp_path: Pat
     shutil.copytree(corpus, tmp_path / "copy")
     run(corpus, tmp_path / "run", steps=4)
     before = contents(tmp_path / "run")
-    with pytest.raises(
-        ValueError, match=rf"data: the tokens in {tmp_path}/other .* differ from .* trained on, in {corpus} \("
-    ):
+    with pytest.raises(ValueError, match=rf"data: {tmp_path}/other .* differs from .* trained on, {corpus} \("):
         run(tmp_path / "other", tmp_path / "run", resume="always")
     assert contents(tmp_path / "run") == before
     assert run(tmp_path / "copy", tmp_path / "run", resume="always").steps == 8

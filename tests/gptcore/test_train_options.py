@@ -16,7 +16,6 @@ import yaml
 
 from gptcore import GPT, GPTConfig
 from gptcore.train import TrainConfig, find_lr, train
-from gptcore.train.config import read_values
 from gptcore.train.display import Display, chart
 from gptcore.train.hardware import listed_peak, measured_peak, model_flops_utilization, peak_flops
 from gptcore.train.lr_finder import smoothed
@@ -44,7 +43,7 @@ def test_a_file_gives_values_and_the_command_line_comes_first(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("stepz: 3", r"run\.yaml: stepz is not an option; accepted are data, out, model, preset"),
+        ("stepz: 3", r"run\.yaml: stepz is not an option; accepted are model, preset, context"),
         ("steps: many", r"run\.yaml: steps: got 'many'; accepted is int"),
         ("steps: 1.5", r"steps: got 1\.5; accepted is int"),
         ("steps: true", r"steps: got True; accepted is int"),
@@ -87,7 +86,7 @@ def test_a_missing_file_and_missing_options(capsys, tmp_path: Path, monkeypatch)
 def test_a_run_leaves_the_file_that_repeats_it(corpus: Path, tmp_path: Path):
     made = config(corpus, tmp_path / "run", steps=2, eval_interval=2)
     train(made, progress=False)
-    values = read_values(tmp_path / "run" / "config.yaml")
+    values = TrainConfig.read(tmp_path / "run" / "config.yaml")
     assert TrainConfig(**values) == made
     assert not {"resume", "overwrite"} & set(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     train(TrainConfig(**values | {"out": tmp_path / "again"}), progress=False)

@@ -1,0 +1,84 @@
+"""``gptcore finetune KIND``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import OmitArgPrefixes
+
+from gptcore.cli._listing import choose
+from gptcore.tasks import TASKS, LanguageModelOptions, TaskOptions
+from gptcore.train.config import NOT_SAVED
+from gptcore.train.finetune_config import FinetuneConfig
+from gptcore.train.guard import drop_unwritten
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Finetune(FinetuneConfig):
+    config: Path | None = field(default=None, metadata=NOT_SAVED)
+    """YAML file with values of these options, such as a run's config.yaml; options on the command line override it."""
+    tune_allocator: bool = field(default=True, metadata=NOT_SAVED)
+    """Keep freed memory in the process: faster steps on a CPU (see gptkernels.tune_allocator)."""
+    task: Annotated[TaskOptions, OmitArgPrefixes] = field(default_factory=LanguageModelOptions)
+    """Options of the task."""
+
+    def run(self) -> int:
+        import gptkernels
+
+        from gptcore.train import train
+
+        if self.tune_allocator:
+            gptkernels.tune_allocator()
+        try:
+            if train(self).interrupted:
+                return 130
+            self.report()
+            return 0
+        finally:
+            drop_unwritten()
+
+    def report(self) -> None:
+        """Shows what people want to know of the finished run besides its loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(_Finetune):
+    """Go on training a model on text that `gptcore prepare` tokenized with the model's own tokenizer.
+
+    For example:
+      gptcore prepare shakespeare --out data/plays --tokenizer ~/.cache/gptcore/smollm2-135m-instruct
+      gptcore finetune text --data data/plays --model smollm2-135m-instruct --out runs/plays --steps 200
+    """
+
+
+KINDS: dict[str, tuple[type[_Finetune], str]] = {"text": (Text, "language_model")}
+"""The kinds of fine-tuning on the command line: the class of its options, and its task."""
+
+
+class Finetune:
+    """Fine-tune a model: on more text, to classify, to follow instructions, to prefer some answers."""
+
+    @classmethod
+    def parse(cls, arguments: list[str]) -> Any:
+        """Parses ``KIND`` and its options, which override the file that ``--config`` names."""
+        kind, rest = arguments[:1], arguments[1:]
+        if not kind or kind[0] not in KINDS:
+            classes = {name: made for name, (made, _) in KINDS.items()}
+            description = f"{cls.__doc__} `gptcore finetune KIND --help` shows the options of a kind."
+            return choose(classes, "gptcore finetune", description, arguments)
+        made, task = KINDS[kind[0]]
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", type=Path)
+        config = finder.parse_known_args(rest)[0].config
+        options, _ = TASKS[task]
+        values: dict[str, Any] = dict.fromkeys(("data", "out", "model"), tyro.MISSING)
+        values |= {"task": options(), "config": config}
+        if config is not None:
+            values |= FinetuneConfig.read(config)
+            if values["task"].name != task:
+                raise ValueError(f"config: {config} is of the task {values['task'].name}; accepted is {task}")
+        return tyro.cli(made, prog=f"gptcore finetune {kind[0]}", args=rest, default=made(**values))
