@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,7 +61,16 @@ KINDS: dict[str, tuple[type[_Finetune], str]] = {"text": (Text, "language_model"
 
 
 class Finetune:
-    """Fine-tune a model: on more text, to classify, to follow instructions, to prefer some answers."""
+    """Train a model further, on data of a task.
+
+    `gptcore finetune KIND --help` shows the options of a kind.
+
+    For example:
+      gptcore finetune classify --data sms-spam --model smollm2-135m-instruct --out runs/spam
+      gptcore finetune instruct --data instructions --model runs/demo --out runs/assistant --trained all
+      gptcore finetune prefer --data pairs.jsonl --model runs/assistant --out runs/preferred
+      gptcore finetune text --data data/plays --model smollm2-135m-instruct --out runs/plays
+    """
 
     @classmethod
     def parse(cls, arguments: list[str]) -> Any:
@@ -68,8 +78,7 @@ class Finetune:
         kind, rest = arguments[:1], arguments[1:]
         if not kind or kind[0] not in KINDS:
             classes = {name: made for name, (made, _) in KINDS.items()}
-            description = f"{cls.__doc__} `gptcore finetune KIND --help` shows the options of a kind."
-            return choose(classes, "gptcore finetune", description, arguments)
+            return choose(classes, "gptcore finetune", inspect.getdoc(cls) or "", arguments)
         made, task = KINDS[kind[0]]
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", type=Path)

@@ -161,6 +161,15 @@ class Model(nn.Module, ABC):
         backward = 1.0 if embedding else 1 - first / len(frozen)
         return (1 + backward + trained / total) / 3
 
+    def row_parts(self, layer: str) -> tuple[int, ...]:
+        """Returns the rows of a linear layer that are layers of their own in Hugging Face's model: `nn.lora.add_lora` adapts
+        each of them by itself. () for a layer that is one there too.
+
+        Args:
+            layer: its name, such as ``h.0.attn.c_attn``, whose rows are queries, keys and values.
+        """
+        return weights.row_parts(self.config, layer)
+
     @classmethod
     def from_pretrained(
         cls: type[M], path_or_name: str | Path, *, dtype: torch.dtype | None = None, **changes: Any

@@ -5,6 +5,7 @@ from gptcore.nn.backend import Kernels, backend_of, check_kernels, load_kernels
 from gptcore.nn.cache import KeyValueCache
 from gptcore.nn.documents import Documents
 from gptcore.nn.linear import Linear
+from gptcore.nn.lora import LoRAConfig, LoRALayers, add_lora, has_lora, merge_lora, without_lora
 from gptcore.nn.mlp import MLP, Activation
 from gptcore.nn.norm import Norm, NormKind
 from gptcore.nn.positions import RotaryScaling, rotary_tables
@@ -19,12 +20,18 @@ __all__ = [
     "Kernels",
     "KeyValueCache",
     "Linear",
+    "LoRAConfig",
+    "LoRALayers",
     "Norm",
     "NormKind",
     "RotaryScaling",
     "SelfAttention",
+    "add_lora",
     "backend_of",
     "check_kernels",
+    "has_lora",
     "load_kernels",
+    "merge_lora",
     "rotary_tables",
+    "without_lora",
 ]

@@ -9,6 +9,7 @@ from gptcore.weights.files import (
     locate,
     read_generation,
     read_tensors,
+    row_parts,
     save_folder,
     save_huggingface,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "locate",
     "read_generation",
     "read_tensors",
+    "row_parts",
     "save_folder",
     "save_huggingface",
     "to_huggingface",

@@ -117,6 +117,11 @@ def config_to_huggingface(config: BERTConfig) -> dict[str, Any]:
     }
 
 
+def row_parts(config: BERTConfig, part: str) -> tuple[int, ...]:
+    """The rows of a block's layer that are a layer of their own in Hugging Face's BERT; () if it is one layer there too."""
+    return (config.width,) * 3 if part == "attn.c_attn" else ()
+
+
 def to_huggingface(state: dict[str, Tensor], config: BERTConfig) -> dict[str, Tensor]:
     """This model's state dict under Hugging Face's names: ``BertForMaskedLM``'s, or ``BertModel``'s without the head."""
     prefix = "bert." if config.masked_words else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -110,6 +111,19 @@ def _write(folder: str | Path, config: dict[str, Any], state: dict[str, Tensor])
         file.write(save(tensors, metadata={"format": "pt"}))
     with atomic_writer(folder / CONFIG) as file:
         file.write(json.dumps(config, indent=2).encode())
+
+
+def row_parts(config: ModelConfig, layer: str) -> tuple[int, ...]:
+    """The rows of a linear layer that are layers of their own in Hugging Face's model; () if it is one layer there too.
+
+    Args:
+        config: the model's configuration; a classifier's has its backbone's.
+        layer: the layer's name in the model, such as ``h.0.attn.c_attn``.
+    """
+    config = getattr(config, "backbone", config)
+    converter = next((module for module in _CONVERTERS.values() if config.model_type == module.MODEL_TYPE), None)
+    block = re.fullmatch(r"(?:backbone\.)?h\.\d+\.(.+)", layer)
+    return converter.row_parts(config, block[1]) if converter and block else ()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -135,8 +135,6 @@ def to_huggingface(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Ten
             )
             for name, tensor in state.items()
         }
-    heads = [config.n_head * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
-    rows = {"attn.c_attn": heads, "mlp.c_fc": [config.hidden] * 2}
     theirs: dict[str, Tensor] = {}
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
@@ -145,9 +143,27 @@ def to_huggingface(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Ten
             continue
         _, layer, part = module.split(".", 2)
         names = _LLAMA_PACKED.get(part) or (_LLAMA_PARTS[part],)
-        pieces = tensor.split(rows[part]) if part in rows else (tensor,)
+        rows = row_parts(config, part)
+        pieces = tensor.split(rows) if rows else (tensor,)
         theirs |= {f"model.layers.{layer}.{n}.{kind}": piece.contiguous() for n, piece in zip(names, pieces)}
     return theirs
+
+
+def row_parts(config: GPTConfig, part: str) -> tuple[int, ...]:
+    """The rows of a block's layer that are a layer of their own in Hugging Face's model; () if it is one layer there too.
+
+    Args:
+        config: the model's configuration.
+        part: the layer's name in the block, such as ``attn.c_attn``.
+    """
+    try:
+        if architecture(config) != "llama":
+            return ()
+    except WeightsError:  # Hugging Face has no such model
+        return ()
+    key_rows = config.kv_heads * config.head_dim
+    heads = (config.n_head * config.head_dim, key_rows, key_rows)
+    return {"attn.c_attn": heads, "mlp.c_fc": (config.hidden, config.hidden)}.get(part, ())
 
 
 def architecture(config: GPTConfig) -> str:

@@ -12,7 +12,20 @@ import torch
 
 from tests.gptcore.runs import cli, main
 
-VERBS = ["info", "fetch", "prepare", "train", "generate", "chat", "fill", "embed", "export", "attention-map"]
+VERBS = [
+    "info",
+    "fetch",
+    "prepare",
+    "train",
+    "finetune",
+    "generate",
+    "chat",
+    "fill",
+    "embed",
+    "nearest",
+    "export",
+    "attention-map",
+]
 
 
 def gptcore(capsys, *arguments: object) -> tuple[int, str, str]:

@@ -244,7 +244,7 @@ def shown(terminal: bool, **sizes) -> str:
     with Display(True, 40, console=console) as display:
         for step in range(1, 41):
             display.step(step, 5 - step / 10, 60.0 if step == 1 else 0.5, 1234.0, 0.25)  # the first one compiles
-        display.evaluated(40, 1.5)
+        display.evaluated(40, {"loss": 1.5, "accuracy": 0.25})
         display.sampled(AS_IT_IS)
     return out.getvalue()
 
@@ -253,7 +253,7 @@ def test_lines_where_there_is_no_terminal():
     lines = shown(terminal=False).splitlines()
     assert lines[0] == "step 2/40: loss 4.800, 1,234 tokens/s, MFU 25%, 0:19 left"
     assert len(lines) == 20 + 2
-    assert lines[-2:] == ["step 40: validation loss 1.500", f"  {AS_IT_IS}"]
+    assert lines[-2:] == ["step 40: validation loss 1.500, accuracy 25.0%", f"  {AS_IT_IS}"]
     assert "\x1b" not in "".join(lines)
 
 
