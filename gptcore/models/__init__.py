@@ -7,11 +7,12 @@ import torch
 
 from gptcore import weights
 from gptcore.models.bert import BERT, BERTConfig
+from gptcore.models.classifier import Classifier, ClassifierConfig
 from gptcore.models.gpt import GPT
 from gptcore.models.gpt_config import PRESETS, GPTConfig
 from gptcore.models.model import Model, ModelConfig
 
-MODELS: dict[str, type[Model]] = {model.config_class.model_type: model for model in (GPT, BERT)}
+MODELS: dict[str, type[Model]] = {model.config_class.model_type: model for model in (GPT, BERT, Classifier)}
 """By `model_type`, the name in ``config.json`` and of ``gptcore train --model``."""
 
 
@@ -25,4 +26,16 @@ def from_pretrained(path_or_name: str | Path, *, dtype: torch.dtype | None = Non
     return MODELS[found.model_type].from_files(found, dtype=dtype, **changes)
 
 
-__all__ = ["BERT", "GPT", "MODELS", "PRESETS", "BERTConfig", "GPTConfig", "Model", "ModelConfig", "from_pretrained"]
+__all__ = [
+    "BERT",
+    "GPT",
+    "MODELS",
+    "PRESETS",
+    "BERTConfig",
+    "Classifier",
+    "ClassifierConfig",
+    "GPTConfig",
+    "Model",
+    "ModelConfig",
+    "from_pretrained",
+]

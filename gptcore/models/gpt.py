@@ -59,7 +59,7 @@ class GPT(Model):
     """
 
     config_class = GPTConfig
-    forward_methods = ("next_logits",)
+    forward_methods = ("next_logits", "features")
     config: GPTConfig
 
     def __init__(self, config: GPTConfig) -> None:
@@ -152,6 +152,19 @@ class GPT(Model):
         x, _ = self._features(tokens, cache)
         return linear(x[:, -1], self.output_weight, backend=self.backend)
 
+    def features(self, tokens: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """Returns the output of the last norm for each token, ``(B, T, C)``, from which the output layer makes logits.
+
+        Args:
+            tokens: ``(B, T)`` integer ids below vocab_size.
+            lengths: ``(B,)`` the number of tokens of each row before its padding, which is on the right and is not attended
+                to; None: all. The features of padding mean nothing.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        return self._features(tokens, None, lengths=lengths)[0]
+
     def loss(
         self,
         tokens: Tensor,
@@ -219,7 +232,11 @@ class GPT(Model):
         )
 
     def _features(
-        self, tokens: Tensor, cache: KeyValueCache | None, documents: Documents | None = None
+        self,
+        tokens: Tensor,
+        cache: KeyValueCache | None,
+        documents: Documents | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """``(B, T) -> (B, T, C)`` after the last norm, and the attention weights of explicit layers."""
         check_ids("tokens", tokens, self.config.vocab_size)
@@ -231,6 +248,8 @@ class GPT(Model):
                 f"tokens: got {tokens.shape[1]}{cached}; accepted is up to the context, {self.config.context}"
             )
         positions, args = self._attention_args(tokens, start, end, cache, documents)
+        if lengths is not None:
+            args = args._replace(key_lengths=lengths)
         x = self.wte(tokens)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(positions)

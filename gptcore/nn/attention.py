@@ -85,8 +85,8 @@ class SelfAttention(nn.Module):
                 query, key, value, bounds, bounds, longest, longest, is_causal=self.causal, **options
             )
             return self.c_proj(out.reshape(batch, tokens, width)), None
-        # A causal model passes key_lengths with one query only, the last token, which attends to every key.
-        options |= {"is_causal": self.causal and args.key_lengths is None}
+        # One query with key_lengths is the next token of a cache with room for later ones: it attends to every key.
+        options |= {"is_causal": self.causal and (args.key_lengths is None or tokens > 1)}
         options |= {"key_mask": args.key_mask, "key_lengths": args.key_lengths}
         out, weights = _attend(self.explicit, query, key, value, **options)
         merged = out.transpose(1, 2).reshape(batch, tokens, width)  # a view: out lies (B, T, H, D) in memory
