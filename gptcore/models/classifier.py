@@ -130,7 +130,7 @@ class Classifier(Model):
         state = {name: value for name, value in base.state_dict().items() if not name.startswith(outside)}
         model.backbone.load_state_dict(state, assign=True)
         for layer in model._head():
-            layer.to_empty(device=base.wte.weight.device)
+            layer.to_empty(device=next(base.parameters()).device)
         model._init_head()
         return model.train(base.training)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptcore import _extras
 from gptcore._files import atomic_writer
-from gptcore.weights import bert, gpt
+from gptcore.weights import bert, classifier, gpt
 from gptcore.weights.error import WeightsError
 from gptcore.weights.names import (
     CHAT_TEMPLATE,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _FORMAT_KEY = "gptcore_format"
 """A config.json with this key is ours, with the value 1. transformers' may have the same model_type."""
 _CONVERTERS = {"gpt2": gpt, "llama": gpt, "mistral": gpt, "bert": bert}
-"""transformers' model_type -> the module that converts the model's configuration and tensors."""
+"""transformers' model_type -> the module that converts the model's configuration and tensors, for all but classifiers."""
 _PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = [CONFIG, GENERATION, "*.safetensors", INDEX]
 _DOWNLOADED += [TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, MORE_CHAT_TEMPLATES]
@@ -69,10 +69,11 @@ def save_huggingface(
     Raises:
         WeightsError: a configuration that none of Hugging Face's models has; names the field. Nothing is written then.
     """
-    token_ids = {
-        name: value for name in ("bos_token_id", "eos_token_id") if (value := (generation or {}).get(name)) is not None
-    }
-    converter = next(module for module in _CONVERTERS.values() if config.model_type == module.MODEL_TYPE)
+    known = generation or {}
+    token_ids = {name: known[name] for name in ("bos_token_id", "eos_token_id") if known.get(name) is not None}
+    if config.model_type == classifier.MODEL_TYPE:
+        token_ids |= classifier.padding(config, known)  # type: ignore[arg-type]
+    converter = next(module for module in (*_CONVERTERS.values(), classifier) if config.model_type == module.MODEL_TYPE)
     _write(folder, converter.config_to_huggingface(config) | token_ids, converter.to_huggingface(state, config))
     if generation is not None:
         with atomic_writer(Path(folder) / GENERATION) as file:
@@ -174,7 +175,7 @@ def _parse_config(values: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
         return gpt.MODEL_TYPE, values, None
     if model_type not in _CONVERTERS:
         raise WeightsError(f"model_type: got {model_type!r}; accepted are {', '.join(map(repr, _CONVERTERS))}")
-    converter = _CONVERTERS[model_type]
+    converter = classifier if classifier.is_classifier(values) else _CONVERTERS[model_type]
     return converter.MODEL_TYPE, converter.config_from_huggingface(values), converter.convert
 
 
