@@ -1,5 +1,6 @@
 """Models on disk: our folders and Hugging Face's (safetensors and JSON), and GGUF files."""
 
+from gptcore.weights.adapter import Adapter, adapter_state, load_adapter, read_adapter, save_adapter
 from gptcore.weights.error import WeightsError
 from gptcore.weights.files import (
     Pretrained,
@@ -8,29 +9,36 @@ from gptcore.weights.files import (
     load,
     locate,
     read_generation,
-    read_tensors,
     row_parts,
     save_folder,
     save_huggingface,
 )
 from gptcore.weights.gpt import config_from_huggingface, config_to_huggingface, from_huggingface, to_huggingface
-from gptcore.weights.names import CONFIG, WEIGHTS
+from gptcore.weights.names import ADAPTER, ADAPTER_CONFIG, CONFIG, WEIGHTS
+from gptcore.weights.tensors import read_tensors
 
 __all__ = [
+    "ADAPTER",
+    "ADAPTER_CONFIG",
     "CONFIG",
     "WEIGHTS",
+    "Adapter",
     "Pretrained",
     "WeightsError",
+    "adapter_state",
     "check_state",
     "config_from_huggingface",
     "config_to_huggingface",
     "description",
     "from_huggingface",
     "load",
+    "load_adapter",
     "locate",
+    "read_adapter",
     "read_generation",
     "read_tensors",
     "row_parts",
+    "save_adapter",
     "save_folder",
     "save_huggingface",
     "to_huggingface",

@@ -122,6 +122,14 @@ def row_parts(config: BERTConfig, part: str) -> tuple[int, ...]:
     return (config.width,) * 3 if part == "attn.c_attn" else ()
 
 
+def layer_names(config: BERTConfig, layer: int, part: str) -> tuple[str, ...]:
+    """The names in Hugging Face's model of a module of a block, those of its `row_parts` in order."""
+    prefix = "bert." if config.masked_words else ""
+    return tuple(
+        f"{prefix}encoder.layer.{layer}.{name}" for name in (_QKV if part == "attn.c_attn" else (_PARTS[part],))
+    )
+
+
 def to_huggingface(state: dict[str, Tensor], config: BERTConfig) -> dict[str, Tensor]:
     """This model's state dict under Hugging Face's names: ``BertForMaskedLM``'s, or ``BertModel``'s without the head."""
     prefix = "bert." if config.masked_words else ""
@@ -137,8 +145,6 @@ def to_huggingface(state: dict[str, Tensor], config: BERTConfig) -> dict[str, Te
         else:
             _, layer, part = module.split(".", 2)
             pieces = tensor.chunk(3) if part == "attn.c_attn" else (tensor,)
-            names = _QKV if part == "attn.c_attn" else (_PARTS[part],)
-            theirs |= {
-                f"{prefix}encoder.layer.{layer}.{n}.{kind}": piece.contiguous() for n, piece in zip(names, pieces)
-            }
+            names = layer_names(config, int(layer), part)
+            theirs |= {f"{n}.{kind}": piece.contiguous() for n, piece in zip(names, pieces)}
     return theirs

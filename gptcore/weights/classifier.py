@@ -22,6 +22,12 @@ _HEADS = {"pooler": "bert.pooler.dense", "classifier": "classifier", "score": "s
 """Our name of a head's layer -> Hugging Face's."""
 
 
+def head_name(name: str) -> str | None:
+    """Hugging Face's name of a tensor of a classifier's head; None if it is no tensor of the head."""
+    module, _, kind = name.rpartition(".")
+    return f"{_HEADS[module]}.{kind}" if module in _HEADS else None
+
+
 def is_classifier(values: dict[str, Any]) -> bool:
     """Whether a Hugging Face ``config.json`` describes a model for sequence classification."""
     return any(name.endswith(_SUFFIX) for name in values.get("architectures") or [])

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from gptcore import _extras
@@ -26,6 +25,7 @@ from gptcore.weights.names import (
     TOKENIZER_CONFIG,
     WEIGHTS,
 )
+from gptcore.weights.tensors import read_tensors
 
 if TYPE_CHECKING:
     from gptcore.models.model import ModelConfig
@@ -125,16 +125,6 @@ def row_parts(config: ModelConfig, layer: str) -> tuple[int, ...]:
     converter = next((module for module in _CONVERTERS.values() if config.model_type == module.MODEL_TYPE), None)
     block = re.fullmatch(r"(?:backbone\.)?h\.\d+\.(.+)", layer)
     return converter.row_parts(config, block[1]) if converter and block else ()
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `WeightsError` if the file is missing or damaged."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: there is no such file")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: is damaged or no safetensors file ({error})") from error
 
 
 def load(path_or_name: str | Path) -> Pretrained:

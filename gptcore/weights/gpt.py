@@ -142,10 +142,10 @@ def to_huggingface(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Ten
             theirs[f"{_LLAMA_OUTSIDE[module]}.{kind}"] = tensor
             continue
         _, layer, part = module.split(".", 2)
-        names = _LLAMA_PACKED.get(part) or (_LLAMA_PARTS[part],)
         rows = row_parts(config, part)
         pieces = tensor.split(rows) if rows else (tensor,)
-        theirs |= {f"model.layers.{layer}.{n}.{kind}": piece.contiguous() for n, piece in zip(names, pieces)}
+        names = layer_names(config, int(layer), part)
+        theirs |= {f"{n}.{kind}": piece.contiguous() for n, piece in zip(names, pieces)}
     return theirs
 
 
@@ -156,14 +156,32 @@ def row_parts(config: GPTConfig, part: str) -> tuple[int, ...]:
         config: the model's configuration.
         part: the layer's name in the block, such as ``attn.c_attn``.
     """
-    try:
-        if architecture(config) != "llama":
-            return ()
-    except WeightsError:  # Hugging Face has no such model
+    if part not in _LLAMA_PACKED or not _is("llama", config):
         return ()
     key_rows = config.kv_heads * config.head_dim
-    heads = (config.n_head * config.head_dim, key_rows, key_rows)
-    return {"attn.c_attn": heads, "mlp.c_fc": (config.hidden, config.hidden)}.get(part, ())
+    return (config.width, key_rows, key_rows) if part == "attn.c_attn" else (config.hidden, config.hidden)
+
+
+def layer_names(config: GPTConfig, layer: int, part: str) -> tuple[str, ...]:
+    """The names in Hugging Face's model of a module of a block, those of its `row_parts` in order.
+
+    A model that Hugging Face does not have keeps its own name.
+    """
+    if _is("llama", config):
+        return tuple(f"model.layers.{layer}.{name}" for name in _LLAMA_PACKED.get(part) or (_LLAMA_PARTS[part],))
+    return (f"transformer.h.{layer}.{part}",)
+
+
+def is_gpt2(config: GPTConfig) -> bool:
+    """Whether Hugging Face's GPT-2 computes the same."""
+    return _is("gpt2", config)
+
+
+def _is(name: str, config: GPTConfig) -> bool:
+    try:
+        return architecture(config) == name
+    except WeightsError:  # Hugging Face has no such model
+        return False
 
 
 def architecture(config: GPTConfig) -> str:
