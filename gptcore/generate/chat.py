@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from gptcore.generate.chat_template import Message, render
+from gptcore.text.chat_format import ChatFormat
+from gptcore.text.chat_template import Message
 
 if TYPE_CHECKING:
     from gptcore.models.gpt import GPT
@@ -37,16 +38,12 @@ class Chat:
         max_new_tokens: int = 256,
         **sampling: Any,
     ) -> None:
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                "model: has no chat template, so it was not trained to converse; accepted are models with a chat template "
-                "(one of several must be named 'default')"
-            )
+        self._format = ChatFormat(tokenizer)
         if not 0 < max_new_tokens < model.config.context:
             raise ValueError(
                 f"max_new_tokens: got {max_new_tokens}; accepted are 1 to {model.config.context - 1}, one less than the context"
             )
-        self.model, self.tokenizer, self.template = model, tokenizer, tokenizer.chat_template
+        self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.turns: list[Message] = []
@@ -82,8 +79,7 @@ class Chat:
         self.forgotten += dropped
 
     def _prompt(self, turns: list[Message]) -> list[int]:
-        text = render(self.template, self.system + turns, special_tokens=self.tokenizer.special_tokens_map)
-        return self.tokenizer.encode(text, allowed_special="all")  # not encode_prompt: the template writes BOS itself
+        return self._format.prompt(self.system + turns)
 
 
 def converse(chat: Chat, ask: Callable[[], str], show: Callable[[str], None]) -> None:

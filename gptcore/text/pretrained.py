@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -87,6 +88,19 @@ class PretrainedTokenizer:
         """All ids are less than this; some below it may be unused."""
         self.base_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         """`vocab_size` without the tokens that were added later, for which a model may have no embedding."""
+
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """The special tokens as a text may spell them."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    def with_chat_template(self, template: str) -> PretrainedTokenizer:
+        """The same tokenizer with another chat template."""
+        changed = copy(self)
+        changed.chat_templates = self.chat_templates | {"default": template}
+        changed.chat_template = template
+        return changed
 
     def __repr__(self) -> str:
         return f"PretrainedTokenizer({self.name!r}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"

@@ -14,6 +14,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 """The special token that ends every document. It is the last id of every vocabulary."""
+END_OF_TURN = "<|im_end|>"
+"""The special token that ends a message in ChatML, if a vocabulary has it."""
 
 _FORMAT = "gptcore-tokenizer"
 _VERSION = 1
@@ -51,6 +54,7 @@ class Tokenizer:
             all 256 single bytes must be there.
         special_tokens: name -> id of the tokens that stand for no text. Their ids follow those of ``mergeable_ranks``,
             and ``<|endoftext|>`` must be one of them.
+        chat_template: a Jinja template that turns messages into a prompt; None if the model is not trained to converse.
 
     Raises:
         ValueError: if the ids are not contiguous from 0, a single byte or ``<|endoftext|>`` is missing,
@@ -58,7 +62,12 @@ class Tokenizer:
     """
 
     def __init__(
-        self, name: str, pattern: str, mergeable_ranks: dict[bytes, int], special_tokens: dict[str, int]
+        self,
+        name: str,
+        pattern: str,
+        mergeable_ranks: dict[bytes, int],
+        special_tokens: dict[str, int],
+        chat_template: str | None = None,
     ) -> None:
         import tiktoken
 
@@ -79,10 +88,13 @@ class Tokenizer:
         self.name = name
         self.eot_token = special_tokens[END_OF_TEXT]
         """The id of ``<|endoftext|>``, which stands between documents."""
-        self.stop_tokens: tuple[int, ...] = (self.eot_token,)
+        ends = (END_OF_TEXT, END_OF_TURN)
+        self.stop_tokens: tuple[int, ...] = tuple(special_tokens[end] for end in ends if end in special_tokens)
         """Ids that end generation."""
-        self.chat_template: str | None = None
-        """None: a tokenizer that is trained here has no tokens for roles."""
+        self.special_tokens: frozenset[str] = frozenset(special_tokens)
+        """The special tokens as a text may spell them."""
+        self.chat_template = chat_template
+        """The Jinja template that turns messages into a prompt; None if there is none."""
         self.special_tokens_map: dict[str, str] = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
         """Special tokens by transformers' names."""
         self.base_size = len(mergeable_ranks)
@@ -159,9 +171,15 @@ class Tokenizer:
         tokens = checked_ids(ids, self.vocab_size)
         return self._encoding.decode([i for i in tokens if not skip_special or i < self.base_size], errors="replace")
 
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        changed = copy(self)
+        changed.chat_template = template
+        return changed
+
     @cached_property
     def fingerprint(self) -> str:
-        """A hash, 32 hexadecimal digits, of the tokens, their ids and the pattern; the name does not matter."""
+        """A hash, 32 hexadecimal digits, of the tokens, their ids and the pattern; name and template do not matter."""
         digest = hashlib.sha256()
         parts = [
             self._pattern.encode(),
@@ -184,6 +202,8 @@ class Tokenizer:
             "special_tokens": dict(self._specials_in_order()),
             "mergeable_ranks": [base64.b64encode(token).decode() for token in self._tokens_in_order()],
         }
+        if self.chat_template is not None:
+            state["chat_template"] = self.chat_template
         with atomic_writer(Path(path)) as file:
             file.write(json.dumps(state, ensure_ascii=False, indent=0).encode())
 
@@ -192,7 +212,9 @@ class Tokenizer:
         from gptcore.text.pretrained import PretrainedTokenizer, byte_level_bpe
 
         inner = byte_level_bpe(self._pattern, self._tokens_in_order(), dict(self._specials_in_order()))
-        PretrainedTokenizer(inner, self.name, special_tokens_map=self.special_tokens_map).save_huggingface(folder)
+        names = self.special_tokens_map
+        exported = PretrainedTokenizer(inner, self.name, special_tokens_map=names, chat_template=self.chat_template)
+        exported.save_huggingface(folder)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -210,7 +232,10 @@ class Tokenizer:
         state = _read_state(path)
         try:
             ranks = {base64.b64decode(token, validate=True): i for i, token in enumerate(state["mergeable_ranks"])}
-            tokenizer = cls(state["name"], state["pattern"], ranks, state["special_tokens"])
+            template = state.get("chat_template")
+            if not isinstance(template, str | None):
+                raise ValueError(f"chat_template is {template!r}; it must be a text")
+            tokenizer = cls(state["name"], state["pattern"], ranks, state["special_tokens"], template)
         except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
             raise ValueError(f"{path} is a damaged tokenizer file: {error!r}") from error
         check_fingerprint(path, tokenizer.fingerprint, state.get("fingerprint"))

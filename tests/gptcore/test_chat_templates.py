@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.generate.chat import Chat
-from gptcore.generate.chat_template import Message, render
+from gptcore.text.chat_template import Message, render
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import get_tokenizer
 from tests.gptcore.small_tokenizers import byte_level, with_bos

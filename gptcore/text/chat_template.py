@@ -6,14 +6,16 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
+
+Role = Literal["system", "user", "assistant"]
 
 
 class Message(TypedDict):
     """One message of a conversation."""
 
     role: str
-    """``system``, ``user`` or ``assistant``."""
+    """A `Role`."""
     content: str
 
 
