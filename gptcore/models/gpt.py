@@ -107,7 +107,7 @@ class GPT(Model):
         *,
         targets: Tensor | None = None,
         documents: Documents | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         return_attention: bool = False,
     ) -> Any:
         """Returns the next-token logits at every position; with `targets` the loss instead.
@@ -122,7 +122,7 @@ class GPT(Model):
 
         Returns:
             Logits ``(B, T, vocab_size)``; with `return_attention` ``(logits, [weights (B, H, T, keys) of each layer])``;
-            with `targets` a scalar.
+            with `targets` a scalar, or ``(B, T)`` with reduction "none".
 
         Raises:
             TypeError: tokens that are not integers.
@@ -170,7 +170,7 @@ class GPT(Model):
         tokens: Tensor,
         targets: Tensor,
         documents: Documents | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
         """Returns the cross-entropy in nats, computed in float32; the fused kernels never hold all logits.
 
@@ -179,7 +179,8 @@ class GPT(Model):
             targets: ``(B, T)`` the ids that follow; -100 is ignored.
             documents: treat each document as a sequence of its own: attention stays within it, positions start at 0; None:
                 each row is one sequence.
-            reduction: "mean" or "sum", over the targets that are not ignored.
+            reduction: "mean" or "sum", over the targets that are not ignored; "none": the loss ``(B, T)`` of each target, 0
+                where it is ignored.
 
         Raises:
             TypeError, ValueError: as `forward`, for both arguments.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,29 @@ class Documents(NamedTuple):
         begins[:, 1:] = tokens[:, :-1] == end_of_text
         starts = begins.flatten().nonzero().flatten()  # (documents,)
         bounds = torch.cat([starts, starts.new_tensor([batch * length])])
+        return cls._between(bounds, batch)
+
+    @classmethod
+    def from_lengths(cls, rows: Sequence[Sequence[int]], length: int) -> Documents:
+        """Documents of these lengths in each of the `rows` of `length` tokens; the rest of a row is one more document.
+
+        Raises:
+            ValueError: the documents of a row have more tokens than it.
+        """
+        lengths: list[int] = []
+        for row in rows:
+            rest = length - sum(row)
+            if rest < 0 or min(row, default=1) < 1:
+                raise ValueError(f"rows: got documents of {list(row)} tokens; accepted are positive and at most {length} together")
+            lengths += [*row, rest] if rest else row
+        return cls._between(torch.tensor([0, *lengths]).cumsum(0), len(rows))
+
+    @classmethod
+    def _between(cls, bounds: Tensor, batch: int) -> Documents:
+        """Documents between `bounds` ``(documents + 1,)``, of `batch` rows."""
         lengths = bounds.diff()
-        positions = torch.arange(batch * length) - starts.repeat_interleave(lengths)
-        return cls(bounds.int(), int(lengths.max()), positions.view(batch, length))
+        positions = torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(lengths)
+        return cls(bounds.int(), int(lengths.max()), positions.view(batch, -1))
 
     def to(self, device: torch.device) -> Documents:
         """The same with its tensors on `device`."""
