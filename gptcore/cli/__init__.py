@@ -21,6 +21,7 @@ from gptcore.cli.generate import Generate
 from gptcore.cli.info import Info
 from gptcore.cli.nearest import Nearest
 from gptcore.cli.prepare import Prepare
+from gptcore.cli.tokens import Tokens
 from gptcore.cli.train import Train
 from gptcore.train.guard import drop_unwritten
 
@@ -28,6 +29,7 @@ VERBS: dict[str, type[Any]] = {
     "info": Info,
     "fetch": Fetch,
     "prepare": Prepare,
+    "tokens": Tokens,
     "train": Train,
     "finetune": Finetune,
     "generate": Generate,

@@ -359,18 +359,22 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
     """Load a tokenizer.
 
     Args:
-        name_or_path: ``"gpt2"``, a tokenizer file (ours or Hugging Face's), a folder with a ``tokenizer.json``, or a
-            GGUF file. GPT-2's vocabulary is taken from ``gptcore fetch gpt2-bpe`` if that was run.
+        name_or_path: ``"gpt2"``, a tokenizer file (ours or Hugging Face's), a folder with a ``tokenizer.json``, a GGUF
+            file, or a model that ``gptcore fetch`` brought. GPT-2's vocabulary is taken from ``gptcore fetch gpt2-bpe`` if
+            that was run.
 
     Raises:
         FileNotFoundError: if there is no such tokenizer; otherwise as :meth:`Tokenizer.gpt2` and :meth:`Tokenizer.load`.
     """
     from gptcore import assets
     from gptcore.text.pretrained import FORMAT, PretrainedTokenizer
+    from gptcore.weights import locate
 
     if str(name_or_path) == "gpt2":
         return Tokenizer.gpt2(assets.find("gpt2-bpe"))
     path = Path(name_or_path).expanduser()
+    if not path.exists() and (fetched := assets.find(str(name_or_path))):
+        path = locate(fetched)
     if path.suffix == ".gguf" and path.is_file():
         return PretrainedTokenizer.from_gguf(path)
     if path.is_dir():

@@ -16,6 +16,7 @@ VERBS = [
     "info",
     "fetch",
     "prepare",
+    "tokens",
     "train",
     "finetune",
     "generate",
