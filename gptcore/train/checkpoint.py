@@ -5,6 +5,7 @@
 | file | contents |
 | --- | --- |
 | ``model.safetensors``, ``config.json``, ``tokenizer.json`` | the model; `gptcore.models.from_pretrained` loads the folder |
+| ``adapter_model.safetensors``, ``adapter_config.json`` | instead of ``model.safetensors``: the adapters, if LoRA is trained |
 | ``optimizer.safetensors`` | ``KEY.NAME``: the optimizer's tensors for each trained parameter (AdamW: ``exp_avg``, ...) |
 | ``optimizer/`` | the same in shards, one of each process, if the model was sharded |
 | ``random.safetensors`` | random states: ``data`` of the batches; ``cpu.RANK`` and ``cuda.RANK`` of PyTorch in each process |
@@ -30,12 +31,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptcore._files import atomic_writer, link_or_copy, publish_folder, remove_folder
+from gptcore.nn import has_lora
 from gptcore.text.tokenizer import TOKENIZER
 from gptcore.train.config import RunConfig
+from gptcore.train.finetune import portable
+from gptcore.train.finetune_config import FinetuneConfig
 from gptcore.train.optimizers import initialise_state
 from gptcore.train.parallel import shard_like, whole
 from gptcore.train.state import Progress, TrainState
 from gptcore.weights import CONFIG, WEIGHTS, WeightsError, check_state, description, read_tensors
+from gptcore.weights.adapter import adapter_state, read_adapter, save_adapter
+from gptcore.weights.names import ADAPTER, ADAPTER_CONFIG
 
 FOLDER = "checkpoints"
 STATE, OPTIMIZER, SHARDS, RANDOM = "state.json", "optimizer.safetensors", "optimizer", "random.safetensors"
@@ -140,7 +146,12 @@ class Checkpoint:
             WeightsError: a file is damaged, or a tensor is missing, unknown or of another shape.
         """
         model, source = state.model, self.folder / WEIGHTS
-        check_state(_shapes(source), model.state_dict(), source, type(model).__name__)
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        adapters: dict[str, Tensor] | None = None
+        if has_lora(model):
+            adapters = adapter_state(model, read_adapter(self.folder))
+        else:
+            check_state(_shapes(source), weights, source, type(model).__name__)
         sharded = (self.folder / SHARDS).is_dir()
         source = self.folder / SHARDS if sharded else self.folder / OPTIMIZER
         initialise_state(state.optimizer)
@@ -158,8 +169,11 @@ class Checkpoint:
         random = read_tensors(self.folder / RANDOM)
         if "data" not in random:
             raise WeightsError(f"{self.folder / RANDOM}: data is missing")
-        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        _load(weights, self.folder / WEIGHTS)
+        if adapters is None:
+            _load(weights, self.folder / WEIGHTS)
+        else:
+            for name, tensor in adapters.items():
+                weights[name].copy_(shard_like(tensor, weights[name]))
         _load(kept, source)
         state.generator.set_state(random["data"])
         if (own := random.get(f"cpu.{state.world.rank}")) is not None:
@@ -245,8 +259,9 @@ def record_evaluation(out: Path, progress: Progress, config: RunConfig) -> None:
 
 def publish_model(folder: Path, out: Path) -> None:
     """Puts a checkpoint's model into `out`. Each file appears by a rename; within a run only the weights change."""
-    for name in (TOKENIZER, CONFIG, WEIGHTS):
-        link_or_copy(folder / name, out / name)
+    for name in (TOKENIZER, CONFIG, ADAPTER_CONFIG, ADAPTER, WEIGHTS):
+        if (folder / name).is_file():  # the adapter's files or the weights
+            link_or_copy(folder / name, out / name)
 
 
 def _fixed(config: RunConfig) -> dict[str, Any]:
@@ -257,9 +272,18 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
 
 def _write(state: TrainState, folder: Path) -> None:
     """Writes this process's part of the tensors."""
-    main = state.world.is_main
-    weights = {name: whole(tensor).detach().cpu() for name, tensor in state.model.state_dict().items()}
-    if main:
+    main, model, config = state.world.is_main, state.model, state.config
+    adapters = has_lora(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {
+        name: whole(tensor).detach().cpu()
+        for name, tensor in model.state_dict().items()
+        if name in trained or not adapters
+    }
+    if main and adapters:
+        assert isinstance(config, FinetuneConfig)
+        save_adapter(folder, model, portable(config.model), weights)
+    elif main:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     del weights
     kept = _optimizer_tensors(state)

@@ -19,6 +19,7 @@ from gptcore.train.config import RunConfig
 from gptcore.train.metrics import METRICS, PLOT, TENSORBOARD, TIMINGS
 from gptcore.train.parallel import World
 from gptcore.weights import CONFIG, WEIGHTS
+from gptcore.weights.names import ADAPTER, ADAPTER_CONFIG
 
 RUN = "config.yaml"
 # A folder with any of these holds a run: they are written first.
@@ -102,7 +103,7 @@ def start_folder(config: RunConfig, task: Task, resumed: bool) -> None:
     if not resumed:
         for name in (FOLDER, TENSORBOARD):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in (METRICS, TIMINGS, PLOT, WEIGHTS, CONFIG):
+        for name in (METRICS, TIMINGS, PLOT, WEIGHTS, ADAPTER, ADAPTER_CONFIG, CONFIG):
             (out / name).unlink(missing_ok=True)
     config.save(out / RUN)
     task.save(out)
