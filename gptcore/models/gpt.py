@@ -79,6 +79,9 @@ class GPT(Model):
     def blocks(self) -> nn.ModuleList:
         return self.h
 
+    def last_layers(self) -> list[nn.Module]:
+        return [self.h[-1], self.ln_f]
+
     @property
     def output_weight(self) -> Tensor:
         """``(vocab_size, C)`` weights of the output layer."""

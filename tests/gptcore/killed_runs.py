@@ -1,7 +1,7 @@
-"""A run that is killed ten times and resumed: run by test_resume.py, in a process of its own.
+"""A run that is killed several times and resumed: run by test_resume.py, in a process of its own.
 
-``python -m tests.gptcore.killed_runs CORPUS FOLDER SEED`` trains once without a stop into FOLDER/whole and once with kills into
-FOLDER/killed. Every attempt is a fork of this process, which has imported everything and computed nothing.
+``python -m tests.gptcore.killed_runs CORPUS FOLDER SEED KILLS [BASE]`` trains once without a stop into FOLDER/whole and once with kills
+into FOLDER/killed: a new model, or LoRA on BASE. Every attempt is a fork of this process, which has imported everything and computed nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.figure  # noqa: F401 (once, not in each fork)
 import torch
 
-from gptcore.train import train
+from gptcore.train import FinetuneConfig, RunConfig, train
 from tests.gptcore.runs import config
 
 CALLS = "fsync", "rename", "replace", "link"  # what makes a checkpoint durable, in os
@@ -40,14 +40,23 @@ def dies_at_call(number: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
-def attempt(corpus: Path, out: Path, at_call: int | None = None, after: float | None = None) -> bool:
+def options(corpus: Path, out: Path, base: Path | None) -> RunConfig:
+    made = config(corpus, out, steps=36, eval_interval=3, dropout=0.1, resume="auto")
+    if base is None:
+        return made
+    shared = {name: value for name, value in made.plain().items() if name not in ("model", "preset", "tokens_per_step")}
+    shared |= {"data": corpus, "out": out, "lora_dropout": 0.1, "resume": "auto"}
+    return FinetuneConfig.of(model=str(base), **shared)
+
+
+def attempt(corpus: Path, out: Path, base: Path | None, at_call: int | None = None, after: float | None = None) -> bool:
     """One process that trains to the end unless it is killed; whether it was."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
         if at_call:
             dies_at_call(at_call)
-        train(config(corpus, out, steps=36, eval_interval=3, dropout=0.1, resume="auto"), progress=False)
+        train(options(corpus, out, base), progress=False)
         os._exit(0)
     if after:
         time.sleep(after)
@@ -57,20 +66,20 @@ def attempt(corpus: Path, out: Path, at_call: int | None = None, after: float | 
     return status != 0
 
 
-def main(corpus: Path, folder: Path, seed: int) -> None:
+def main(corpus: Path, folder: Path, seed: int, turns: int, base: Path | None = None) -> None:
     draw = random.Random(seed)
-    assert not attempt(corpus, folder / "whole")
+    assert not attempt(corpus, folder / "whole", base)
     kills = 0
-    for turn in range(10):
+    for turn in range(turns):
         if turn % 2:
-            kills += attempt(corpus, folder / "killed", at_call=draw.randint(1, 45))
+            kills += attempt(corpus, folder / "killed", base, at_call=draw.randint(1, 45))
         else:
-            kills += attempt(corpus, folder / "killed", after=draw.uniform(0.4, 1.4))
+            kills += attempt(corpus, folder / "killed", base, after=draw.uniform(0.4, 1.4))
         steps = sorted(p.name for p in (folder / "killed").glob("checkpoints/step-*"))
         print(f"kill {kills}: {', '.join(steps)}", flush=True)
-    assert not attempt(corpus, folder / "killed")
+    assert not attempt(corpus, folder / "killed", base)
     print(f"{kills} kills", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *map(Path, sys.argv[5:]))

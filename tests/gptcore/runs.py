@@ -80,3 +80,15 @@ def records(out: Path, key: str, file: str = "metrics.jsonl") -> list[float]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def same_end(one: Path, other: Path, step: str, weights: str = "model.safetensors") -> None:
+    """Two runs have the same metrics, weights and last checkpoint, bit for bit."""
+    for name in ("metrics.jsonl", weights):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    first, second = (contents(out / "checkpoints" / step) for out in (one, other))
+    states = [json.loads(files.pop("state.json")) for files in (first, second)]
+    assert first == second
+    for state in states:
+        state["config"].pop("out")
+    assert states[0] == states[1]

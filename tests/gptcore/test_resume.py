@@ -20,7 +20,7 @@ from gptcore import GPT
 from gptcore.train import train
 from gptcore.train.checkpoint import checkpoints
 from gptcore.weights import WeightsError
-from tests.gptcore.runs import config, contents, records
+from tests.gptcore.runs import config, contents, records, same_end
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +46,11 @@ def go_on(corpus: Path, out: Path, **changes):
     return train(config(corpus, out, **settings), progress=progress)
 
 
-def same_end(one: Path, other: Path, step: str) -> None:
-    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    first, second = (contents(out / "checkpoints" / step) for out in (one, other))
-    states = [json.loads(files.pop("state.json")) for files in (first, second)]
-    assert first == second
-    for state in states:
-        state["config"].pop("out")
-    assert states[0] == states[1]
-
-
 @pytest.mark.slow
 def test_ten_kills(corpus: Path, tmp_path: Path):
     """SIGKILL at random moments and inside the writing of checkpoints: the end is the same, byte for byte."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.gptcore.killed_runs", str(corpus), str(tmp_path), "1"]
+    command = [sys.executable, "-m", "tests.gptcore.killed_runs", str(corpus), str(tmp_path), "1", "10"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n10 kills\n"), done.stdout
@@ -243,7 +232,7 @@ def test_a_file_that_cannot_grow(corpus: Path, part: Path):
 
 def test_the_last_ones_and_the_best_are_kept(corpus: Path, tmp_path: Path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 5.0])
-    monkeypatch.setattr("gptcore.train.step.evaluate", lambda state, limit: next(losses))
+    monkeypatch.setattr("gptcore.train.step.evaluate", lambda state, limit: {"loss": next(losses)})
     train(config(corpus, tmp_path / "run", steps=5, eval_interval=1, keep=2), progress=False)
     steps = [int(p.name[5:]) for p in checkpoints(tmp_path / "run")]
     assert steps == [5, 4, 2]

@@ -12,8 +12,8 @@ from gptcore.evaluate.attention_map import draw_attention
 from gptcore.evaluate.describe import cache_bytes_per_token, describe
 from gptcore.generate import generate_text, pad_left, penalise, stream_text
 from gptcore.generate.chat import Chat, converse
-from gptcore.text.chat_template import render
 from gptcore.generate.text import _StreamDecoder
+from gptcore.text.chat_template import render
 from gptcore.text.pretrained import PretrainedTokenizer
 from gptcore.text.tokenizer import Tokenizer
 from tests.gptcore.runs import main
