@@ -122,7 +122,9 @@ def _preference(record: dict[str, Any], name: str) -> Preference:
         else _messages(record["prompt"], name, "prompt")
     )
     if prompt[-1]["role"] == "assistant":
-        raise ValueError(f"{name}: the prompt ends with a message of the assistant; accepted are prompts that ask for one")
+        raise ValueError(
+            f"{name}: the prompt ends with a message of the assistant; accepted are prompts that ask for one"
+        )
     chosen, rejected = (_answer(record, name, field, prompt) for field in ("chosen", "rejected"))
     if chosen == rejected:
         raise ValueError(f"{name}: chosen and rejected are the same; accepted are two different answers")

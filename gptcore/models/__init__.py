@@ -16,9 +16,15 @@ MODELS: dict[str, type[Model]] = {model.config_class.model_type: model for model
 """By `model_type`, the name in ``config.json`` and of ``gptcore train --model``."""
 
 
-def from_pretrained(path_or_name: str | Path, *, dtype: torch.dtype | None = None, **changes: Any) -> Model:
+def from_pretrained(
+    path_or_name: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    **changes: Any,
+) -> Model:
     """Loads the model at `path_or_name`, of any type; arguments and errors as `Model.from_pretrained`."""
-    found = weights.load(path_or_name)
+    found = weights.load(path_or_name, adapter)
     if found.model_type not in MODELS:
         raise weights.WeightsError(
             f"{found.described}: model_type: got {found.model_type!r}; accepted are {', '.join(MODELS)}"

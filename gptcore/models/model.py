@@ -172,20 +172,27 @@ class Model(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(
-        cls: type[M], path_or_name: str | Path, *, dtype: torch.dtype | None = None, **changes: Any
+        cls: type[M],
+        path_or_name: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        **changes: Any,
     ) -> M:
         """Loads weights that `save_pretrained` or Hugging Face wrote, or a GGUF file.
 
         Args:
             path_or_name: a folder with ``config.json`` and ``model.safetensors`` (or its shards), a ``.gguf`` file or a
                 folder with one, a name that ``gptcore fetch`` brought, or a model of the Hugging Face hub such as ``"gpt2"``.
-            dtype: of the parameters; None keeps the file's (float32 from GGUF).
+                Of a folder with a LoRA adapter, ours or one that `peft` wrote, the base that it names is loaded too.
+            adapter: a folder with a LoRA adapter of the model.
+            dtype: of the parameters; None keeps the file's (float32 from GGUF). An adapter's are always float32.
             changes: fields of the configuration to change, e.g. ``kernels="reference"``.
 
         Raises:
             WeightsError: a file is missing, damaged, or describes another model; names the file and what is wrong.
         """
-        return cls.from_files(weights.load(path_or_name), dtype=dtype, **changes)
+        return cls.from_files(weights.load(path_or_name, adapter), dtype=dtype, **changes)
 
     @classmethod
     def from_files(cls: type[M], found: weights.Pretrained, *, dtype: torch.dtype | None = None, **changes: Any) -> M:
@@ -202,7 +209,11 @@ class Model(nn.Module, ABC):
             model = cls(config)
         weights.check_state(found.state, model.state_dict(), found.source, cls.__name__)
         model.load_state_dict(found.state, assign=True)
-        return model if dtype is None else model.to(dtype)
+        if dtype is not None:
+            model.to(dtype)
+        if found.adapter is not None:
+            weights.load_adapter(model, found.adapter)
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into `folder`, each of them atomically."""

@@ -40,7 +40,9 @@ class Documents(NamedTuple):
         for row in rows:
             rest = length - sum(row)
             if rest < 0 or min(row, default=1) < 1:
-                raise ValueError(f"rows: got documents of {list(row)} tokens; accepted are positive and at most {length} together")
+                raise ValueError(
+                    f"rows: got documents of {list(row)} tokens; accepted are positive and at most {length} together"
+                )
             lengths += [*row, rest] if rest else row
         return cls._between(torch.tensor([0, *lengths]).cumsum(0), len(rows))
 

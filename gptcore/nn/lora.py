@@ -116,10 +116,10 @@ class LoRALinear(Linear):
         """Returns ``alpha / rank * B A`` of all parts, ``(outputs, inputs)``; rows outside the parts are zero."""
         return self._spread() @ self.lora_A
 
-    def merged_weight(self) -> Tensor:
-        """Returns the weight with the adapter added: computed in float32 and rounded once to the weight's dtype."""
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the weight with the adapter added: computed in float32 and rounded once to `dtype`, or to the weight's."""
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-            return (self.weight.float() + self.product().float()).to(self.weight.dtype)
+            return (self.weight.float() + self.product().float()).to(dtype or self.weight.dtype)
 
     def part_rows(self) -> list[int]:
         """Returns the number of rows of each part."""
@@ -201,18 +201,22 @@ def adapt(model: nn.Module, layers: Mapping[str, Sequence[tuple[int, int]]], con
         _replace(model, name, LoRALinear(layer, config, parts))
 
 
-def merge_lora(model: nn.Module) -> None:
+def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Adds the adapters to the weights and removes them, in place: the model has its plain layers again, still frozen.
 
-    The sum is computed in float32 and rounded once to the weight's dtype.
+    Args:
+        model: a model with or without adapters.
+        dtype: of all parameters afterwards; None keeps each one's. The sums are computed in float32 and rounded once to it.
     """
     for name, adapted in lora_layers(model).items():
         with torch.device("meta"):
             layer = Linear(
                 adapted.in_features, adapted.out_features, bias=adapted.bias is not None, backend=adapted.backend
             )
-        layer.weight, layer.bias = nn.Parameter(adapted.merged_weight(), requires_grad=False), adapted.bias
+        layer.weight, layer.bias = nn.Parameter(adapted.merged_weight(dtype), requires_grad=False), adapted.bias
         _replace(model, name, layer.train(adapted.training))
+    if dtype is not None:
+        model.to(dtype)
 
 
 @contextmanager

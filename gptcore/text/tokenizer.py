@@ -359,16 +359,16 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
     """Load a tokenizer.
 
     Args:
-        name_or_path: ``"gpt2"``, a tokenizer file (ours or Hugging Face's), a folder with a ``tokenizer.json``, a GGUF
-            file, or a model that ``gptcore fetch`` brought. GPT-2's vocabulary is taken from ``gptcore fetch gpt2-bpe`` if
-            that was run.
+        name_or_path: ``"gpt2"``, a tokenizer file (ours or Hugging Face's), a folder with a ``tokenizer.json`` or with an
+            adapter, whose base has one, a GGUF file, or a model that ``gptcore fetch`` brought. GPT-2's vocabulary is taken
+            from ``gptcore fetch gpt2-bpe`` if that was run.
 
     Raises:
         FileNotFoundError: if there is no such tokenizer; otherwise as :meth:`Tokenizer.gpt2` and :meth:`Tokenizer.load`.
     """
     from gptcore import assets
     from gptcore.text.pretrained import FORMAT, PretrainedTokenizer
-    from gptcore.weights import locate
+    from gptcore.weights import is_adapter, locate, locate_base
 
     if str(name_or_path) == "gpt2":
         return Tokenizer.gpt2(assets.find("gpt2-bpe"))
@@ -378,6 +378,8 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer | PretrainedTokenizer:
     if path.suffix == ".gguf" and path.is_file():
         return PretrainedTokenizer.from_gguf(path)
     if path.is_dir():
+        if not (path / TOKENIZER).exists() and is_adapter(path):
+            return get_tokenizer(locate_base(path))
         path = path / TOKENIZER
     if not path.exists():
         raise FileNotFoundError(

@@ -1,6 +1,6 @@
 """Models on disk: our folders and Hugging Face's (safetensors and JSON), and GGUF files."""
 
-from gptcore.weights.adapter import Adapter, adapter_state, load_adapter, read_adapter, save_adapter
+from gptcore.weights.adapter import Adapter, adapter_state, is_adapter, load_adapter, read_adapter, save_adapter
 from gptcore.weights.error import WeightsError
 from gptcore.weights.files import (
     Pretrained,
@@ -8,6 +8,7 @@ from gptcore.weights.files import (
     description,
     load,
     locate,
+    locate_base,
     read_generation,
     row_parts,
     save_folder,
@@ -31,9 +32,11 @@ __all__ = [
     "config_to_huggingface",
     "description",
     "from_huggingface",
+    "is_adapter",
     "load",
     "load_adapter",
     "locate",
+    "locate_base",
     "read_adapter",
     "read_generation",
     "read_tensors",

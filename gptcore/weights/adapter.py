@@ -26,7 +26,7 @@ from gptcore.weights.names import ADAPTER, ADAPTER_CONFIG
 from gptcore.weights.tensors import read_tensors
 
 if TYPE_CHECKING:
-    from gptcore.models.model import Model
+    from gptcore.models.model import Model, ModelConfig
 
 _PREFIX = "base_model.model."
 _BLOCK = re.compile(r"(?:backbone\.)?h\.(\d+)\.(.+)")
@@ -114,7 +114,7 @@ def save_adapter(folder: str | Path, model: Model, base: str, state: dict[str, T
     for name, parameter in model.named_parameters():
         if name.endswith((".lora_A", ".lora_B")):
             continue
-        if theirs := classifier.head_name(name):
+        if theirs := classifier.head_name(backbone.model_type, name):
             tensors[theirs] = state[name]
             whole.append(theirs.rpartition(".")[0].removesuffix(".dense").rpartition(".")[2])
         elif parameter.requires_grad:
@@ -177,6 +177,24 @@ def read_adapter(folder: str | Path) -> Adapter:
     )
 
 
+def base_of(folder: Path) -> str:
+    """The path or name of the base of the adapter in `folder`; reads ``adapter_config.json`` only.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or names no base.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        base = json.loads(path.read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{path}: is missing or damaged ({error})") from error
+    if not base:
+        raise WeightsError(
+            f"{path}: names no base_model_name_or_path; accepted then is --model BASE --adapter {folder}"
+        )
+    return str(base)
+
+
 def load_adapter(model: Model, adapter: Adapter | str | Path) -> None:
     """Adds an adapter from disk to a model, in place; all other parameters are frozen. Nothing changes if it does not fit.
 
@@ -205,7 +223,8 @@ def adapter_state(model: Model, adapter: Adapter) -> dict[str, Tensor]:
         WeightsError: the model's adapters are others: names the tensor and both shapes.
     """
     state, own = _packed(_match(model, adapter)), model.state_dict()
-    expected = {n for n in own if n.endswith((".lora_A", ".lora_B")) or classifier.head_name(n)}
+    backbone: ModelConfig = getattr(model.config, "backbone", model.config)
+    expected = {n for n in own if n.endswith((".lora_A", ".lora_B")) or classifier.head_name(backbone.model_type, n)}
     if missing := sorted(expected - set(state)):
         raise WeightsError(f"{adapter.source}: has nothing for {missing[0]}; accepted is an adapter of the same layers")
     for name, tensor in state.items():
@@ -237,7 +256,12 @@ def _match(model: Model, adapter: Adapter) -> _Found:
         for name in _adaptable(model)
         for theirs, rows in zip(_names(model, name), _parts(model, name))
     }
-    heads = {_bare(theirs): name for name in model.state_dict() if (theirs := classifier.head_name(name))}
+    backbone: ModelConfig = getattr(model.config, "backbone", model.config)
+    heads = {
+        _bare(theirs): name
+        for name in model.state_dict()
+        if (theirs := classifier.head_name(backbone.model_type, name))
+    }
     layers: dict[str, dict[tuple[int, int], tuple[Tensor, Tensor]]] = {}
     whole: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():

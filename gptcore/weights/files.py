@@ -13,8 +13,10 @@ from torch import Tensor
 from gptcore import _extras
 from gptcore._files import atomic_writer
 from gptcore.weights import bert, classifier, gpt
+from gptcore.weights.adapter import Adapter, base_of, is_adapter, read_adapter
 from gptcore.weights.error import WeightsError
 from gptcore.weights.names import (
+    ADAPTER_CONFIG,
     CHAT_TEMPLATE,
     CONFIG,
     GENERATION,
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
 _FORMAT_KEY = "gptcore_format"
 """A config.json with this key is ours, with the value 1. transformers' may have the same model_type."""
 _CONVERTERS = {"gpt2": gpt, "llama": gpt, "mistral": gpt, "bert": bert}
-"""transformers' model_type -> the module that converts the model's configuration and tensors, for all but classifiers."""
+"""transformers' model_type -> the module that converts the model's configuration and tensors."""
+_MODULES: dict[str, Any] = {module.MODEL_TYPE: module for module in (gpt, bert, classifier)}
+"""Our model_type -> the module that converts the model."""
 _PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
-_DOWNLOADED = [CONFIG, GENERATION, "*.safetensors", INDEX]
+_DOWNLOADED = [CONFIG, ADAPTER_CONFIG, GENERATION, "*.safetensors", INDEX]
 _DOWNLOADED += [TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, MORE_CHAT_TEMPLATES]
 """The files to download from the hub: weights as safetensors, never as pickles, and the tokenizer."""
 
@@ -53,6 +57,8 @@ class Pretrained(NamedTuple):
     """The file that `config` was read from."""
     source: Path
     """The file that `state` was read from."""
+    adapter: Adapter | None = None
+    """An adapter to add to the model."""
 
 
 def save_huggingface(
@@ -73,7 +79,7 @@ def save_huggingface(
     token_ids = {name: known[name] for name in ("bos_token_id", "eos_token_id") if known.get(name) is not None}
     if config.model_type == classifier.MODEL_TYPE:
         token_ids |= classifier.padding(config, known)  # type: ignore[arg-type]
-    converter = next(module for module in (*_CONVERTERS.values(), classifier) if config.model_type == module.MODEL_TYPE)
+    converter = _MODULES[config.model_type]
     _write(folder, converter.config_to_huggingface(config) | token_ids, converter.to_huggingface(state, config))
     if generation is not None:
         with atomic_writer(Path(folder) / GENERATION) as file:
@@ -122,18 +128,51 @@ def row_parts(config: ModelConfig, layer: str) -> tuple[int, ...]:
         layer: the layer's name in the model, such as ``h.0.attn.c_attn``.
     """
     config = getattr(config, "backbone", config)
-    converter = next((module for module in _CONVERTERS.values() if config.model_type == module.MODEL_TYPE), None)
+    converter = _MODULES.get(config.model_type)
     block = re.fullmatch(r"(?:backbone\.)?h\.\d+\.(.+)", layer)
     return converter.row_parts(config, block[1]) if converter and block else ()
 
 
-def load(path_or_name: str | Path) -> Pretrained:
-    """Read the configuration and the weights that `locate` finds.
+def load(path_or_name: str | Path, adapter: str | Path | None = None) -> Pretrained:
+    """Reads the configuration and the weights that `locate` finds, and an adapter.
+
+    Args:
+        path_or_name: a model; or a folder with an adapter, whose base is then read.
+        adapter: a folder with an adapter of the model.
 
     Raises:
-        WeightsError: a file that is missing or damaged, or an unknown model; names the file.
+        WeightsError: a file that is missing or damaged, an unknown model, or a base that is missing; names the file.
     """
     path = locate(path_or_name)
+    if not path.is_dir() or (path / WEIGHTS).is_file() or not is_adapter(path):
+        base = _load(path)
+        return base if adapter is None else _adapted(base, read_adapter(Path(adapter).expanduser()))
+    if adapter is not None:
+        raise WeightsError(f"adapter: {path} has an adapter already; accepted is a model without (export merges one)")
+    found = read_adapter(path)
+    return _adapted(_load(locate_base(path)), found)
+
+
+def locate_base(folder: Path) -> Path:
+    """The folder or file of the base of the adapter in `folder`.
+
+    Raises:
+        WeightsError: the base is missing, or is no base; says that the adapter needs it.
+    """
+    name = base_of(folder)
+    try:
+        base = locate(name)
+    except (WeightsError, _extras.MissingPackageError) as error:
+        raise WeightsError(
+            f"{folder}: is an adapter that needs its base {name!r}, which cannot be loaded: {error}"
+        ) from error
+    if base.is_dir() and is_adapter(base) and not (base / WEIGHTS).is_file():
+        raise WeightsError(f"{folder}: is an adapter of {name!r}, an adapter itself; accepted is a base with weights")
+    return base
+
+
+def _load(path: Path) -> Pretrained:
+    """Reads a model from its folder or file."""
     if path.is_file():
         from gptcore.weights.gguf import load_gguf
 
@@ -148,6 +187,37 @@ def load(path_or_name: str | Path) -> Pretrained:
     if convert:  # may set fields of the configuration that only the tensors show
         state = convert(state, config)
     return Pretrained(model_type, config, state, config_path, source)
+
+
+def _adapted(base: Pretrained, adapter: Adapter) -> Pretrained:
+    """The base with an adapter; of a classifier's adapter, the classifier around the base."""
+    described = adapter.folder / CONFIG
+    model_type, config = base.model_type, base.config
+    try:
+        values = json.loads(described.read_bytes()) if described.is_file() else {}
+        if _FORMAT_KEY in values:  # a run of ours; another program's file describes the base alone
+            model_type, config, _ = _parse_config(values)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{described}: describes no model this version can load ({error})") from error
+    is_classifier = classifier.MODEL_TYPE in (model_type, base.model_type) or adapter.task_type == "SEQ_CLS"
+    if not is_classifier or base.model_type == classifier.MODEL_TYPE:
+        return base._replace(model_type=model_type, config=config, adapter=adapter)
+    head = classifier.head_state(base.model_type, adapter.tensors)
+    if base.model_type == bert.MODEL_TYPE and "pooler.weight" not in head:  # peft leaves the base's as it is
+        head = classifier.head_state(base.model_type, _read_state(base.source.parent)[0]) | head
+    last = next((tensor for name, tensor in head.items() if name in classifier.LAST), None)
+    if last is None:
+        raise WeightsError(
+            f"{adapter.source}: has no head of a classifier; accepted are {' or '.join(classifier.LAST)}"
+        )
+    if model_type != classifier.MODEL_TYPE:
+        config = classifier.config_around(base.config, base.model_type, [f"LABEL_{i}" for i in range(len(last))])
+    if len(config["labels"]) != len(last):
+        raise WeightsError(
+            f"{adapter.source}: has scores of {len(last)} classes; accepted are {described}'s {len(config['labels'])}"
+        )
+    state = classifier.backbone_state(base.state) | head
+    return base._replace(model_type=classifier.MODEL_TYPE, config=config, state=state, adapter=adapter)
 
 
 def _parse_config(values: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
@@ -165,7 +235,9 @@ def _parse_config(values: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
         return gpt.MODEL_TYPE, values, None
     if model_type not in _CONVERTERS:
         raise WeightsError(f"model_type: got {model_type!r}; accepted are {', '.join(map(repr, _CONVERTERS))}")
-    converter = classifier if classifier.is_classifier(values) else _CONVERTERS[model_type]
+    converter = _CONVERTERS[model_type]
+    if any(name.endswith(classifier.TASK) for name in values.get("architectures") or ()):
+        return classifier.MODEL_TYPE, classifier.config_from_huggingface(values, converter), classifier.convert
     return converter.MODEL_TYPE, converter.config_from_huggingface(values), converter.convert
 
 
