@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from gptcore.generate import Sampling
 from gptcore.nn import Kernels
 
 if TYPE_CHECKING:
+    import torch
+
     from gptcore.models import Model
     from gptcore.text import PretrainedTokenizer, Tokenizer
 
@@ -23,6 +27,10 @@ class Loading:
     model: str
     """Folder of a run or of Hugging Face weights (GPT-2, Llama, BERT), a .gguf file, or a name that gptcore fetch or Hugging
     Face knows."""
+    adapter: Path | None = None
+    """Folder with a LoRA adapter of the model, from gptcore finetune or peft; a run that has one loads it by itself."""
+    merge: bool = False
+    """Add the adapter's product to the weights: the model then runs as fast as its base."""
     tokenizer: str | None = None
     """gpt2, or the path of a saved tokenizer; the model's own if left out."""
     kernels: Kernels = "auto"
@@ -50,13 +58,43 @@ class Loading:
         wide = self.dtype == "fp32" or (self.dtype == "auto" and (device, self.kernels) == ("cpu", "reference"))
         dtype = torch.float32 if wide else torch.bfloat16
         place = locate(self.model)
-        tokenizer = get_tokenizer(self.tokenizer or place)  # before the model: an error comes at once
-        model = kind.from_pretrained(place, dtype=dtype, kernels=self.kernels, **changes).to(device).eval()
+        # Before the model: an error comes at once.
+        tokenizer = get_tokenizer(self.tokenizer or tokenizer_place(place, self.adapter))
+        model = load_model(
+            kind.from_pretrained, place, self.adapter, dtype, merge=self.merge, kernels=self.kernels, **changes
+        )
+        model = model.to(device).eval()
         if tokenizer.base_size > model.config.vocab_size:  # added tokens may lack rows: the model never makes them
             raise ValueError(
                 f"tokenizer: has {tokenizer.base_size} tokens; accepted are at most the model's {model.config.vocab_size}"
             )
         return model, tokenizer
+
+
+def tokenizer_place(model: Path, adapter: Path | None) -> Path:
+    """The folder or file of the tokenizer: the adapter's where it has one, which may have other special tokens."""
+    from gptcore.weights.names import TOKENIZER
+
+    return adapter if adapter is not None and (adapter / TOKENIZER).is_file() else model
+
+
+def load_model(
+    load: Callable[..., M], place: Path, adapter: Path | None, dtype: torch.dtype | None, *, merge: bool, **changes: Any
+) -> M:
+    """Loads a model with `load`, one of the functions `from_pretrained`, and merges its adapter if asked to.
+
+    Raises:
+        ValueError: `merge` for a model without an adapter; otherwise as `load`.
+    """
+    from gptcore.nn import has_lora, merge_lora
+
+    if not merge:
+        return load(place, adapter=adapter, dtype=dtype, **changes)
+    model = load(place, adapter=adapter, **changes)  # in the file's dtype: the sum is rounded once, to `dtype`
+    if not has_lora(model):
+        raise ValueError(f"merge: {place} has no adapter; accepted is a model that has one, or one with --adapter")
+    merge_lora(model, dtype)
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)

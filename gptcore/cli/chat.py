@@ -19,6 +19,7 @@ class Chat(SamplingOptions, Loading):
       gptcore fetch smollm2-135m-instruct && gptcore chat --model smollm2-135m-instruct
       gptcore chat --model runs/tuned --system "You answer in one sentence." --temperature 0.2
       echo "What is a kernel?" | gptcore chat --model smollm2-135m-instruct --temperature 0
+      gptcore chat --model smollm2-135m-instruct --adapter runs/tuned
     """
 
     system: str | None = None

@@ -20,6 +20,7 @@ class Generate(SamplingOptions, Loading):
       gptcore generate --model gpt2 --tokenizer gpt2 --top-p 0.9 --repetition-penalty 1.2 "Once upon a time"
       gptcore generate --model runs/demo --temperature 0 "The function returns" "The class has"
       gptcore generate --model runs/demo --stop . --stop ";" "The function returns"
+      gptcore generate --model smollm2-135m-instruct --adapter runs/tuned --merge "Write a haiku."
     """
 
     prompts: Positional[tuple[str, ...]]

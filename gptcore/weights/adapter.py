@@ -22,7 +22,7 @@ from gptcore.nn.linear import Linear
 from gptcore.nn.lora import LoRAConfig, adapt, lora_layers
 from gptcore.weights import bert, classifier, gpt
 from gptcore.weights.error import WeightsError
-from gptcore.weights.names import ADAPTER, ADAPTER_CONFIG
+from gptcore.weights.names import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS
 from gptcore.weights.tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class Adapter(NamedTuple):
 
 
 def is_adapter(folder: Path) -> bool:
-    """Returns whether a folder holds an adapter."""
-    return (folder / ADAPTER_CONFIG).is_file()
+    """Returns whether a folder holds an adapter and no weights of a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
 def save_adapter(folder: str | Path, model: Model, base: str, state: dict[str, Tensor] | None = None) -> None:

@@ -144,13 +144,17 @@ def load(path_or_name: str | Path, adapter: str | Path | None = None) -> Pretrai
         WeightsError: a file that is missing or damaged, an unknown model, or a base that is missing; names the file.
     """
     path = locate(path_or_name)
-    if not path.is_dir() or (path / WEIGHTS).is_file() or not is_adapter(path):
-        base = _load(path)
-        return base if adapter is None else _adapted(base, read_adapter(Path(adapter).expanduser()))
     if adapter is not None:
-        raise WeightsError(f"adapter: {path} has an adapter already; accepted is a model without (export merges one)")
-    found = read_adapter(path)
-    return _adapted(_load(locate_base(path)), found)
+        if is_adapter(path):
+            raise WeightsError(
+                f"adapter: {path} has an adapter already; accepted is a model without (export merges one)"
+            )
+        found = read_adapter(Path(adapter).expanduser())
+        return _adapted(_load(path), found)
+    if is_adapter(path):
+        found = read_adapter(path)
+        return _adapted(_load(locate_base(path)), found)
+    return _load(path)
 
 
 def locate_base(folder: Path) -> Path:
@@ -166,7 +170,7 @@ def locate_base(folder: Path) -> Path:
         raise WeightsError(
             f"{folder}: is an adapter that needs its base {name!r}, which cannot be loaded: {error}"
         ) from error
-    if base.is_dir() and is_adapter(base) and not (base / WEIGHTS).is_file():
+    if is_adapter(base):
         raise WeightsError(f"{folder}: is an adapter of {name!r}, an adapter itself; accepted is a base with weights")
     return base
 
@@ -197,6 +201,7 @@ def _adapted(base: Pretrained, adapter: Adapter) -> Pretrained:
         values = json.loads(described.read_bytes()) if described.is_file() else {}
         if _FORMAT_KEY in values:  # a run of ours; another program's file describes the base alone
             model_type, config, _ = _parse_config(values)
+            base = base._replace(described=described)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{described}: describes no model this version can load ({error})") from error
     is_classifier = classifier.MODEL_TYPE in (model_type, base.model_type) or adapter.task_type == "SEQ_CLS"
