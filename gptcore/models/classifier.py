@@ -142,6 +142,9 @@ class Classifier(Model):
         """Returns the weights that classification adds to the backbone; they are trained whatever else is frozen."""
         return [parameter for layer in self._head() for parameter in layer.parameters()]
 
+    def last_layers(self) -> list[nn.Module]:
+        return self.backbone.last_layers()
+
     def _head(self) -> list[Linear]:
         return [self.score] if self.causal else [self.pooler, self.classifier]
 
