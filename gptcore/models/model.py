@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptcore import weights
+from gptcore.nn import merge_lora
 from gptcore.weights import WeightsError
 
 C = TypeVar("C", bound="ModelConfig")
@@ -211,8 +212,9 @@ class Model(nn.Module, ABC):
         model.load_state_dict(found.state, assign=True)
         if dtype is not None:
             model.to(dtype)
-        if found.adapter is not None:
-            weights.load_adapter(model, found.adapter)
+        for adapter in found.adapters:
+            merge_lora(model)  # the adapter before it, which is part of this one's base
+            weights.load_adapter(model, adapter)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:

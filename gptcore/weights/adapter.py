@@ -26,7 +26,7 @@ from gptcore.weights.names import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS
 from gptcore.weights.tensors import read_tensors
 
 if TYPE_CHECKING:
-    from gptcore.models.model import Model, ModelConfig
+    from gptcore.models.model import Model
 
 _PREFIX = "base_model.model."
 _BLOCK = re.compile(r"(?:backbone\.)?h\.(\d+)\.(.+)")
@@ -114,7 +114,7 @@ def save_adapter(folder: str | Path, model: Model, base: str, state: dict[str, T
     for name, parameter in model.named_parameters():
         if name.endswith((".lora_A", ".lora_B")):
             continue
-        if theirs := classifier.head_name(backbone.model_type, name):
+        if theirs := classifier.head_name(name):
             tensors[theirs] = state[name]
             whole.append(theirs.rpartition(".")[0].removesuffix(".dense").rpartition(".")[2])
         elif parameter.requires_grad:
@@ -223,8 +223,7 @@ def adapter_state(model: Model, adapter: Adapter) -> dict[str, Tensor]:
         WeightsError: the model's adapters are others: names the tensor and both shapes.
     """
     state, own = _packed(_match(model, adapter)), model.state_dict()
-    backbone: ModelConfig = getattr(model.config, "backbone", model.config)
-    expected = {n for n in own if n.endswith((".lora_A", ".lora_B")) or classifier.head_name(backbone.model_type, n)}
+    expected = {n for n in own if n.endswith((".lora_A", ".lora_B")) or classifier.head_name(n)}
     if missing := sorted(expected - set(state)):
         raise WeightsError(f"{adapter.source}: has nothing for {missing[0]}; accepted is an adapter of the same layers")
     for name, tensor in state.items():
@@ -242,7 +241,7 @@ def adapter_state(model: Model, adapter: Adapter) -> dict[str, Tensor]:
 class _Found(NamedTuple):
     """An adapter's tensors by our names."""
 
-    layers: dict[str, dict[tuple[int, int], tuple[Tensor, Tensor]]]
+    layers: dict[str, dict[tuple[int, int], dict[str, Tensor]]]
     """For each layer its parts with their A and B."""
     whole: dict[str, Tensor]
     """The tensors that are not low-rank."""
@@ -256,15 +255,11 @@ def _match(model: Model, adapter: Adapter) -> _Found:
         for name in _adaptable(model)
         for theirs, rows in zip(_names(model, name), _parts(model, name))
     }
-    backbone: ModelConfig = getattr(model.config, "backbone", model.config)
-    heads = {
-        _bare(theirs): name
-        for name in model.state_dict()
-        if (theirs := classifier.head_name(backbone.model_type, name))
-    }
-    layers: dict[str, dict[tuple[int, int], tuple[Tensor, Tensor]]] = {}
+    heads = {_bare(theirs): name for name in model.state_dict() if (theirs := classifier.head_name(name))}
+    found: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, dict[tuple[int, int], dict[str, Tensor]]] = {}
     whole: dict[str, Tensor] = {}
-    for name, tensor in adapter.tensors.items():
+    for name, tensor in sorted(adapter.tensors.items()):
         source = f"{adapter.source}: {_PREFIX}{name}"
         parsed = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", name)
         if parsed is None:
@@ -281,18 +276,19 @@ def _match(model: Model, adapter: Adapter) -> _Found:
         assert isinstance(layer, Linear)
         accepted = (rank, layer.in_features) if parsed[2] == "A" else (rows[1] - rows[0], rank)
         _check_shape(source, tensor, accepted)
-        other = f"{parsed[1]}.lora_{'B' if parsed[2] == 'A' else 'A'}.weight"
-        if other not in adapter.tensors:
-            raise WeightsError(f"{adapter.source}: {_PREFIX}{other} is missing")
-        pair = (tensor, adapter.tensors[other])
-        if parsed[2] == "A":
-            layers.setdefault(ours, {})[rows] = pair
+        found.setdefault(parsed[1], {})[parsed[2]] = tensor
+        layers.setdefault(ours, {})[rows] = found[parsed[1]]
+    for name, pair in found.items():
+        if missing := {"A", "B"} - set(pair):
+            raise WeightsError(f"{adapter.source}: {_PREFIX}{name}.lora_{missing.pop()}.weight is missing")
     if not layers:
         raise WeightsError(
             f"{adapter.source}: has no low-rank tensors; accepted are lora_A and lora_B of a layer or more"
         )
     # The pooler of transformers' BERT belongs to the base, and peft does not train it unless asked to.
-    if missing := sorted(name for name in set(heads.values()) - set(whole) if not name.startswith("pooler.")):
+    if adapter.task_type == "SEQ_CLS" and (
+        missing := sorted(name for name in set(heads.values()) - set(whole) if not name.startswith("pooler."))
+    ):
         raise WeightsError(f"{adapter.source}: {missing[0]} of the classifier's head is missing")
     return _Found(layers, whole)
 
@@ -309,8 +305,8 @@ def _packed(found: _Found) -> dict[str, Tensor]:
     state = dict(found.whole)
     for name, parts in found.layers.items():
         pairs = [parts[rows] for rows in sorted(parts)]
-        state[f"{name}.lora_A"] = torch.cat([down for down, _ in pairs])
-        state[f"{name}.lora_B"] = torch.cat([up for _, up in pairs])
+        state[f"{name}.lora_A"] = torch.cat([pair["A"] for pair in pairs])
+        state[f"{name}.lora_B"] = torch.cat([pair["B"] for pair in pairs])
     return state
 
 

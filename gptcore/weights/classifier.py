@@ -1,4 +1,7 @@
-"""Converts Hugging Face's models for sequence classification to `gptcore.models.Classifier` and back."""
+"""Converts Hugging Face's models for sequence classification to `gptcore.models.Classifier` and back.
+
+Those of GPT-2, Llama, Mistral and BERT.
+"""
 
 from __future__ import annotations
 
@@ -14,88 +17,84 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "classifier"
 """The model's name in `gptcore.models.MODELS`."""
-TASK = "ForSequenceClassification"
-"""The names of transformers' classes for these models end so."""
-_BACKBONE = "backbone."
-"""Our names of the backbone's tensors begin so."""
-_BACKBONES: dict[str, Any] = {module.MODEL_TYPE: module for module in (gpt, bert)}
-_HEADS = {
-    gpt.MODEL_TYPE: {"score": "score"},
-    bert.MODEL_TYPE: {"pooler": "bert.pooler.dense", "classifier": "classifier"},
-}
-"""For each backbone the modules of the head: our name -> Hugging Face's."""
+_SUFFIX = "ForSequenceClassification"
+_HEADS = {"pooler": "bert.pooler.dense", "classifier": "classifier", "score": "score"}
+"""Our name of a head's layer -> Hugging Face's."""
 LAST = ("score.weight", "classifier.weight")
-"""The last layer's weights, of one backbone and the other: a row for each class."""
-_OUTSIDE = ("lm_head.", "head.")
-"""Our names of tensors of a backbone that a classifier does not have begin so."""
-_FIXED = {"problem_type": (None, (None, "single_label_classification"))}
+"""Our name of the weights of a GPT's last layer, and of a BERT's: a row for each class."""
+_OUTPUTS = ("lm_head.", "head.")
+"""Our names of the tensors of output layers, which a classifier does not have, begin so."""
 
 
-def config_around(backbone: dict[str, Any], model_type: str, labels: list[str]) -> dict[str, Any]:
-    """The fields of `ClassifierConfig` around a backbone of this type, with these fields, and these names of classes."""
-    return {"backbone": {"model_type": model_type, **backbone}, "labels": labels}
+def head_name(name: str) -> str | None:
+    """Hugging Face's name of a tensor of a classifier's head; None if it is no tensor of the head."""
+    module, _, kind = name.rpartition(".")
+    return f"{_HEADS[module]}.{kind}" if module in _HEADS else None
+
+
+def head_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a classifier's head in a Hugging Face state dict, under our names."""
+    layers = {theirs: ours for ours, theirs in _HEADS.items()} | {"pooler.dense": "pooler"}  # BertModel's has no prefix
+    split = {name: name.rpartition(".") for name in state}
+    return {f"{layers[module]}.{kind}": state[name] for name, (module, _, kind) in split.items() if module in layers}
 
 
 def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's state dict under the classifier's names, without its output layer."""
-    return {f"{_BACKBONE}{name}": tensor for name, tensor in state.items() if not name.startswith(_OUTSIDE)}
+    """The state dict of a model of ours under the names of a classifier around it, without the model's output layer."""
+    return {f"backbone.{name}": tensor for name, tensor in state.items() if not name.startswith(_OUTPUTS)}
 
 
-def head_name(model_type: str, name: str) -> str | None:
-    """Hugging Face's name of a tensor of the head on a backbone of this type; None if it is no tensor of the head."""
-    module, _, kind = name.rpartition(".")
-    theirs = _HEADS.get(model_type, {}).get(module)
-    return None if theirs is None else f"{theirs}.{kind}"
+def is_classifier(values: dict[str, Any]) -> bool:
+    """Whether a Hugging Face ``config.json`` describes a model for sequence classification."""
+    return any(name.endswith(_SUFFIX) for name in values.get("architectures") or [])
 
 
-def head_state(model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the head in Hugging Face's state dict, under our names."""
-    modules = {theirs: ours for ours, theirs in _HEADS[model_type].items()}
-    modules |= {theirs.removeprefix("bert."): ours for theirs, ours in modules.items()}  # transformers' bare encoder
-    split = {name: name.rpartition(".") for name in state}
-    return {f"{modules[module]}.{kind}": state[name] for name, (module, _, kind) in split.items() if module in modules}
-
-
-def config_from_huggingface(values: dict[str, Any], backbone: Any) -> dict[str, Any]:
+def config_from_huggingface(values: dict[str, Any]) -> dict[str, Any]:
     """The fields of `ClassifierConfig` from the ``config.json`` of a Hugging Face model for sequence classification.
 
-    Args:
-        values: the contents of ``config.json``.
-        backbone: the module that converts the model under the head, `gpt` or `bert`.
-
     Raises:
-        WeightsError: an option with a value that this model does not support.
+        WeightsError: one score (a regression) or several right classes for a text, or an option that the backbone lacks.
         KeyError: a size that is missing.
     """
-    for name, (default, accepted) in _FIXED.items():
-        if (value := values.get(name, default)) not in accepted:
-            raise WeightsError(f"{name}: got {value!r}; accepted is {accepted[-1]!r}")
-    labels = values.get("id2label") or {i: f"LABEL_{i}" for i in range(values.get("num_labels", 2))}
-    names = [str(labels[index]) for index in sorted(labels, key=int)]
-    return config_around(backbone.config_from_huggingface(values), backbone.MODEL_TYPE, names)
+    if (kind := values.get("problem_type")) not in (None, "single_label_classification"):
+        raise WeightsError(f"problem_type: got {kind!r}; accepted is 'single_label_classification'")
+    converter = bert if values["model_type"] == "bert" else gpt
+    backbone = {"model_type": converter.MODEL_TYPE, **converter.config_from_huggingface(values)}
+    backbone |= {"masked_words": False} if converter is bert else {"tied": True}
+    names = {int(index): name for index, name in (values.get("id2label") or {}).items()}
+    classes = len(names) or values.get("num_labels", 2)  # transformers leaves out what its defaults say
+    return {"backbone": backbone, "labels": [names.get(index, f"LABEL_{index}") for index in range(classes)]}
 
 
 def convert(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict of a Hugging Face model for sequence classification under this model's names."""
-    kind = config["backbone"]["model_type"]
-    head = head_state(kind, state)
-    rest = {name: tensor for name, tensor in state.items() if not name.startswith(("score.", "classifier."))}
-    return backbone_state(_BACKBONES[kind].convert(rest, config["backbone"])) | head
+    """The state dict of a Hugging Face model for sequence classification under our classifier's names."""
+    layers = {theirs: ours for ours, theirs in _HEADS.items()}
+    head, rest = {}, {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        if module in layers:
+            head[f"{layers[module]}.{kind}"] = tensor
+        else:
+            rest[name] = tensor
+    backbone = config["backbone"]
+    converter = bert if backbone["model_type"] == bert.MODEL_TYPE else gpt
+    return {f"backbone.{name}": tensor for name, tensor in converter.convert(rest, backbone).items()} | head
 
 
 def config_to_huggingface(config: ClassifierConfig) -> dict[str, Any]:
-    """The ``config.json`` of the Hugging Face model that computes the same as a classifier of `config`.
+    """The ``config.json`` of the Hugging Face model for sequence classification that computes the same.
 
     Raises:
-        WeightsError: a backbone that Hugging Face has not; names the field.
+        WeightsError: a backbone that none of Hugging Face's models is; names the field.
     """
-    values = _BACKBONES[config.backbone.model_type].config_to_huggingface(config.backbone)
-    family = {"gpt2": "GPT2", "llama": "Llama", "bert": "Bert"}[values["model_type"]]
+    encoder = config.backbone.model_type == bert.MODEL_TYPE
+    values = (bert if encoder else gpt).config_to_huggingface(config.backbone)  # type: ignore[arg-type]
+    name = {"gpt2": "GPT2", "llama": "Llama", "bert": "Bert"}[values["model_type"]]
     return values | {
-        "architectures": [f"{family}{TASK}"],
+        "architectures": [f"{name}{_SUFFIX}"],
+        "problem_type": "single_label_classification",
         "id2label": {str(index): label for index, label in enumerate(config.labels)},
         "label2id": {label: index for index, label in enumerate(config.labels)},
-        "problem_type": "single_label_classification",
     }
 
 
@@ -116,10 +115,18 @@ def padding(config: ClassifierConfig, special_ids: dict[str, Any]) -> dict[str, 
 
 
 def to_huggingface(state: dict[str, Tensor], config: ClassifierConfig) -> dict[str, Tensor]:
-    """This model's state dict under the names of Hugging Face's model for sequence classification."""
-    kind = config.backbone.model_type
-    backbone = {name.removeprefix(_BACKBONE): tensor for name, tensor in state.items() if name.startswith(_BACKBONE)}
-    theirs = _BACKBONES[kind].to_huggingface(backbone, config.backbone)
-    if kind == bert.MODEL_TYPE:  # a bare encoder's names have no prefix
-        theirs = {f"bert.{name}": tensor for name, tensor in theirs.items()}
-    return theirs | {name: tensor for ours, tensor in state.items() if (name := head_name(kind, ours)) is not None}
+    """Our classifier's state dict under Hugging Face's names and layouts.
+
+    Raises:
+        WeightsError: as `config_to_huggingface`.
+    """
+    backbone = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+    head = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
+    if config.backbone.model_type == bert.MODEL_TYPE:
+        theirs = {f"bert.{name}": t for name, t in bert.to_huggingface(backbone, config.backbone).items()}  # type: ignore[arg-type]
+    else:
+        theirs = gpt.to_huggingface(backbone, config.backbone)  # type: ignore[arg-type]
+    for name, tensor in head.items():
+        module, _, kind = name.rpartition(".")
+        theirs[f"{_HEADS[module]}.{kind}"] = tensor
+    return theirs

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _FORMAT_KEY = "gptcore_format"
 """A config.json with this key is ours, with the value 1. transformers' may have the same model_type."""
 _CONVERTERS = {"gpt2": gpt, "llama": gpt, "mistral": gpt, "bert": bert}
-"""transformers' model_type -> the module that converts the model's configuration and tensors."""
+"""transformers' model_type -> the module that converts the model's configuration and tensors, for all but classifiers."""
 _MODULES: dict[str, Any] = {module.MODEL_TYPE: module for module in (gpt, bert, classifier)}
 """Our model_type -> the module that converts the model."""
 _PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -57,8 +57,8 @@ class Pretrained(NamedTuple):
     """The file that `config` was read from."""
     source: Path
     """The file that `state` was read from."""
-    adapter: Adapter | None = None
-    """An adapter to add to the model."""
+    adapters: tuple[Adapter, ...] = ()
+    """Adapters of the model. Each but the last is merged into the weights before the next is added."""
 
 
 def save_huggingface(
@@ -144,39 +144,39 @@ def load(path_or_name: str | Path, adapter: str | Path | None = None) -> Pretrai
         WeightsError: a file that is missing or damaged, an unknown model, or a base that is missing; names the file.
     """
     path = locate(path_or_name)
-    if adapter is not None:
-        if is_adapter(path):
-            raise WeightsError(
-                f"adapter: {path} has an adapter already; accepted is a model without (export merges one)"
-            )
-        found = read_adapter(Path(adapter).expanduser())
-        return _adapted(_load(path), found)
-    if is_adapter(path):
-        found = read_adapter(path)
-        return _adapted(_load(locate_base(path)), found)
-    return _load(path)
+    if adapter is None:
+        return _load(path)
+    adapter = Path(adapter).expanduser()
+    if path.resolve() == adapter.resolve():
+        raise WeightsError(
+            f"adapter: got {adapter} twice, a run with an adapter loads it by itself; accepted is another"
+        )
+    found = read_adapter(adapter)  # before the base: an error comes at once
+    return _adapted(_load(path), found)
 
 
 def locate_base(folder: Path) -> Path:
     """The folder or file of the base of the adapter in `folder`.
 
     Raises:
-        WeightsError: the base is missing, or is no base; says that the adapter needs it.
+        WeightsError: the base is missing, or is the adapter itself; says that the adapter needs it.
     """
     name = base_of(folder)
+    needs = f"{folder}: is an adapter that needs its base {name!r}, which cannot be loaded"
     try:
         base = locate(name)
     except (WeightsError, _extras.MissingPackageError) as error:
-        raise WeightsError(
-            f"{folder}: is an adapter that needs its base {name!r}, which cannot be loaded: {error}"
-        ) from error
-    if is_adapter(base):
-        raise WeightsError(f"{folder}: is an adapter of {name!r}, an adapter itself; accepted is a base with weights")
+        raise WeightsError(f"{needs}: {error}; --model BASE --adapter {folder} takes it from another place") from error
+    if base.resolve() == folder.resolve():
+        raise WeightsError(f"{needs}: it is the adapter itself")
     return base
 
 
 def _load(path: Path) -> Pretrained:
-    """Reads a model from its folder or file."""
+    """Reads a model from its folder or file; of an adapter, the base too."""
+    if is_adapter(path):
+        found = read_adapter(path)
+        return _adapted(_load(locate_base(path)), found)
     if path.is_file():
         from gptcore.weights.gguf import load_gguf
 
@@ -196,6 +196,7 @@ def _load(path: Path) -> Pretrained:
 def _adapted(base: Pretrained, adapter: Adapter) -> Pretrained:
     """The base with an adapter; of a classifier's adapter, the classifier around the base."""
     described = adapter.folder / CONFIG
+    base = base._replace(adapters=(*base.adapters, adapter))
     model_type, config = base.model_type, base.config
     try:
         values = json.loads(described.read_bytes()) if described.is_file() else {}
@@ -206,23 +207,24 @@ def _adapted(base: Pretrained, adapter: Adapter) -> Pretrained:
         raise WeightsError(f"{described}: describes no model this version can load ({error})") from error
     is_classifier = classifier.MODEL_TYPE in (model_type, base.model_type) or adapter.task_type == "SEQ_CLS"
     if not is_classifier or base.model_type == classifier.MODEL_TYPE:
-        return base._replace(model_type=model_type, config=config, adapter=adapter)
-    head = classifier.head_state(base.model_type, adapter.tensors)
+        return base._replace(model_type=model_type, config=config)
+    head = classifier.head_state(adapter.tensors)
     if base.model_type == bert.MODEL_TYPE and "pooler.weight" not in head:  # peft leaves the base's as it is
-        head = classifier.head_state(base.model_type, _read_state(base.source.parent)[0]) | head
+        head = classifier.head_state(_read_state(base.source.parent)[0]) | head
     last = next((tensor for name, tensor in head.items() if name in classifier.LAST), None)
     if last is None:
         raise WeightsError(
             f"{adapter.source}: has no head of a classifier; accepted are {' or '.join(classifier.LAST)}"
         )
     if model_type != classifier.MODEL_TYPE:
-        config = classifier.config_around(base.config, base.model_type, [f"LABEL_{i}" for i in range(len(last))])
+        backbone = {"model_type": base.model_type, **base.config}
+        config = {"backbone": backbone, "labels": [f"LABEL_{index}" for index in range(len(last))]}
     if len(config["labels"]) != len(last):
         raise WeightsError(
             f"{adapter.source}: has scores of {len(last)} classes; accepted are {described}'s {len(config['labels'])}"
         )
     state = classifier.backbone_state(base.state) | head
-    return base._replace(model_type=classifier.MODEL_TYPE, config=config, state=state, adapter=adapter)
+    return base._replace(model_type=classifier.MODEL_TYPE, config=config, state=state)
 
 
 def _parse_config(values: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
@@ -240,9 +242,7 @@ def _parse_config(values: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
         return gpt.MODEL_TYPE, values, None
     if model_type not in _CONVERTERS:
         raise WeightsError(f"model_type: got {model_type!r}; accepted are {', '.join(map(repr, _CONVERTERS))}")
-    converter = _CONVERTERS[model_type]
-    if any(name.endswith(classifier.TASK) for name in values.get("architectures") or ()):
-        return classifier.MODEL_TYPE, classifier.config_from_huggingface(values, converter), classifier.convert
+    converter = classifier if classifier.is_classifier(values) else _CONVERTERS[model_type]
     return converter.MODEL_TYPE, converter.config_from_huggingface(values), converter.convert
 
 
