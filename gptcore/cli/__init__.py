@@ -12,6 +12,7 @@ from gptcore._extras import MissingPackageError
 from gptcore.cli._listing import choose
 from gptcore.cli.attention_map import AttentionMap
 from gptcore.cli.chat import Chat
+from gptcore.cli.classify import Classify
 from gptcore.cli.embed import Embed
 from gptcore.cli.export import Export
 from gptcore.cli.fetch import Fetch
@@ -34,6 +35,7 @@ VERBS: dict[str, type[Any]] = {
     "finetune": Finetune,
     "generate": Generate,
     "chat": Chat,
+    "classify": Classify,
     "fill": Fill,
     "embed": Embed,
     "nearest": Nearest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,7 +57,36 @@ class Text(_Finetune):
     """
 
 
-KINDS: dict[str, tuple[type[_Finetune], str]] = {"text": (Text, "language_model")}
+@dataclass(frozen=True, kw_only=True)
+class Classify(_Finetune):
+    """Train a model to give texts labels, from a table: a CSV, TSV or JSON Lines file, or fetched data.
+
+    At the end the model labels the texts that are held out for the test: a table of figures, test.json and confusion.png.
+
+    For example:
+      gptcore fetch sms-spam && gptcore finetune classify --data sms-spam --model smollm2-135m-instruct --out runs/spam
+      gptcore finetune classify --data reviews.csv --text-column review --label-column stars --model runs/demo --out runs/stars
+      gptcore finetune classify --data tickets.jsonl --balance weights --model minilm-l6 --trained all --out runs/tickets
+    """
+
+    def report(self) -> None:
+        import torch
+
+        from gptcore.evaluate.classification import FIGURES, PICTURE, figures_table, report_run
+        from gptcore.tasks import ClassifyOptions
+        from gptcore.train.hardware import find_device, multiplies_bf16
+
+        assert isinstance(self.task, ClassifyOptions)
+        if not self.task.test_fraction or os.environ.get("RANK", "0") != "0":
+            return
+        device = find_device(self.device)
+        bf16 = self.dtype == "bf16" or (self.dtype == "auto" and multiplies_bf16(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            print(figures_table(report_run(self.out, kernels=self.kernels, device=device)))
+        print(f"all figures in {self.out / FIGURES}, the confusion matrix in {self.out / PICTURE}")
+
+
+KINDS: dict[str, tuple[type[_Finetune], str]] = {"classify": (Classify, "classify"), "text": (Text, "language_model")}
 """The kinds of fine-tuning on the command line: the class of its options, and its task."""
 
 

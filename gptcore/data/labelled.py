@@ -67,9 +67,9 @@ def read_labelled(
         raise ValueError(f"data: {source} holds no rows; accepted are files with a text of two classes or more")
     found = LabelledTexts(list(label_of), list(label_of.values()), repeated, contradicted)
     if len(found.classes) < 2:
-        count = len(found.texts)
+        count, label = len(found.texts), found.labels[0]
         raise ValueError(
-            f"data: all {count} texts of {source} have the label {found.classes[0]!r}; accepted are two labels or more"
+            f"data: all {count} texts of {source} have the label {label!r}; accepted are two labels or more"
         )
     return found
 

@@ -57,6 +57,19 @@ def read_table(source: str | Path, columns: Sequence[str] = ()) -> Iterator[tupl
     return read_objects(path)
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a text file, without their ends.
+
+    Raises:
+        ValueError: an empty line, or text that is not UTF-8; names the file and the line.
+        OSError: the file cannot be read.
+    """
+    for number, line in enumerate(_lines(path, "utf-8"), 1):
+        if not (text := line.rstrip("\r\n")).strip():
+            raise ValueError(f"{path}, line {number}: is empty; accepted is a text in each line")
+        yield text
+
+
 def _read_separated(
     path: Path, separator: str, columns: tuple[str, ...], header: bool, encoding: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -51,6 +51,11 @@ class ClassifierConfig(ModelConfig):
         object.__setattr__(self, "labels", labels)
         object.__setattr__(self, "context", self.backbone.context)
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.backbone.vocab_size
+
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
         return {}

@@ -143,7 +143,7 @@ class Classify(Task):
             model = base
         else:
             model = Classifier.around(base, self.classes)
-        known = model.config.backbone.vocab_size
+        known = model.config.vocab_size
         if (largest := max(max(row) for row in self._rows.values())) >= known:
             raise ValueError(f"tokenizer: gives the id {largest}; accepted are those of the base, 0 to {known - 1}")
         return model

@@ -21,6 +21,7 @@ VERBS = [
     "finetune",
     "generate",
     "chat",
+    "classify",
     "fill",
     "embed",
     "nearest",
