@@ -18,7 +18,7 @@ _FORMATS = (".csv", ".jsonl")
 
 @dataclass(frozen=True, kw_only=True)
 class Classify(Loading):
-    """Label texts with a classifier that `gptcore finetune classify` made.
+    """Label texts with a fine-tuned classifier.
 
     For example:
       gptcore classify --model runs/spam "You have won! Call 09061 now to claim." "Are you home yet?"

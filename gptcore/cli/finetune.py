@@ -18,6 +18,14 @@ from gptcore.train.config import NOT_SAVED
 from gptcore.train.finetune_config import FinetuneConfig
 from gptcore.train.guard import drop_unwritten
 
+ANSWERS = "answers.md"
+"""In the folder of an instruction-tuned run: the answers of the base and of the tuned model."""
+
+
+def is_first_process() -> bool:
+    """Returns whether this is the only process, or the first of those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Finetune(FinetuneConfig):
@@ -49,19 +57,22 @@ class _Finetune(FinetuneConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Text(_Finetune):
-    """Go on training a model on text that `gptcore prepare` tokenized with the model's own tokenizer.
+    """Train a model further on text.
+
+    `gptcore prepare` must have tokenized the text with the model's own tokenizer.
 
     For example:
-      gptcore prepare shakespeare --out data/plays --tokenizer ~/.cache/gptcore/smollm2-135m-instruct
+      gptcore prepare shakespeare --out data/plays --tokenizer smollm2-135m-instruct  # then: gptcore finetune text ...
       gptcore finetune text --data data/plays --model smollm2-135m-instruct --out runs/plays --steps 200
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classify(_Finetune):
-    """Train a model to give texts labels, from a table: a CSV, TSV or JSON Lines file, or fetched data.
+    """Train a model to give labels to texts.
 
-    At the end the model labels the texts that are held out for the test: a table of figures, test.json and confusion.png.
+    The data is a table with a text and a label in each row: a CSV, TSV or JSON Lines file, or fetched data. At the end the model
+    labels the texts that are held out for the test: a table of figures, test.json and confusion.png.
 
     For example:
       gptcore fetch sms-spam && gptcore finetune classify --data sms-spam --model smollm2-135m-instruct --out runs/spam
@@ -77,7 +88,7 @@ class Classify(_Finetune):
         from gptcore.train.hardware import find_device, multiplies_bf16
 
         assert isinstance(self.task, ClassifyOptions)
-        if not self.task.test_fraction or os.environ.get("RANK", "0") != "0":
+        if not self.task.test_fraction or not is_first_process():
             return
         device = find_device(self.device)
         bf16 = self.dtype == "bf16" or (self.dtype == "auto" and multiplies_bf16(device))
@@ -86,7 +97,66 @@ class Classify(_Finetune):
         print(f"all figures in {self.out / FIGURES}, the confusion matrix in {self.out / PICTURE}")
 
 
-KINDS: dict[str, tuple[type[_Finetune], str]] = {"classify": (Classify, "classify"), "text": (Text, "language_model")}
+@dataclass(frozen=True, kw_only=True)
+class Instruct(_Finetune):
+    """Train a model to follow instructions.
+
+    The file is JSON or JSON Lines, with "instruction", "input" and "output" (Alpaca's), or with "messages" (a chat). Only the
+    answers are learnt. At the end answers.md shows what the base and the tuned model answer to the same questions.
+
+    For example:
+      gptcore fetch instructions && gptcore finetune instruct --data instructions --model smollm2-135m-instruct --out runs/tuned
+      gptcore finetune instruct --data chats.jsonl --model runs/demo --template alpaca --trained all --out runs/assistant
+    """
+
+    answers: bool = field(default=True, metadata=NOT_SAVED)
+    """At the end let both models answer a few questions."""
+
+    def report(self) -> None:
+        import torch
+
+        from gptcore.evaluate.answers import QUESTIONS, answers, write_answers
+        from gptcore.models import GPT
+        from gptcore.nn import has_lora, without_lora
+        from gptcore.text import get_tokenizer
+        from gptcore.train.hardware import find_device, multiplies_bf16
+
+        if not self.answers or not is_first_process():
+            return
+        device = find_device(self.device)
+        options: dict[str, Any] = {"kernels": self.kernels}
+        options["dtype"] = torch.bfloat16 if multiplies_bf16(device) else torch.float32
+        tokenizer = get_tokenizer(self.out)
+        tuned = GPT.from_pretrained(self.out, **options).to(device).eval()
+        columns = {"tuned": answers(tuned, tokenizer)}
+        if has_lora(tuned):
+            with without_lora(tuned):
+                columns = {"base": answers(tuned, tokenizer), **columns}
+        else:
+            base = GPT.from_pretrained(self.model, **options).to(device).eval()
+            columns = {"base": answers(base, tokenizer), **columns}
+        write_answers(self.out / ANSWERS, QUESTIONS, columns)
+        print(f"answers of both models to {len(QUESTIONS)} questions in {self.out / ANSWERS}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefer(_Finetune):
+    """Train a model to prefer some answers to others.
+
+    The method is direct preference optimisation (DPO). The file is JSON Lines with "prompt", "chosen" and "rejected".
+
+    For example:
+      gptcore finetune prefer --data pairs.jsonl --model runs/tuned --out runs/preferred
+      gptcore finetune prefer --data pairs.jsonl --model smollm2-135m-instruct --beta 0.3 --epochs 1 --out runs/preferred
+    """
+
+
+KINDS: dict[str, tuple[type[_Finetune], str]] = {
+    "classify": (Classify, "classify"),
+    "instruct": (Instruct, "instruct"),
+    "prefer": (Prefer, "prefer"),
+    "text": (Text, "language_model"),
+}
 """The kinds of fine-tuning on the command line: the class of its options, and its task."""
 
 

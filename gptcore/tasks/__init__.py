@@ -1,8 +1,10 @@
 """The tasks: what a model learns from which data. The trainer uses only the protocol, `Task`."""
 
 from gptcore.tasks.classify import Classify, ClassifyOptions
+from gptcore.tasks.instruct import Instruct, InstructOptions
 from gptcore.tasks.language_model import LanguageModel, LanguageModelOptions
 from gptcore.tasks.masked_lm import MaskedLM, MaskedLMOptions
+from gptcore.tasks.prefer import Prefer, PreferOptions
 from gptcore.tasks.task import Batch, Task, TaskOptions
 
 TASKS: dict[str, tuple[type[TaskOptions], type[Task]]] = {
@@ -11,6 +13,8 @@ TASKS: dict[str, tuple[type[TaskOptions], type[Task]]] = {
         (LanguageModelOptions, LanguageModel),
         (MaskedLMOptions, MaskedLM),
         (ClassifyOptions, Classify),
+        (InstructOptions, Instruct),
+        (PreferOptions, Prefer),
     )
 }
 """The options and the class of each task, by name."""
@@ -24,8 +28,12 @@ __all__ = [
     "Batch",
     "Classify",
     "ClassifyOptions",
+    "Instruct",
+    "InstructOptions",
     "LanguageModel",
     "LanguageModelOptions",
+    "Prefer",
+    "PreferOptions",
     "Task",
     "TaskOptions",
 ]

@@ -120,7 +120,7 @@ class ChatFormat:
         """
         if not text.startswith(before):
             raise ValueError(
-                "chat_template: a longer conversation does not begin with the shorter one; accepted are templates that only append"
+                "chat_template: changes the earlier messages of a longer conversation; accepted are templates that only append"
             )
         whole = self._encode(text, mark)
         return whole if whole[: len(ids)] == ids else ids + self._encode(text[len(before) :], mark)

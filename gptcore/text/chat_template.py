@@ -35,9 +35,14 @@ def render(
     """
     variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": reply}
     try:
-        return _environment().from_string(template).render({**(special_tokens or {}), **variables})
+        return _compiled(template).render({**(special_tokens or {}), **variables})
     except Exception as error:  # a template is a program, which can raise any error
         raise ValueError(f"chat_template: {error}") from error
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> Any:
+    return _environment().from_string(template)
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,8 @@
 """A run that is killed several times and resumed: run by test_resume.py, in a process of its own.
 
-``python -m tests.gptcore.killed_runs CORPUS FOLDER SEED KILLS [BASE]`` trains once without a stop into FOLDER/whole and once with kills
-into FOLDER/killed: a new model, or LoRA on BASE. Every attempt is a fork of this process, which has imported everything and computed nothing.
+``python -m tests.gptcore.killed_runs CORPUS FOLDER SEED KILLS [BASE]`` trains once without a stop into FOLDER/whole and once
+with kills into FOLDER/killed: a new model, or LoRA on BASE. Every attempt is a fork of this process, which has imported
+everything and computed nothing.
 """
 
 from __future__ import annotations

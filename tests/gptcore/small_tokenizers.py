@@ -1,8 +1,16 @@
-"""Small tokenizers made with Hugging Face's library."""
+"""Small tokenizers: of single bytes, and others made with Hugging Face's library."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from gptcore.text import END_OF_TEXT, Tokenizer
+
+
+def of_bytes(*special: str) -> Tokenizer:
+    """Each byte is a token; then come the special tokens, the last of which ends a text."""
+    ids = {token: 256 + i for i, token in enumerate((*special, END_OF_TEXT))}
+    return Tokenizer("bytes", r"[\s\S]", {bytes([byte]): byte for byte in range(256)}, ids)
 
 
 def byte_level(*special: str) -> Any:

@@ -29,6 +29,8 @@ VERBS = [
     "attention-map",
 ]
 
+KINDS = ["classify", "instruct", "prefer", "text"]
+
 
 def gptcore(capsys, *arguments: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as stop:
@@ -82,12 +84,21 @@ def test_help_is_a_line_for_each_verb(capsys, monkeypatch: pytest.MonkeyPatch):
     described = [line.split("•")[1].rstrip(" │").split(maxsplit=1) for line in shown.splitlines() if "•" in line]
     assert [verb for verb, _ in described] == list(cli().VERBS) == VERBS
     assert all(text.endswith(".") for _, text in described)  # whole: nothing is carried over to a next line
-    assert len(shown.splitlines()) <= 24
+    assert len(shown.splitlines()) <= len(VERBS) + 11  # a line each, and the frame
 
 
-@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_a_line_for_each_kind_of_fine_tuning(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, shown, _ = gptcore(capsys, "finetune", "--help")
+    assert status == 0
+    described = [line.split("•")[1].rstrip(" │").split(maxsplit=1) for line in shown.splitlines() if "•" in line]
+    assert [kind for kind, _ in described] == KINDS
+    assert all(text.endswith(".") for _, text in described)
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *(f"finetune {kind}" for kind in KINDS)])
 def test_each_verbs_help_has_examples_to_copy(capsys, verb: str):
-    status, shown, _ = gptcore(capsys, verb, "--help")
+    status, shown, _ = gptcore(capsys, *verb.split(), "--help")
     assert status == 0
     examples = shown.split("For example:\n")[1].split("\n\n")[0].splitlines()
     assert all(f"gptcore {verb}" in line for line in examples)  # a line each

@@ -143,7 +143,7 @@ def test_another_base_does_not_resume(corpus: Path, base: Path, tmp_path: Path):
     train(tuned(corpus, moved, tmp_path / "run", **more), progress=False)  # the same weights in another place
     torch.manual_seed(1)
     GPT(GPT.from_pretrained(base).config).save_pretrained(moved)
-    with pytest.raises(ValueError, match="model: the base .* has other weights than the one that the run in"):
+    with pytest.raises(ValueError, match=r"model: the base .* has other weights than the one that the run in"):
         train(tuned(corpus, moved, tmp_path / "run", **(more | {"steps": 10})), progress=False)
 
 
