@@ -43,10 +43,11 @@ class Loading:
     """Keep freed memory in the process (see gptkernels.tune_allocator)."""
 
     def load(self, kind: type[M], **changes: Any) -> tuple[M, Tokenizer | PretrainedTokenizer]:
-        """Loads the model, which must be of this kind, and its tokenizer; `changes` are fields of its configuration."""
+        """Loads the model, which must be of this kind (`Model`: any), and its tokenizer; `changes` are fields of its configuration."""
         import gptkernels
         import torch
 
+        from gptcore.models import Model, from_pretrained
         from gptcore.nn import check_kernels
         from gptcore.text import get_tokenizer
         from gptcore.weights import locate
@@ -60,9 +61,8 @@ class Loading:
         place = locate(self.model)
         # Before the model: an error comes at once.
         tokenizer = get_tokenizer(self.tokenizer or tokenizer_place(place, self.adapter))
-        model = load_model(
-            kind.from_pretrained, place, self.adapter, dtype, merge=self.merge, kernels=self.kernels, **changes
-        )
+        read: Callable[..., Any] = from_pretrained if kind is Model else kind.from_pretrained
+        model = load_model(read, place, self.adapter, dtype, merge=self.merge, kernels=self.kernels, **changes)
         model = model.to(device).eval()
         if tokenizer.base_size > model.config.vocab_size:  # added tokens may lack rows: the model never makes them
             raise ValueError(

@@ -14,7 +14,7 @@ from gptcore.cli._options import Loading
 class AttentionMap(Loading):
     """Draw which tokens of a text attend to which.
 
-    The picture, a PNG, has a heatmap for each layer and head.
+    The picture, a PNG or SVG, has a heatmap for each layer and head.
 
     For example:
       gptcore attention-map --model runs/demo "The function returns a list"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def draw_attention(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> Tensor:
-    """Draws a heatmap for each layer (a row of the picture) and head (a column), and writes a PNG.
+    """Draws a heatmap for each layer (a row of the picture) and head (a column), and writes a PNG or, by the name, an SVG.
 
     Args:
         model: a model with ``attention_impl="explicit"``.
@@ -84,7 +84,7 @@ def draw_attention(
     image = None
     for layer, line in enumerate(grid):
         for head, axes in enumerate(line):
-            image = axes.imshow(weights[layer, head].numpy(), vmin=0, vmax=1, cmap="magma")
+            image = _heatmap(axes, weights[layer, head], vector=out.suffix == ".svg")
             axes.set_xticks([])
             axes.set_yticks([])
             if layer == 0:
@@ -99,3 +99,14 @@ def draw_attention(
     figure.colorbar(image, ax=[axes for line in grid for axes in line], shrink=0.6, label="share of attention")
     save_figure(figure, out)
     return weights
+
+
+def _heatmap(axes: Axes, weights: Tensor, vector: bool) -> Any:
+    """Draws ``(T, T)`` weights: as a picture, or in an SVG as rectangles, which stay sharp."""
+    if not vector:
+        return axes.imshow(weights.numpy(), vmin=0, vmax=1, cmap="magma")
+    edges = torch.arange(len(weights) + 1) - 0.5  # the middle of a rectangle is the token's number, as in a picture
+    image = axes.pcolormesh(edges.numpy(), edges.numpy(), weights.numpy(), vmin=0, vmax=1, cmap="magma")
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    return image

@@ -36,7 +36,8 @@ def nearest_tokens(
         raise ValueError(f"words: got {'an empty one' if words else 'none'}; accepted are one or more, none empty")
     if count < 1:
         raise ValueError(f"count: got {count}; accepted are positive integers")
-    table = nn.functional.normalize(model.get_parameter("wte.weight").float(), dim=-1)  # (vocab, C)
+    embedding = next(weight for name, weight in model.named_parameters() if name.endswith("wte.weight"))
+    table = nn.functional.normalize(embedding.float(), dim=-1)  # (vocab, C)
     found = []
     for word in words:
         own = min((tokenizer.encode(text) for text in (f" {word}", word)), key=len)
