@@ -10,14 +10,15 @@ if TYPE_CHECKING:
     from gptcore.models import GPT, Model
 
 _PARTS = {
-    "token embedding": "wte.",
-    "position embedding": "wpe.",
-    "token types": "wtype.",
-    "attention": ".attn.",
-    "MLP": ".mlp.",
-    "output layer": "head.",
+    "token embedding": ("wte.",),
+    "position embedding": ("wpe.",),
+    "token types": ("wtype.",),
+    "attention": (".attn.",),
+    "MLP": (".mlp.",),
+    "output layer": ("head.",),
+    "classifier's head": ("score.", "pooler.", "classifier."),
 }
-"""The groups of parameters that are shown -> a part of their names. All other parameters are norms'."""
+"""The groups of parameters that are shown -> parts of their names. All other parameters are norms'."""
 
 
 def describe(model: Model) -> str:
@@ -30,7 +31,7 @@ def describe(model: Model) -> str:
     config = model.config
     groups = dict.fromkeys(_PARTS, 0)
     for name, parameter in model.named_parameters():
-        group = next((group for group, part in _PARTS.items() if part in name), "norms")
+        group = next((group for group, parts in _PARTS.items() if any(part in name for part in parts)), "norms")
         groups[group] = groups.get(group, 0) + parameter.numel()
     total = model.num_parameters()
     lines = [

@@ -15,7 +15,7 @@ from gptcore.models.bert import BERT, BERTConfig
 from gptcore.models.gpt import GPT
 from gptcore.models.gpt_config import GPTConfig
 from gptcore.models.model import Model, ModelConfig
-from gptcore.nn import Linear, backend_of
+from gptcore.nn import Kernels, Linear, backend_of
 
 BACKBONES: dict[str, Any] = {model.config_class.model_type: model for model in (GPT, BERT)}
 """The models that a classifier can be made from, by `model_type`."""
@@ -55,6 +55,11 @@ class ClassifierConfig(ModelConfig):
     def vocab_size(self) -> int:
         """Number of token ids."""
         return self.backbone.vocab_size
+
+    @property
+    def kernels(self) -> Kernels:
+        """The kernels that run."""
+        return self.backbone.kernels
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:

@@ -149,7 +149,10 @@ class Classify(Task):
         return model
 
     def batch(self, size: int, generator: torch.Generator, rows: slice, index: int) -> ClassifyBatch:
-        return self._batch([self._train[i] for i in self._epochs.indices(size, index)[rows]])
+        # All rows are padded, then taken: the processes that share a batch must have the same shape, by which the trainer
+        # scales their gradients.
+        batch = self._batch([self._train[i] for i in self._epochs.indices(size, index)])
+        return ClassifyBatch(*(part[rows] for part in batch))
 
     def evaluation(self, size: int, limit: int | None) -> Iterator[ClassifyBatch]:
         val = self.split.val
