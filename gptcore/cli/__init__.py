@@ -14,6 +14,7 @@ from gptcore.cli.attention_map import AttentionMap
 from gptcore.cli.chat import Chat
 from gptcore.cli.classify import Classify
 from gptcore.cli.embed import Embed
+from gptcore.cli.eval import Eval
 from gptcore.cli.export import Export
 from gptcore.cli.fetch import Fetch
 from gptcore.cli.fill import Fill
@@ -39,6 +40,7 @@ VERBS: dict[str, type[Any]] = {
     "fill": Fill,
     "embed": Embed,
     "nearest": Nearest,
+    "eval": Eval,
     "export": Export,
     "attention-map": AttentionMap,
 }

@@ -43,7 +43,10 @@ class Loading:
     """Keep freed memory in the process (see gptkernels.tune_allocator)."""
 
     def load(self, kind: type[M], **changes: Any) -> tuple[M, Tokenizer | PretrainedTokenizer]:
-        """Loads the model, which must be of this kind (`Model`: any), and its tokenizer; `changes` are fields of its configuration."""
+        """Loads the model, which must be of this kind (`Model`: any), and its tokenizer.
+
+        `changes` are fields of its configuration.
+        """
         import gptkernels
         import torch
 

@@ -128,14 +128,17 @@ def stream_text(
 def generate_text(
     model: GPT,
     tokenizer: Tokenizer | PretrainedTokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int,
     *,
     stop: Sequence[str] = (),
     **sampling: Any,
 ) -> list[str]:
-    """Returns the continuation of each prompt. The prompts run in one batch; other arguments are those of `stream_text`."""
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    """Returns the continuation of each prompt, a text or its ids.
+
+    The prompts run in one batch; other arguments are those of `stream_text`.
+    """
+    ids = [tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     tokens, padding = pad_left(ids)
     device = next(model.parameters()).device
     decoders = [_StreamDecoder(tokenizer, stop, before) for before in ids]

@@ -155,18 +155,19 @@ class GPT(Model):
         x, _ = self._features(tokens, cache)
         return linear(x[:, -1], self.output_weight, backend=self.backend)
 
-    def features(self, tokens: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+    def features(self, tokens: Tensor, cache: KeyValueCache | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """Returns the output of the last norm for each token, ``(B, T, C)``, from which the output layer makes logits.
 
         Args:
             tokens: ``(B, T)`` integer ids below vocab_size.
+            cache: keys and values of earlier tokens, to which those of `tokens` are appended.
             lengths: ``(B,)`` the number of tokens of each row before its padding, which is on the right and is not attended
                 to; None: all. The features of padding mean nothing.
 
         Raises:
             TypeError, ValueError: as `forward`.
         """
-        return self._features(tokens, None, lengths=lengths)[0]
+        return self._features(tokens, cache, lengths=lengths)[0]
 
     def loss(
         self,
@@ -281,8 +282,8 @@ class GPT(Model):
         else:
             positions = torch.arange(start, end, device=tokens.device)
         if cache is not None and cache.padding is not None:
-            key_mask = torch.arange(end, device=tokens.device) >= cache.padding[:, None]  # (B, keys)
-            positions = (positions - cache.padding[:, None]).clamp(min=0)
+            key_mask = cache.key_mask(end)
+            positions = (positions - cache.padding[:, None]).clamp(min=cache.shared)
         tables = None
         if self.config.positions == "rotary":
             tables = rotary_tables(positions, self.config.head_dim, self.config.rotary_base, self.config.rotary_scaling)

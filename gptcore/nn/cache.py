@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -15,11 +18,13 @@ class KeyValueCache:
         n_layer: layers that store keys and values.
         capacity: the most tokens it can hold.
         padding: ``(B,)`` int64, how many of each sequence's first tokens are padding, which no token attends to.
+        shared: how many tokens stand before the padding.
     """
 
-    def __init__(self, n_layer: int, capacity: int, padding: Tensor | None = None) -> None:
+    def __init__(self, n_layer: int, capacity: int, padding: Tensor | None = None, shared: int = 0) -> None:
         self.capacity = capacity
         self.padding = padding
+        self.shared = shared
         self.length = 0
         self.source: dict[int, tuple[Tensor, Tensor]] = {}
         """Keys and values that a layer's cross-attention has made of its source, ``(B, H, S, D)`` each, by layer."""
@@ -49,3 +54,49 @@ class KeyValueCache:
         for store, new in zip(stored, (key, value)):
             store[:, :, self.length : end] = new
         return stored[0][:, :, :end], stored[1][:, :, :end]
+
+    def key_mask(self, end: int) -> Tensor:
+        """``(B, end)`` bool for the first `end` keys of a cache with padding, False on the padding."""
+        assert self.padding is not None
+        at = torch.arange(end, device=self.padding.device)
+        return (at < self.shared) | (at >= self.shared + self.padding[:, None])
+
+    def expand(self, rows: Sequence[int], capacity: int, padding: Tensor | None = None) -> KeyValueCache:
+        """Returns a new cache that goes on from this one: its row i begins with a copy of row ``rows[i]``.
+
+        Sequences with a common beginning use it: the beginning is computed once.
+
+        Args:
+            rows: for each row of the new cache, a row of this one.
+            capacity: the most tokens that the new cache can hold.
+            padding: ``(len(rows),)`` int64, how many tokens after those of this cache will be padding. None: the padding
+                of this cache, if it has any.
+
+        Raises:
+            ValueError: a capacity below this cache's length, or padding for a cache that has padding already.
+        """
+        if capacity < self.length:
+            raise ValueError(f"capacity: got {capacity}; accepted are {self.length} (tokens in the cache) and more")
+        if padding is not None and self.padding is not None:
+            raise ValueError("padding: got it for a cache that has padding already; accepted is None")
+        if padding is None:
+            padding = None if self.padding is None else self.padding[list(rows)]
+            shared = self.shared
+        else:
+            shared = self.length
+        new = KeyValueCache(len(self._layers), capacity, padding, shared)
+        new.length = self.length
+        for layer, stored in enumerate(self._layers):
+            if stored is not None:
+                key, value = (_grown(store[:, :, : self.length], rows, capacity) for store in stored)
+                new._layers[layer] = key, value
+        return new
+
+
+def _grown(store: Tensor, rows: Sequence[int], capacity: int) -> Tensor:
+    """``(B, H, T, D) -> (len(rows), H, capacity, D)``: these rows of `store`, then zeros."""
+    _, heads, length, head_dim = store.shape
+    grown = store.new_empty(len(rows), heads, capacity, head_dim)
+    grown[:, :, :length] = store if store.shape[0] == 1 else store[list(rows)]  # one row is broadcast
+    grown[:, :, length:] = 0
+    return grown

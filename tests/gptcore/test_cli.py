@@ -25,6 +25,7 @@ VERBS = [
     "fill",
     "embed",
     "nearest",
+    "eval",
     "export",
     "attention-map",
 ]
