@@ -24,8 +24,8 @@ class Chat(SamplingOptions, Loading):
 
     system: str | None = None
     """System prompt, before the first turn; the chat template's own if left out."""
-    max_new_tokens: int = 256
-    """The most tokens in a reply."""
+    max_new_tokens: int | None = None
+    """The most tokens in a reply; 256, or half the context if that is less, if left out."""
 
     def run(self) -> int:
         from gptcore.generate.chat import Chat as Conversation

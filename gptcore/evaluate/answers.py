@@ -27,7 +27,7 @@ def answers(
     model: GPT,
     tokenizer: Tokenizer | PretrainedTokenizer,
     questions: Sequence[str] = QUESTIONS,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
 ) -> list[str]:
     """Returns the model's answer to each question, in a conversation of its own.
 
@@ -37,12 +37,13 @@ def answers(
         model: the model.
         tokenizer: has a chat template. To compare a base with a model tuned from it, pass the tuned model's to both.
         questions: what the user says.
-        max_new_tokens: the most tokens in an answer.
+        max_new_tokens: the most tokens in an answer; None: 128, or half the context if that is less.
 
     Raises:
         ValueError: as `gptcore.generate.chat.Chat` and `Chat.reply`.
     """
-    chat = Chat(model, tokenizer, max_new_tokens=max_new_tokens, temperature=0.0)
+    longest = max_new_tokens or min(128, model.config.context // 2)
+    chat = Chat(model, tokenizer, max_new_tokens=longest, temperature=0.0)
     found = []
     for question in questions:
         chat.reset()

@@ -21,7 +21,8 @@ class Chat:
         model: the model.
         tokenizer: the model's tokenizer, which must have a chat template.
         system: the system message, which comes before the first turn; None leaves it to the template.
-        max_new_tokens: longest reply. The context must hold it beside the conversation.
+        max_new_tokens: longest reply. The context must hold it beside the conversation. None: 256, or half the context if that
+            is less.
         sampling: fields of `gptcore.generate.Sampling`.
 
     Raises:
@@ -35,10 +36,12 @@ class Chat:
         tokenizer: Tokenizer | PretrainedTokenizer,
         *,
         system: str | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         **sampling: Any,
     ) -> None:
         self._format = ChatFormat(tokenizer)
+        if max_new_tokens is None:
+            max_new_tokens = min(256, model.config.context // 2)
         if not 0 < max_new_tokens < model.config.context:
             raise ValueError(
                 f"max_new_tokens: got {max_new_tokens}; accepted are 1 to {model.config.context - 1}, one less than the context"

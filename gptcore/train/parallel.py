@@ -152,6 +152,11 @@ class Replica:
         if compile:
             self.forward = torch.compile(self.forward)
 
+    def reshard(self) -> None:
+        """Shards the weights again that a forward without backward has left whole; the optimizer must take the shards."""
+        if self.sharded:
+            self._fsdp.reshard()
+
     def sums_gradients(self, last: bool) -> AbstractContextManager[object]:
         """Skips gradient synchronisation for a micro-batch, unless it is the `last` one of the step."""
         if self.sharded:

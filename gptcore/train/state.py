@@ -80,6 +80,7 @@ class TrainState:
             checkpoint_activations(self.model)
         self.replica = Replica(self.model, world, device, config.parallel, config.compile)
         self.task.start(self.model)
+        self.replica.reshard()
         self.optimizer = make_optimizer(self.model, config, device)
         self.generator = torch.Generator().manual_seed(config.seed)
         """Draws the batches: the same in every process, which then takes its own rows."""

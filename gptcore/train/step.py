@@ -46,9 +46,9 @@ def gradients(state: TrainState, step: int = 0, stopped: Callable[[], bool] = la
         rows, length = batch.shape
         tokens += rows * length
         flops += state.flops(batch.shape)
-        # The number of targets is known only after the last batch. Dividing by the number of tokens until then keeps the
-        # gradients in the range of a mean loss.
-        divisor = divisor if index else rows * length * state.batches
+        # The number of targets is known only after the last batch. Dividing by the most tokens that there may be keeps the
+        # gradients in the range of a mean loss until then. It is the same in every process; lengths may differ.
+        divisor = rows * state.model.config.context * state.batches
         with state.replica.sums_gradients(last=index == state.batches - 1):
             with state.autocast():
                 loss, count = state.task.loss(state.replica.forward, batch.to(state.device))

@@ -11,6 +11,7 @@ import pytest
 
 from gptcore.tasks import TASK_OF_MODEL
 from gptcore.train import TrainConfig
+from gptcore.train.finetune_config import FinetuneConfig
 
 
 def cli() -> ModuleType:
@@ -50,6 +51,31 @@ def make_words(folder: Path) -> Path:
     out = folder / "data"
     prepare([str(folder / "*.txt")], out, tokenizer="wordpiece", vocab_size=60, progress=False)
     return out
+
+
+def make_assistant(folder: Path) -> None:
+    """A base without training, of single bytes, and conversations of different lengths: ``base`` and ``data.jsonl``."""
+    import torch
+
+    from gptcore import GPT, GPTConfig
+    from tests.gptcore.small_tokenizers import of_bytes
+
+    torch.manual_seed(1)
+    tokenizer = of_bytes()
+    config = GPTConfig.preset("tiny", vocab_size=tokenizer.vocab_size, context=128)
+    GPT(config).save_pretrained(folder / "base")
+    tokenizer.save(folder / "base" / "tokenizer.json")
+    rows = [{"instruction": "ab" * (1 + i * 7 % 15), "output": f"{i}" * (1 + i % 11)} for i in range(40)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def assistant(folder: Path, name: str, **changes) -> FinetuneConfig:
+    """Instruction tuning of all weights of `make_assistant`'s base, one conversation in a row."""
+    return FinetuneConfig.of(
+        task="instruct", model=str(folder / "base"), data=folder / "data.jsonl", out=folder / name, trained="all", packing=False,
+        steps=8, batch_size=4, accumulate=2, eval_interval=4, eval_windows=2, warmup=2, lr=3e-3, sample_tokens=0, dtype="fp32",
+        kernels="reference", **changes,
+    )  # fmt: skip
 
 
 def config(corpus: Path, out: Path, **changes) -> TrainConfig:

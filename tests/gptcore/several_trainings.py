@@ -19,7 +19,7 @@ from gptcore.tasks import LanguageModel
 from gptcore.train import optimizers, step, train
 from gptcore.train.parallel import ALONE, processes
 from gptcore.train.run_folder import locked_folder
-from tests.gptcore.runs import config
+from tests.gptcore.runs import assistant, config
 
 RANK = int(os.environ["RANK"])
 RUN = {"batch_size": 4, "accumulate": 2}
@@ -61,6 +61,8 @@ def main(corpus: Path, words: Path, folder: Path) -> None:
         run("muon-fsdp", optimizer="muon", parallel="fsdp")
         run("bert-ddp", words, model="bert")
         run("bert-fsdp", words, model="bert", parallel="fsdp")
+        train(assistant(folder, "assistant-ddp"), progress=False)
+        train(assistant(folder, "assistant-fsdp", parallel="fsdp"), progress=False)
         run("ddp-dropout", dropout=0.2)
         run("fsdp-dropout", dropout=0.2, parallel="fsdp")
         if world.is_main:

@@ -16,7 +16,7 @@ from gptcore import GPT
 from gptcore.models import BERT
 from gptcore.train import train
 from gptcore.train.checkpoint import newest
-from tests.gptcore.runs import config, contents, make_words, records
+from tests.gptcore.runs import assistant, config, contents, make_assistant, make_words, records
 
 pytestmark = pytest.mark.slow
 RUN = {"batch_size": 4, "accumulate": 2}
@@ -33,6 +33,8 @@ def runs(corpus: Path, tmp_path_factory) -> Path:
         train(config(corpus, folder / "muon-one", optimizer="muon", **RUN), progress=False)
     words = make_words(tmp_path_factory.mktemp("words"))
     train(config(words, folder / "bert-one", model="bert", **RUN), progress=False)
+    make_assistant(folder)
+    train(assistant(folder, "assistant-one"), progress=False)
     shutil.copytree(folder / "one", folder / "one-then-two")
     shutil.rmtree(folder / "one-then-two" / "checkpoints" / STEPS[1])
     (folder / "said").write_text(torchrun("-m", "tests.gptcore.several_trainings", *map(str, (corpus, words, folder))))
@@ -74,6 +76,15 @@ def test_masked_words_have_the_curve_of_one_process(runs: Path, name: str):
     """Both processes draw the same masks, and each learns from those in its rows; their numbers differ."""
     curves_agree(runs, name, "bert-one")
     ours, alone = (BERT.from_pretrained(runs / n).state_dict() for n in (name, "bert-one"))
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, alone[key], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["assistant-ddp", "assistant-fsdp"])
+def test_fine_tuning_has_the_curve_of_one_process(runs: Path, name: str):
+    """The rows of one process are longer than those of the other; and the base is evaluated before the first step."""
+    curves_agree(runs, name, "assistant-one")
+    ours, alone = (GPT.from_pretrained(runs / n).state_dict() for n in (name, "assistant-one"))
     for key, tensor in ours.items():
         torch.testing.assert_close(tensor, alone[key], rtol=0, atol=2e-3)
 

@@ -14,6 +14,7 @@ import torch
 from gptcore import GPT, GPTConfig
 from gptcore.data.conversations import read_conversations
 from gptcore.evaluate.answers import answers, write_answers
+from gptcore.generate.chat import Chat
 from gptcore.models import from_pretrained
 from gptcore.nn import Documents
 from gptcore.tasks import TASKS
@@ -232,6 +233,8 @@ def test_a_model_learns_answers_and_stops(base: Path, tmp_path: Path, no_peak: N
     assert tokenizer.chat_template is not None
     assert answers(model, tokenizer, list(asked), max_new_tokens=40) == list(asked.values())
     assert answers(model, tokenizer, ["Mali?"] * 2, 3) == ["Bam"] * 2  # no question sees the one before
+    assert answers(model, tokenizer, ["Mali?"]) == ["Bamako."]  # by default half of a small context is the answer's
+    assert list(Chat(model, tokenizer, temperature=0.0).reply("Mali?"))[-1][-1] == "."
     untrained = answers(from_pretrained(base), tokenizer, ["Peru?"], 4)
     write_answers(tmp_path / "answers.md", ["Peru?"], {"base": untrained, "tuned": ["Lima.\nYes."]})
     text = (tmp_path / "answers.md").read_text()

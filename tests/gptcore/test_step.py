@@ -22,6 +22,7 @@ class Rows(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Linear(WIDTH, 1)
+        self.config = SimpleNamespace(context=ROWS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x)[..., 0]
