@@ -159,13 +159,20 @@ class Classifier(Model):
         return [self.score] if self.causal else [self.pooler, self.classifier]
 
     def init_weights(self) -> None:
-        """Draws the initial weights in place: the backbone's own, and the head's, normal with deviation 0.02, biases 0."""
+        """Draws the initial weights in place: the backbone's own and the head's.
+
+        Of the head the pooler is normal with deviation 0.02. The last layer is 0, so that all classes begin equally probable:
+        a trained backbone's features can be large, and random weights would begin with confident mistakes.
+        """
         self.backbone.init_weights()
         self._init_head()
 
     def _init_head(self) -> None:
-        for layer in self._head():
+        *poolers, last = self._head()
+        nn.init.zeros_(last.weight)
+        for layer in poolers:
             nn.init.normal_(layer.weight, std=0.02)
+        for layer in self._head():
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

@@ -181,6 +181,7 @@ def test_class_weights_make_the_classes_count_equally(toy: Path, tokenizer, base
     assert plain.digest != weighted.digest
     torch.manual_seed(0)
     model = plain.build(from_pretrained(base["gpt"], kernels="reference"))
+    torch.nn.init.normal_(model.head_parameters()[0])
     batch = plain.batch(plain.rows or 0, torch.Generator(), ALL, 0)
     losses = model(batch.tokens, lengths=batch.lengths, targets=batch.targets, reduction="none")
     total, count = weighted.loss(model, batch)
@@ -272,6 +273,7 @@ def test_figures_by_hand(tmp_path: Path):
 def test_predictions_do_not_depend_on_the_batch(tokenizer, base: dict[str, Path]):
     torch.manual_seed(0)
     model = Classifier.around(GPT.from_pretrained(base["gpt"], kernels="reference", dropout=0.5), ["no", "yes"]).train()
+    torch.nn.init.normal_(model.score.weight)
     texts = [text for text, _ in toy_texts(9)] + ["red " * 100]
     together = predict(model, tokenizer, texts, batch_size=4)
     alone = torch.cat([predict(model, tokenizer, [text]).probabilities for text in texts])
