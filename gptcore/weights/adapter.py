@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from gptcore.models.model import Model
 
 _PREFIX = "base_model.model."
+_PICKLE = "adapter_model.bin"
+"""The tensors' file of old versions of peft; never read."""
 _BLOCK = re.compile(r"(?:backbone\.)?h\.(\d+)\.(.+)")
 """The name of a layer in a block: the block's number, and the name in the block."""
 _NEVER = {"pooler.dense", "cls.predictions.transform.dense", "lm_head", "score", "classifier"}
@@ -48,15 +50,16 @@ _UNSUPPORTED = (
     "use_qalora",
     "use_bdlora",
     "layer_replication",
-)
-_UNSUPPORTED += (
     "trainable_token_indices",
     "target_parameters",
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "megatron_config",
 )
-_UNSUPPORTED += ("monteclora_config", "velora_config", "megatron_config")
+"""Options of peft with which an adapter computes something else; none is supported."""
 
 
 class Adapter(NamedTuple):
@@ -65,8 +68,6 @@ class Adapter(NamedTuple):
     folder: Path
     config: LoRAConfig
     """Its rank, alpha and dropout."""
-    base: str | None
-    """The base that the adapter was trained on: a path or a name; None if the file does not say."""
     task_type: str | None
     """peft's name of the task, such as ``CAUSAL_LM`` and ``SEQ_CLS``."""
     tensors: dict[str, Tensor]
@@ -156,7 +157,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     path = folder / ADAPTER_CONFIG
     try:
         values = json.loads(path.read_bytes())
-        config, base, task_type = _config(values)
+        config, task_type = _config(values)
     except FileNotFoundError as error:
         raise WeightsError(
             f"{path}: there is no such file; accepted is a folder with {ADAPTER_CONFIG} and {ADAPTER}"
@@ -164,17 +165,14 @@ def read_adapter(folder: str | Path) -> Adapter:
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         missing = f"{error} is missing" if isinstance(error, KeyError) else error
         raise WeightsError(f"{path}: describes no adapter this version can load ({missing})") from error
-    pickles = sorted(folder.glob("adapter_model.*"))
-    if pickles and not (folder / ADAPTER).is_file():
-        raise WeightsError(f"{pickles[0]}: is a pickle, which can run any code when it is read; accepted is {ADAPTER}")
+    if (pickle := folder / _PICKLE).is_file() and not (folder / ADAPTER).is_file():
+        raise WeightsError(f"{pickle}: is a pickle, which can run any code when it is read; accepted is {ADAPTER}")
     tensors = read_tensors(folder / ADAPTER)
     if wrong := [name for name in tensors if not name.startswith(_PREFIX)]:
         raise WeightsError(
             f"{folder / ADAPTER}: {wrong[0]} is no name of an adapter's tensor; accepted begin with {_PREFIX}"
         )
-    return Adapter(
-        folder, config, base, task_type, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    )
+    return Adapter(folder, config, task_type, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()})
 
 
 def base_of(folder: Path) -> str:
@@ -362,8 +360,8 @@ def _task_type(model: Model) -> str | None:
     return None if getattr(model.config, "masked_words", False) else "FEATURE_EXTRACTION"
 
 
-def _config(values: dict[str, Any]) -> tuple[LoRAConfig, str | None, str | None]:
-    """Rank, alpha and dropout, the base and the task from the contents of ``adapter_config.json``."""
+def _config(values: dict[str, Any]) -> tuple[LoRAConfig, str | None]:
+    """Rank, alpha and dropout, and the task, from the contents of ``adapter_config.json``."""
     if (kind := values["peft_type"]) != "LORA":
         raise ValueError(f"peft_type: got {kind!r}; accepted is 'LORA'")
     for name in _UNSUPPORTED:
@@ -375,8 +373,4 @@ def _config(values: dict[str, Any]) -> tuple[LoRAConfig, str | None, str | None]
     rank, alpha = values["r"], float(values["lora_alpha"])
     if values.get("use_rslora"):  # the product is multiplied by alpha / sqrt(rank)
         alpha *= math.sqrt(rank)
-    return (
-        LoRAConfig(rank, alpha, float(values.get("lora_dropout", 0.0))),
-        values.get("base_model_name_or_path") or None,
-        values.get("task_type"),
-    )
+    return LoRAConfig(rank, alpha, float(values.get("lora_dropout", 0.0))), values.get("task_type")
