@@ -23,6 +23,8 @@ _PREFIX_KEY = 16
 """Contexts whose first tokens, as many as this, are the same are scored together."""
 _LOGIT_ROWS = 256
 """Positions whose logits are held at a time."""
+_ROWS = 32
+"""Rows that keep a machine busy even if each has one token."""
 _CACHE_BYTES = 512 << 20
 """The most that the key/value cache of a batch should take."""
 
@@ -105,14 +107,13 @@ def log_likelihoods(
                 f"requests: got one of {request.longest} tokens; accepted are up to the context, {model.config.context}"
             )
     results: list[list[Score]] = [[] for _ in requests]
-    scorer = _Scorer(model)
-    limits = _Limits(model.config.context, batch_tokens, scorer.token_bytes)
+    scorer = _Scorer(model, batch_tokens)
     with evaluation_mode(model):
         for group in _groups(requests):
             contexts = [list(requests[i].context) for i in group]
             prefix = _common(contexts)[: min(map(len, contexts)) - 1]  # each context keeps a token of its own
             cache = scorer.read(prefix)
-            for batch in _batches(requests, group, len(prefix), limits):
+            for batch in _batches(requests, group, len(prefix), scorer.limits):
                 scored = scorer.batch([requests[i] for i in batch], cache)
                 for i, scores in zip(batch, scored):
                     results[i] = scores
@@ -161,13 +162,14 @@ class _Limits(NamedTuple):
 class _Scorer:
     """Scores batches with a model whose output layer is held in float32."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, batch_tokens: int) -> None:
         self.model = model
         self.device = model.output_weight.device
         self.output_weight = model.output_weight.float()  # (vocab, C)
         config = model.config
         itemsize = model.output_weight.element_size()
-        self.token_bytes = 2 * config.n_layer * config.kv_heads * config.head_dim * itemsize
+        token_bytes = 2 * config.n_layer * config.kv_heads * config.head_dim * itemsize
+        self.limits = _Limits(config.context, batch_tokens, token_bytes)
 
     def read(self, tokens: list[int]) -> KeyValueCache:
         """Returns a cache of one row that holds these tokens."""
@@ -192,7 +194,9 @@ class _Scorer:
         pieces = [[[next(found)] for _ in request.candidates] for request in requests]
 
         # A few rows of the cache would leave the machine idle: each context gets several, for several candidates at once.
-        copies = max(1, min(most, 32 // len(requests)))
+        row_bytes, row_tokens = capacity * self.limits.token_bytes, max(longest, 1)
+        room = min(_ROWS, _CACHE_BYTES // row_bytes, self.limits.tokens // row_tokens) // len(requests)
+        copies = max(1, min(most, room))
         if copies > 1:
             cache = cache.expand([row for row in range(len(requests)) for _ in range(copies)], capacity)
         length = cache.length
