@@ -79,7 +79,8 @@ class TrainState:
         if config.checkpoint_activations:
             checkpoint_activations(self.model)
         self.replica = Replica(self.model, world, device, config.parallel, config.compile)
-        self.task.start(self.model)
+        with self.autocast():
+            self.task.start(self.model)
         self.replica.reshard()
         self.optimizer = make_optimizer(self.model, config, device)
         self.generator = torch.Generator().manual_seed(config.seed)

@@ -226,16 +226,16 @@ def test_a_model_learns_answers_and_stops(base: Path, tmp_path: Path, no_peak: N
     asked = {f"{land}?": f"{city}." for land, city in CAPITALS.items()}
     data = write(tmp_path / "data.jsonl", *[*asked.items()] * 4)
     out = tmp_path / "run"
-    options = {"batch_size": 4, "lr": 5e-3, "steps": 120, "eval_interval": 120, "sample_tokens": 12}
+    options = {"batch_size": 4, "lr": 5e-3, "steps": 150, "eval_interval": 150, "sample_tokens": 12}
     result = train(finetune(base, data, out, sample_prompt="Peru?", **options))
     assert result.val_loss_full < 0.2 < 4 < result.baseline  # the held-out rows are copies of those that were learnt
-    tokenizer, model = get_tokenizer(out), from_pretrained(out)
+    tokenizer, model = get_tokenizer(out), from_pretrained(out, kernels="reference")
     assert tokenizer.chat_template is not None
     assert answers(model, tokenizer, list(asked), max_new_tokens=40) == list(asked.values())
     assert answers(model, tokenizer, ["Mali?"] * 2, 3) == ["Bam"] * 2  # no question sees the one before
     assert answers(model, tokenizer, ["Mali?"]) == ["Bamako."]  # by default half of a small context is the answer's
     assert list(Chat(model, tokenizer, temperature=0.0).reply("Mali?"))[-1][-1] == "."
-    untrained = answers(from_pretrained(base), tokenizer, ["Peru?"], 4)
+    untrained = answers(from_pretrained(base, kernels="reference"), tokenizer, ["Peru?"], 4)
     write_answers(tmp_path / "answers.md", ["Peru?"], {"base": untrained, "tuned": ["Lima.\nYes."]})
     text = (tmp_path / "answers.md").read_text()
     assert text.startswith("# Answers\n\n## Peru?\n\n**base**\n\n>")
