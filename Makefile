@@ -15,7 +15,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTORCH := -c constraints.txt torch==2.13.0
 PROJECT := -c constraints.txt -e '.[dev]'
 
-.PHONY: help demo test lint bench bench-cpu gpu-test bench-gpu check-install sanitize compile-report clean
+.PHONY: help demo from-scratch test lint bench bench-cpu gpu-test bench-gpu check-install sanitize compile-report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -35,6 +35,29 @@ demo: $(READY) ## train a small GPT on Python's own documentation, generate from
 	$(BIN)/gptcore generate --model $(RUN) --max-new-tokens 120 --temperature 0.8 --top-k 50 --seed 1 "The function returns"
 	@echo "loss curve: $(RUN)/loss.png"
 	$(BIN)/python -m bench.speedup --data data/python-docs
+
+from-scratch: demo ## after the demo, every other command of docs/from-scratch.md (about an hour; downloads 110 MB of data and weights)
+	$(BIN)/gptcore tokens --tokenizer data/python-docs "The function returns a list of strings."
+	$(BIN)/gptcore nearest --model runs/demo --count 6 returns list three file
+	$(BIN)/gptcore fetch smollm2-135m-instruct
+	$(BIN)/gptcore fetch sms-spam
+	$(BIN)/gptcore fetch instructions
+	$(BIN)/gptcore fetch country-capitals
+	$(BIN)/gptcore fetch analogies
+	$(BIN)/gptcore fetch sentiment
+	$(BIN)/gptcore fetch de-en
+	$(BIN)/gptcore nearest --model smollm2-135m-instruct --count 6 king Paris seven
+	$(BIN)/gptcore attention-map --model smollm2-135m-instruct --layers 13 --heads 8 --out docs/attention.svg "The cat sat down because it was tired"
+	rm -rf runs/spam-demo runs/spam runs/assistant runs/preferred runs/few-shot
+	$(BIN)/gptcore finetune classify --data sms-spam --model runs/demo --trained all --balance sampling --batch-size 16 --lr 5e-4 --steps 400 --out runs/spam-demo
+	$(BIN)/gptcore finetune classify --data sms-spam --model smollm2-135m-instruct --context 128 --balance sampling --batch-size 16 --lr 5e-4 --steps 120 --eval-interval 60 --out runs/spam
+	$(BIN)/gptcore classify --model runs/spam "You have won a prize! Call 09061701461 now." "Are you home yet?"
+	$(BIN)/gptcore finetune instruct --data instructions --model smollm2-135m-instruct --batch-size 4 --epochs 1 --eval-interval 45 --out runs/assistant
+	echo "What do bees make?" | $(BIN)/gptcore chat --model runs/assistant --temperature 0
+	$(BIN)/python docs/full_stops.py data/full-stops.jsonl
+	$(BIN)/gptcore finetune prefer --data data/full-stops.jsonl --model runs/assistant --context 256 --batch-size 4 --epochs 1 --eval-interval 20 --out runs/preferred
+	$(BIN)/gptcore eval --list
+	$(BIN)/gptcore eval --model runs/demo --model smollm2-135m-instruct --task capitals --task analogies --task plurals --task arithmetic --task sentiment --task translate --shots 0,1,5 --out runs/few-shot --plot docs/few-shot.svg
 
 test: $(READY) lint ## lint, types, and every test (kernels run in Triton's interpreter where there is no GPU)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
