@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,10 @@ class Eval(Loading):
         findings = []
         for name in self.model:
             findings += self._measure(name, tasks, shots)
+        if not findings:
+            raise ValueError(
+                f"shots: got {self.shots}; accepted are numbers with which a question fits into the context"
+            )
         console, table = Console(), report.table(findings)
         if not console.is_terminal:  # a file or a pipe has no width
             console.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
@@ -116,7 +121,7 @@ class Eval(Loading):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from gptcore.evaluate.few_shot import count_answers, evaluate
+        from gptcore.evaluate.few_shot import PromptTooLongError, count_answers, evaluate
         from gptcore.evaluate.few_shot_report import Finding, describe_run
         from gptcore.models import GPT
 
@@ -130,10 +135,15 @@ class Eval(Loading):
             for task in tasks:
                 for count in shots:
                     progress.update(bar, description=f"{name}, {task.name}, {count} examples")
-                    result = evaluate(
-                        model, tokenizer, task, count, metric=None if self.metric == "task" else self.metric,
-                        normalise=self.normalise, advance=lambda answers: progress.advance(bar, answers), **options,
-                    )  # fmt: skip
+                    try:
+                        result = evaluate(
+                            model, tokenizer, task, count, metric=None if self.metric == "task" else self.metric,
+                            normalise=self.normalise, advance=lambda answers: progress.advance(bar, answers), **options,
+                        )  # fmt: skip
+                    except PromptTooLongError as error:  # the model's other results are not lost
+                        progress.advance(bar, count_answers(task, count, **options))
+                        print(f"gptcore: warning: {name}, {task.name}: left out: {error}", file=sys.stderr)
+                        continue
                     yield Finding(name, **describe_run(model), result=result)
 
 

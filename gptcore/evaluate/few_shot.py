@@ -32,6 +32,10 @@ _GENERATION_BATCH = 32
 """Questions whose answers are generated together."""
 
 
+class PromptTooLongError(ValueError):
+    """No question of a task fits into the model's context with its examples."""
+
+
 @dataclass(frozen=True)
 class Question:
     """A question of a task."""
@@ -134,7 +138,8 @@ def evaluate(
         advance: called with the number of answers that were added, for a progress bar; see `count_answers`.
 
     Raises:
-        ValueError: numbers out of range, "candidates" for a task without any, or no question that fits into the context.
+        ValueError: numbers out of range, or "candidates" for a task without any.
+        PromptTooLongError: no question fits into the model's context.
     """
     metric = metric or task.metric
     check(task, shots, seeds=seeds, limit=limit, metric=metric, normalise=normalise)
@@ -155,7 +160,7 @@ def evaluate(
     fitting = [i for i in range(len(asked)) if all(row[i] <= room for row in lengths)]
     if not fitting:
         shortest = min(min(row) for row in lengths)
-        raise ValueError(
+        raise PromptTooLongError(
             f"shots: got {shots}, with which the shortest prompt of {task.name} has {shortest} tokens; accepted are up to "
             f"{room}, the model's context{' less the longest answer' if new else ''}"
         )

@@ -383,6 +383,19 @@ def test_the_verb_compares_models_and_writes_every_figure(folder: Path, tmp_path
     assert (tmp_path / "new/accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_does_not_fit_a_model_is_left_out_and_said(folder: Path, tmp_path: Path, tokenizer: Tokenizer, capsys):
+    small = make(tokenizer, context=24)
+    small.save_pretrained(tmp_path / "small")
+    tokenizer.save(tmp_path / "small/tokenizer.json")
+    arguments = ["--model", str(tmp_path / "small"), "--task", str(folder / "sounds.jsonl"), "--kernels", "reference"]
+    assert run(*arguments, "--shots", "0,7", "--seeds", "1", "--out", str(tmp_path / "out")) == 0
+    assert "small, sounds: left out: shots: got 7, with which the shortest prompt" in capsys.readouterr().err
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert [result["shots"] for result in results] == [0]
+    assert run(*arguments, "--shots", "7", "--seeds", "1") == 2
+    assert "shots: got 7; accepted are numbers with which a question fits" in capsys.readouterr().err
+
+
 def test_the_list_needs_no_model(capsys):
     assert run("--list") == 0
     assert "gptcore fetch country-capitals" in capsys.readouterr().out
