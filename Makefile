@@ -36,9 +36,9 @@ demo: $(READY) ## train a small GPT on Python's own documentation, generate from
 	@echo "loss curve: $(RUN)/loss.png"
 	$(BIN)/python -m bench.speedup --data data/python-docs
 
-from-scratch: demo ## after the demo, every other command of docs/from-scratch.md (about an hour; downloads 110 MB of data and weights)
+from-scratch: demo ## after the demo, every other command of docs/from-scratch.md (about half an hour; downloads 140 MB of data and weights)
 	$(BIN)/gptcore tokens --tokenizer data/python-docs "The function returns a list of strings."
-	$(BIN)/gptcore nearest --model runs/demo --count 6 returns list three file
+	$(BIN)/gptcore nearest --model runs/demo --count 6 returns list file
 	$(BIN)/gptcore fetch smollm2-135m-instruct
 	$(BIN)/gptcore fetch sms-spam
 	$(BIN)/gptcore fetch instructions
@@ -53,7 +53,7 @@ from-scratch: demo ## after the demo, every other command of docs/from-scratch.m
 	$(BIN)/gptcore finetune classify --data sms-spam --model smollm2-135m-instruct --context 128 --balance sampling --batch-size 16 --lr 5e-4 --steps 120 --eval-interval 60 --out runs/spam
 	$(BIN)/gptcore classify --model runs/spam "You have won a prize! Call 09061701461 now." "Are you home yet?"
 	$(BIN)/gptcore finetune instruct --data instructions --model smollm2-135m-instruct --batch-size 4 --epochs 1 --eval-interval 45 --out runs/assistant
-	echo "What do bees make?" | $(BIN)/gptcore chat --model runs/assistant --temperature 0
+	echo "What do bees make?" | $(BIN)/gptcore chat --model runs/assistant --temperature 0 --max-new-tokens 60
 	$(BIN)/python docs/full_stops.py data/full-stops.jsonl
 	$(BIN)/gptcore finetune prefer --data data/full-stops.jsonl --model runs/assistant --context 256 --batch-size 4 --epochs 1 --eval-interval 20 --out runs/preferred
 	$(BIN)/gptcore eval --list

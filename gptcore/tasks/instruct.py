@@ -77,7 +77,7 @@ class Instruct(AssistantTask):
         with torch.no_grad(), evaluation_mode(model):
             for batch in self.evaluation(_ROWS_OF_BASELINE, None):
                 sums += torch.stack(self.loss(model, batch.to(device))).cpu().double()
-        self.baseline = "the base's", float(sums[0] / sums[1])
+        self.baseline = "the base's loss", float(sums[0] / sums[1])
 
     def batch(self, size: int, generator: torch.Generator, rows: slice, index: int) -> LanguageModelBatch:
         return self._batch([self.train[i] for i in self.order.indices(size, index)[rows]])

@@ -68,6 +68,7 @@ def choose_trained(model: Model, config: FinetuneConfig) -> None:
     Raises:
         ValueError: "head" for a model without a head of its own.
     """
+    model.requires_grad_(True)  # a base that was merged with its adapters is frozen
     head = model.head_parameters()
     if config.trained == "head" and not head:
         raise ValueError(
@@ -87,11 +88,14 @@ def choose_trained(model: Model, config: FinetuneConfig) -> None:
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
-    """Returns a hash, 32 hexadecimal digits, of the names, dtypes, shapes and values of tensors."""
+    """Returns a hash, 32 hexadecimal digits, of the names, shapes and values of tensors.
+
+    The values are rounded to bfloat16: a run may be resumed with another dtype.
+    """
     found = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        tensor = state[name].detach().cpu().bfloat16().contiguous()
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
         found.update(tensor.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 

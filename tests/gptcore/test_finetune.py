@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from gptcore.models import GPT, GPTConfig
+from gptcore.nn import merge_lora
 from gptcore.tasks.epochs import Epochs
 from gptcore.text import Tokenizer, get_tokenizer
 from gptcore.train import FinetuneConfig, train
@@ -145,6 +146,34 @@ def test_another_base_does_not_resume(corpus: Path, base: Path, tmp_path: Path):
     GPT(GPT.from_pretrained(base).config).save_pretrained(moved)
     with pytest.raises(ValueError, match=r"model: the base .* has other weights than the one that the run in"):
         train(tuned(corpus, moved, tmp_path / "run", **(more | {"steps": 10})), progress=False)
+
+
+def test_a_run_goes_on_in_another_dtype(corpus: Path, base: Path, tmp_path: Path):
+    """The frozen base is then held in it too, and is still the same base."""
+    train(tuned(corpus, base, tmp_path / "run"), progress=False)
+    more = train(tuned(corpus, base, tmp_path / "run", steps=8, dtype="bf16", resume="always"), progress=False)
+    assert more.steps == 8
+
+
+@pytest.mark.parametrize("trained", ["all", "lora"])
+def test_a_lora_run_is_a_base_with_its_adapters_merged(corpus: Path, base: Path, tmp_path: Path, trained: str):
+    train(tuned(corpus, base, tmp_path / "first"), progress=False)
+    merged = merge(GPT.from_pretrained(tmp_path / "first"))
+    train(tuned(corpus, tmp_path / "first", tmp_path / "second", trained=trained), progress=False)
+    second = GPT.from_pretrained(tmp_path / "second")
+    if trained == "lora":  # the frozen weights are the first run's
+        same = {name: weight for name, weight in second.state_dict().items() if ".lora_" not in name}
+        assert same.keys() == merged.keys()
+        assert all(torch.equal(same[name], merged[name]) for name in same)
+        assert any(weight.any() for name, weight in second.state_dict().items() if name.endswith("lora_B"))
+    else:
+        changed = [name for name, weight in second.state_dict().items() if not torch.equal(weight, merged[name])]
+        assert {"wte.weight", "h.0.attn.c_attn.weight", "ln_f.bias"} <= set(changed)
+
+
+def merge(model: GPT) -> dict[str, torch.Tensor]:
+    merge_lora(model)
+    return model.state_dict()
 
 
 def test_a_damaged_adapter_does_not_resume(corpus: Path, base: Path, tmp_path: Path):

@@ -250,7 +250,7 @@ def test_the_baseline_is_the_held_out_loss_of_the_base(base: Path, tmp_path: Pat
     with torch.no_grad():
         sums = [task.loss(model, batch) for batch in task.evaluation(1, None)]
     expected = sum(float(nats) for nats, _ in sums) / sum(float(count) for _, count in sums)
-    assert task.baseline == ("the base's", pytest.approx(expected, rel=1e-5))
+    assert task.baseline == ("the base's loss", pytest.approx(expected, rel=1e-5))
 
 
 def test_a_run_resumed_within_an_epoch_sees_the_same_batches(base: Path, tmp_path: Path, no_peak: None):
