@@ -64,7 +64,7 @@ found = PathFinder.find_spec
 missing = sys.argv.pop(1).split(",")
 PathFinder.find_spec = classmethod(lambda _, name, *rest: None if name.partition(".")[0] in missing else found(name, *rest))
 """
-NOT_ON_GPU_MACHINES = "tyro,platformdirs,rustbpe,gguf,datasets"
+NOT_ON_GPU_MACHINES = "tyro,platformdirs,rustbpe,gguf,datasets,sklearn,peft,lm_eval"
 
 
 def run_without(packages: str, code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

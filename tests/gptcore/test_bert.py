@@ -118,7 +118,7 @@ def test_tokens_are_hidden_as_the_paper_says(words: Path):
     counts = dict.fromkeys(("mask", "same", "other"), 0)
     for _ in range(40):
         state = generator.get_state()
-        batch = task.batch(16, generator, ROW)
+        batch = task.batch(16, generator, ROW, 0)
         text, _ = task.text.train.batch(16, 62, torch.Generator().set_state(state))
         assert batch.tokens.shape == (16, 64)
         assert (batch.tokens[:, 0] == task.cls).all()
@@ -142,15 +142,15 @@ def test_tokens_are_hidden_as_the_paper_says(words: Path):
 def test_masks_are_drawn_afresh_in_training_and_stay_in_evaluation(words: Path):
     task = MaskedLM(MaskedLMOptions(sample_text=""), words, context=32)
     generator = torch.Generator().manual_seed(1)
-    first, second = (task.batch(4, generator, ROW) for _ in range(2))
+    first, second = (task.batch(4, generator, ROW, 0) for _ in range(2))
     assert not torch.equal(first.positions, second.positions)
-    again = task.batch(4, torch.Generator().manual_seed(1), ROW)
+    again = task.batch(4, torch.Generator().manual_seed(1), ROW, 0)
     assert torch.equal(first.tokens, again.tokens)
     one, two = ([batch.tokens for batch in task.evaluation(4, 9)] for _ in range(2))
     assert sum(map(len, one)) == 9
     assert all(torch.equal(a, b) for a, b in zip(one, two))
     # Two processes that share a batch hold its rows.
-    halves = [task.batch(4, torch.Generator().manual_seed(1), rows) for rows in (slice(0, 2), slice(2, 4))]
+    halves = [task.batch(4, torch.Generator().manual_seed(1), rows, 0) for rows in (slice(0, 2), slice(2, 4))]
     assert torch.equal(torch.cat([half.tokens for half in halves]), first.tokens)
     assert torch.equal(torch.cat([half.targets for half in halves]), first.targets)
 

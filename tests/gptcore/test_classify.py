@@ -23,10 +23,14 @@ from gptcore.text.wordpiece import train_wordpiece
 from gptcore.train import FinetuneConfig, train
 from tests.gptcore.runs import main, records
 
-pytest.importorskip("tokenizers", reason="needs the tokenizers package")
-pytest.importorskip("sklearn", reason="needs scikit-learn")
 WORDS = ["red", "blue", "tree", "stone", "river", "cloud", "paper", "glass", "night", "day"]
 ALL = slice(None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _packages() -> None:
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("sklearn")
 
 
 def toy_texts(count: int = 160) -> list[tuple[str, str]]:

@@ -15,8 +15,12 @@ from gptcore import GPT, GPTConfig
 from gptcore.generate import Request, encode_pair, generate_text, log_likelihoods
 from gptcore.text.tokenizer import Tokenizer
 
-pytest.importorskip("lm_eval")
-pytest.importorskip("datasets")
+
+@pytest.fixture(scope="module", autouse=True)
+def _harness() -> None:
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("datasets")
+
 
 LINES = [
     {"question": "two plus two is", "choices": ["four", "five and six", "2"], "gold": 0},
