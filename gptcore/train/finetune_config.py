@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from gptcore.nn import LoRALayers
 from gptcore.train.config import RunConfig
 
 Trained = Literal["lora", "all", "last-block", "head"]
-LoRALayers = Literal["all", "attention", "mlp"]
 
 
 @dataclass(frozen=True, kw_only=True)
