@@ -21,7 +21,12 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 
 
+# Their compilers take minutes where nothing is cached. They come first: at the end no worker waits for another one's.
+LONGEST = "test_compile.py", "test_native.py"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # keeps the order otherwise
     if torch.cuda.is_available():
         return
     for item in items:
