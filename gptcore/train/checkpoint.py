@@ -34,8 +34,6 @@ from gptcore._files import atomic_writer, link_or_copy, publish_folder, remove_f
 from gptcore.nn import has_lora
 from gptcore.text.tokenizer import TOKENIZER
 from gptcore.train.config import RunConfig
-from gptcore.train.finetune import portable
-from gptcore.train.finetune_config import FinetuneConfig
 from gptcore.train.optimizers import initialise_state
 from gptcore.train.parallel import shard_like, whole
 from gptcore.train.state import Progress, TrainState
@@ -272,7 +270,7 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
 
 def _write(state: TrainState, folder: Path) -> None:
     """Writes this process's part of the tensors."""
-    main, model, config = state.world.is_main, state.model, state.config
+    main, model = state.world.is_main, state.model
     adapters = has_lora(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights = {
@@ -281,8 +279,8 @@ def _write(state: TrainState, folder: Path) -> None:
         if name in trained or not adapters
     }
     if main and adapters:
-        assert isinstance(config, FinetuneConfig)
-        save_adapter(folder, model, portable(config.model), weights)
+        assert state.base is not None
+        save_adapter(folder, model, state.base, weights)
     elif main:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     del weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -23,7 +24,7 @@ NOT_SAVED = {"saved": False}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(ABC):
     """The options of every run; `TrainConfig` and `FinetuneConfig` add the model that it begins with."""
 
     changeable: ClassVar[frozenset[str]] = frozenset()
@@ -122,9 +123,9 @@ class RunConfig:
         """Returns the number of micro-batches of an optimizer step."""
         return self.accumulate
 
+    @abstractmethod
     def title(self) -> str:
         """Returns the name of the model for people."""
-        raise NotImplementedError
 
     def lr_at(self, step: int) -> float:
         """Returns the learning rate of `step` (from 0): linear warmup, then `schedule`, down to `min_lr` at the last step."""

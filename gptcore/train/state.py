@@ -60,11 +60,14 @@ class TrainState:
         self.bf16 = config.dtype == "bf16" or (config.dtype == "auto" and multiplies_bf16(device))
         self.config: RunConfig = config
         """The options, with what the data and the base decide filled in."""
+        self.base: str | None = None
+        """Path or name of the base that is fine-tuned."""
         self.base_digest: str | None = None
         """Changes with the weights of the base that is fine-tuned."""
         self.task: Task
         if isinstance(config, FinetuneConfig):
             torch.manual_seed(config.seed)
+            self.base = finetune.portable(config.model)
             self.config, self.task, self.model, self.base_digest = finetune.begin(config, self.bf16)
         else:
             assert isinstance(config, TrainConfig)
