@@ -14,10 +14,11 @@ from torch import Tensor
 
 from gptcore import _extras
 from gptcore._files import atomic_writer, save_figure
+from gptcore.generate import pad_right
 from gptcore.models import Classifier
 from gptcore.nn.mode import evaluation_mode
 from gptcore.tasks import Classify, ClassifyOptions
-from gptcore.tasks.classify import encode_texts, padded
+from gptcore.tasks.classify import encode_texts
 from gptcore.text import get_tokenizer
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def predict(
     shown = track(batches, "classify", console=Console(stderr=True), disable=not progress, transient=True)
     with evaluation_mode(model):
         for chosen in shown:
-            tokens, lengths = padded([rows[i] for i in chosen])
+            tokens, lengths = pad_right([rows[i] for i in chosen])
             logits = model(tokens.to(device), lengths=lengths.to(device))  # (B, classes)
             probabilities[chosen] = logits.softmax(dim=1).cpu()
     return Predictions(probabilities, cut)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gptcore.generate import pad_right
 from gptcore.nn.mode import evaluation_mode
 
 if TYPE_CHECKING:
@@ -44,10 +45,7 @@ def embed(
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            lengths = torch.tensor([len(rows[i]) for i in chosen])
-            tokens = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.long)
-            for row, i in enumerate(chosen):
-                tokens[row, : len(rows[i])] = torch.tensor(rows[i])
+            tokens, lengths = pad_right([rows[i] for i in chosen])
             embedded = model.embed(tokens.to(device), lengths=lengths.to(device)).cpu()
             for i, vector in zip(chosen, embedded):
                 vectors[i] = vector

@@ -1,7 +1,7 @@
 """Generation: sampling, decoding with a key/value cache, text from text, chat (`gptcore.generate.chat`), and the likelihood
 of texts that others wrote."""
 
-from gptcore.generate.decode import generate, generate_stream, pad_left
+from gptcore.generate.decode import generate, generate_stream, pad_left, pad_right
 from gptcore.generate.sampling import Sampling, keep_likely, penalise
 from gptcore.generate.score import Request, Score, encode_pair, log_likelihoods
 from gptcore.generate.text import generate_text, stream_text
@@ -17,6 +17,7 @@ __all__ = [
     "keep_likely",
     "log_likelihoods",
     "pad_left",
+    "pad_right",
     "penalise",
     "stream_text",
 ]

@@ -33,6 +33,15 @@ def pad_left(prompts: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, T
     return torch.tensor(rows), torch.tensor([longest - len(prompt) for prompt in prompts])
 
 
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Pads rows of token ids on the right with 0; returns them as ``(B, longest)`` int64, and their lengths ``(B,)`` int64."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    return tokens, lengths
+
+
 def generate_stream(
     model: GPT,
     tokens: Tensor,

@@ -16,8 +16,10 @@ from gptkernels import cross_entropy
 from torch import Tensor
 
 from gptcore.data.labelled import read_labelled, split
+from gptcore.generate import pad_right
 from gptcore.models import Classifier, Model
 from gptcore.tasks.epochs import Epochs
+from gptcore.tasks.packing import spread
 from gptcore.tasks.task import Task, TaskOptions
 from gptcore.text import PretrainedTokenizer, Tokenizer
 from gptcore.text.tokenizer import TOKENIZER
@@ -155,9 +157,7 @@ class Classify(Task):
         return ClassifyBatch(*(part[rows] for part in batch))
 
     def evaluation(self, size: int, limit: int | None) -> Iterator[ClassifyBatch]:
-        val = self.split.val
-        if limit is not None and limit < len(val):
-            val = [val[i * len(val) // limit] for i in range(limit)]
+        val = [self.split.val[i] for i in spread(len(self.split.val), limit)]
         val = sorted(val, key=lambda i: len(self._rows[i]))
         return (self._batch(val[start : start + size]) for start in range(0, len(val), size))
 
@@ -179,7 +179,7 @@ class Classify(Task):
         self.tokenizer.save(folder / TOKENIZER)
 
     def _batch(self, texts: Sequence[int]) -> ClassifyBatch:
-        tokens, lengths = padded([self._rows[i] for i in texts])
+        tokens, lengths = pad_right([self._rows[i] for i in texts])
         return ClassifyBatch(tokens, lengths, torch.tensor([self.targets[i] for i in texts]))
 
 
@@ -207,15 +207,6 @@ def encode_texts(
             row, cut = row[: context - len(after)] + after, cut + 1
         rows.append(row)
     return rows, cut
-
-
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Returns rows of tokens as ``(B, T)`` int64, padded on the right with 0, and their lengths ``(B,)`` int64."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-    return tokens, lengths
 
 
 def _remarks(task: Classify, repeated: int, contradicted: int, cut: int, context: int) -> list[str]:
